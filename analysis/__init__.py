@@ -1,0 +1,1 @@
+"""Reading what searches and runs left on disk."""

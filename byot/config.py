@@ -1,0 +1,194 @@
+"""The settings of one training run: frozen, validated when built, plain JSON on disk.
+
+A setting has one name everywhere: field here, command-line flag, Optuna parameter, column of a table.
+Only the standard library is imported, so that `--help` answers at once.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+DatasetName = Literal["cifar100", "cifar10", "digits"]
+LossForm = Literal["reference", "paper"]
+RecipeName = Literal["reference", "strong"]
+Precision = Literal["auto", "fp32", "bf16"]
+DeviceName = Literal["auto", "cuda", "mps", "cpu"]
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+NUM_CLASSIFIERS = 4  # one after each stage of a ResNet
+
+
+class DatasetInfo(NamedTuple):
+    """What is known about a data set before any file is opened."""
+
+    num_classes: int
+    image_size: int  # pixels, height = width
+    crop_padding: int  # pixels added on each side before the random crop
+    horizontal_flip: bool  # False where a mirrored image is another class or none
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    "cifar100": DatasetInfo(num_classes=100, image_size=32, crop_padding=4, horizontal_flip=True),
+    "cifar10": DatasetInfo(num_classes=10, image_size=32, crop_padding=4, horizontal_flip=True),
+    "digits": DatasetInfo(num_classes=10, image_size=8, crop_padding=1, horizontal_flip=False),
+}
+
+
+class Recipe(NamedTuple):
+    """How a network is trained, apart from the loss weights. Results of two recipes never share a table."""
+
+    schedule: Literal["multistep", "cosine"]
+    dataset_normalisation: bool  # the data set's own mean and deviation, not the reference's constants
+    nesterov: bool
+    label_smoothing: float
+    cutout: float  # side of the square blanked in each image, as a share of the image's side
+
+
+RECIPES: dict[str, Recipe] = {
+    # luanyunteng/pytorch-be-your-own-teacher: step schedule, crop and flip, CIFAR-10's normalisation.
+    "reference": Recipe("multistep", dataset_normalisation=False, nesterov=False, label_smoothing=0.0, cutout=0.0),
+    # A modern starting point (cosine with warm-up, label smoothing, Cutout). Not tuned yet.
+    "strong": Recipe("cosine", dataset_normalisation=True, nesterov=True, label_smoothing=0.1, cutout=0.25),
+}
+
+# The reference drops its learning rate at epochs 75, 130 and 180 of 200.
+MULTISTEP_MILESTONES = (75 / 200, 130 / 200, 180 / 200)
+MULTISTEP_FACTOR = 0.1
+COSINE_WARMUP = 0.025  # share of the run
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field whose help text is also that of its command-line flag."""
+    return field(default=default, metadata={"help": help})
+
+
+def check_loss_weights(alpha: float, temperature: float, beta: float) -> None:
+    """Raise ValueError unless alpha is in [0, 1], temperature > 0 and beta >= 0, all finite."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie between 0 and 1, not {alpha:g}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a finite number above 0, not {temperature:g}")
+    if not (beta >= 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be a finite number of at least 0, not {beta:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every setting of one run. Building one with a value out of range raises ValueError."""
+
+    model: ModelName = setting("resnet18", "network")
+    width: int = setting(64, "channels of the first stage (64 is the published network, 16 a quick one)")
+    dataset: DatasetName = setting("cifar100", "data set")
+    data_dir: str | None = setting(
+        None, "folder with the data set, as parquet files or the official archive (default: data/, downloaded)"
+    )
+    recipe: RecipeName = setting("reference", "schedule, normalisation and augmentation")
+    epochs: int = setting(200, "passes over the training images; the learning-rate schedule scales with it")
+    batch_size: int = setting(128, "images a step")
+    lr: float = setting(0.1, "peak learning rate of SGD")
+    momentum: float = setting(0.9, "momentum of SGD")
+    weight_decay: float = setting(5e-4, "L2 penalty of SGD")
+    alpha: float = setting(0.1, "weight of the distillation loss, 0 to 1")
+    temperature: float = setting(3.0, "softens the softmax of teacher and students, above 0")
+    beta: float = setting(1e-6, "weight of the hint loss, at least 0")
+    loss_form: LossForm = setting("reference", "'paper' keeps the deepest classifier's label loss at weight 1")
+    seed: int = setting(0, "seed of the weights, the data order and the augmentation")
+    val_fraction: float = setting(0.0, "share of the training images held out for validation")
+    split_seed: int = setting(0, "seed of the validation split")
+    device: DeviceName = setting("auto", "where to train")
+    precision: Precision = setting("auto", "arithmetic of the forward and backward pass; auto: bf16 where it is fast")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            allowed = get_args(f.type)
+            value = getattr(self, f.name)
+            if f.name in CHOICES and value not in allowed:
+                raise ValueError(f"{f.name} must be one of {', '.join(allowed)}, not {value!r}")
+        whole = ("width", "epochs", "batch_size", "seed", "split_seed")
+        for name in whole:
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+        for name in ("lr", "momentum", "weight_decay", "alpha", "temperature", "beta", "val_fraction"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+        if not 1 <= self.width <= 1024:
+            raise ValueError(f"width must lie between 1 and 1024, not {self.width}")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, not {self.epochs}")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be a finite number above 0, not {self.lr:g}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum:g}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ValueError(f"weight_decay must be a finite number of at least 0, not {self.weight_decay:g}")
+        check_loss_weights(self.alpha, self.temperature, self.beta)
+        for name in ("seed", "split_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ValueError(f"{name} must lie between 0 and 4294967295, not {getattr(self, name)}")
+        if not 0 <= self.val_fraction <= 0.5:
+            raise ValueError(f"val_fraction must lie between 0 and 0.5, not {self.val_fraction:g}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a plain dict; settings it lacks take their defaults, unknown ones raise ValueError."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown setting {', '.join(unknown)}")
+        return cls(**values)
+
+    def with_settings(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+    def differing_settings(self, other: "TrainConfig") -> dict[str, tuple[Any, Any]]:
+        """The settings in which two runs differ, apart from where the data lies and what device computes."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {k: (mine[k], theirs[k]) for k in mine if k not in NOT_IDENTITY and mine[k] != theirs[k]}
+
+    def run_name(self) -> str:
+        """A folder name that two different runs never share, so that the same command finds its own run again."""
+        identity = {k: v for k, v in self.to_dict().items() if k not in NOT_IDENTITY}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.model}-w{self.width}-{self.dataset}-e{self.epochs}-s{self.seed}-{digest}"
+
+
+CHOICES = ("model", "dataset", "recipe", "loss_form", "precision", "device")
+NOT_IDENTITY = ("data_dir", "device")
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """The learning rate at `progress`, the share of the run already done (0 <= progress < 1).
+
+    multistep: lr * 0.1^m, m the number of milestones passed, milestones at 75/200, 130/200 and 180/200 of the run.
+    cosine: linear warm-up over the first 2.5 %, then half a cosine down to 0.
+    """
+    if RECIPES[config.recipe].schedule == "multistep":
+        passed = sum(progress >= round(m * config.epochs) / config.epochs for m in MULTISTEP_MILESTONES)
+        return config.lr * MULTISTEP_FACTOR**passed
+    if progress < COSINE_WARMUP:
+        return config.lr * (progress / COSINE_WARMUP)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - COSINE_WARMUP) / (1 - COSINE_WARMUP)))
+
+
+def check_name(name: str) -> str:
+    """Raise ValueError for a run or search name that is not one plain folder name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise ValueError(f"a name is made of letters, digits, '.', '_' and '-', not {name!r}")
+    return name
+
+
+def outputs_folder(given: str | None) -> Path:
+    """Where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in the project's root."""
+    return Path(given or os.environ.get("BYOT_OUTPUTS") or PROJECT_ROOT / "outputs").expanduser().resolve()

@@ -1,0 +1,81 @@
+"""Small JSON files that are never seen half written."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record in one piece: temporary file, flush to the disk, rename. NaN and infinity become null."""
+    write_text(path, json.dumps(_finite(record), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one piece."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ValueError, in one sentence, if there is none at `path` or it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return record
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one record to a .jsonl file and flush it to the disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(record)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file; none if there is no file. A last line torn by a crash is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # torn: the process died while writing it
+            continue
+    return [record for record in records if isinstance(record, dict)]
+
+
+def keep_epochs(path: Path, last_epoch: int) -> list[dict[str, Any]]:
+    """Cut a metrics.jsonl back to the epochs up to `last_epoch`, those a checkpoint knows of, and return them."""
+    records = [r for r in read_json_lines(path) if r.get("epoch", 0) <= last_epoch]
+    if path.exists():
+        write_text(path, "".join(json.dumps(_finite(record)) + "\n" for record in records))
+    return records
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON has no name for, by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,69 @@
+"""Command-line flags made from the fields of a settings dataclass, and errors told in one sentence.
+
+Flags that were not given stay out of the parsed result, so that a caller can lay those that were over the
+settings of a search or of an earlier run.
+"""
+
+import argparse
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a bad command line with one sentence and exit code 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def flag_name(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
+def add_settings(parser: argparse.ArgumentParser, settings_class: Any, *, omit: tuple[str, ...] = ()) -> None:
+    """Add one flag for each field of a dataclass whose fields carry `metadata={"help": …}`."""
+    hints = get_type_hints(settings_class)
+    group = parser.add_argument_group("settings")
+    for f in fields(settings_class):
+        if f.name in omit:
+            continue
+        kind = hints[f.name]
+        if get_origin(kind) in (Union, types.UnionType):  # `str | None`: the flag takes the str
+            kind = next(a for a in get_args(kind) if a is not type(None))
+        text = f.metadata["help"] + ("" if f.default is None else f" [{f.default}]")
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        group.add_argument(
+            flag_name(f.name),
+            dest=f.name,
+            default=argparse.SUPPRESS,
+            type=str if choices else kind,
+            choices=choices,
+            metavar=None if choices else kind.__name__.upper(),
+            help=text.replace("%", "%%"),
+        )
+
+
+def given_settings(arguments: argparse.Namespace, settings_class: Any) -> dict[str, Any]:
+    """The settings named on the command line, and only those."""
+    names = {f.name for f in fields(settings_class)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+@contextmanager
+def one_sentence_errors(program: str) -> Iterator[None]:
+    """Turn what a user got wrong (ValueError) into one sentence on standard error and exit code 2.
+
+    Wrapped around the reading of arguments and inputs only: a ValueError later on is a defect and keeps its traceback.
+    """
+    try:
+        yield
+    except ValueError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

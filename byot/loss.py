@@ -1,0 +1,78 @@
+"""The three losses of self distillation.
+
+B batch, C classes, D feature width, K classifiers, ordered shallow to deep: [-1] is the deepest, the teacher.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from byot.config import LossForm, check_loss_weights
+from byot.model import BranchOutputs
+
+HINT_BATCH_SIZE = 128  # the batch size at which the reference quotes beta
+
+
+class LossTerms(NamedTuple):
+    """The total to minimise and its unweighted parts, each a batch mean, shallow to deep."""
+
+    total: Tensor  # []
+    label: Tensor  # [K]
+    distillation: Tensor  # [K-1]
+    hint: Tensor  # [K-1]
+
+
+def self_distillation_loss(
+    outputs: BranchOutputs,
+    labels: Tensor,  # [B]
+    *,
+    alpha: float,
+    temperature: float,
+    beta: float,
+    loss_form: LossForm = "reference",
+    label_smoothing: float = 0.0,
+) -> LossTerms:
+    """Weigh the label, distillation and hint losses of all classifiers into one total.
+
+    With logits z_i and pooled features f_i of classifier i, K the deepest, detached wherever it teaches:
+
+        label_i        = mean_b CE(z_i, y)
+        distillation_i = T^2 mean_b KL(softmax(z_K / T) || softmax(z_i / T))      i < K
+        hint_i         = 128 mean_b sum_d (f_i,d - f_K,d)^2                       i < K
+        total          = (1 - alpha) sum_i label_i + alpha sum_i distillation_i + beta sum_i hint_i
+
+    `loss_form="paper"` keeps weight 1 on label_K. All terms are in nats but the hint. Half-precision inputs are
+    taken to float32 first.
+
+    Raises ValueError for alpha outside [0, 1], temperature <= 0 or beta < 0.
+    Source: Zhang et al., ICCV 2019, section 3; weights and the hint's scale from luanyunteng's implementation.
+    """
+    check_loss_weights(alpha, temperature, beta)
+    logits = _at_least_float32(torch.stack(outputs.logits))  # [K, B, C]
+    features = _at_least_float32(torch.stack(outputs.features))  # [K, B, D]
+    num_classifiers, batch_size, _ = logits.shape
+
+    label = F.cross_entropy(
+        logits.flatten(0, 1), labels.repeat(num_classifiers), reduction="none", label_smoothing=label_smoothing
+    )
+    label = label.view(num_classifiers, batch_size).mean(dim=1)
+
+    teacher = F.log_softmax(logits[-1].detach() / temperature, dim=1)  # [B, C]
+    students = F.log_softmax(logits[:-1] / temperature, dim=2)  # [K-1, B, C]
+    divergence = (teacher.exp() * (teacher - students)).sum(dim=2)  # [K-1, B]
+    distillation = temperature**2 * divergence.mean(dim=1)
+
+    squared_distance = (features[:-1] - features[-1].detach()).square().sum(dim=2)  # [K-1, B]
+    hint = HINT_BATCH_SIZE * squared_distance.mean(dim=1)
+
+    label_total = (1 - alpha) * label.sum()
+    if loss_form == "paper":
+        label_total = label_total + alpha * label[-1]
+    total = label_total + alpha * distillation.sum() + beta * hint.sum()
+    return LossTerms(total, label, distillation, hint)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

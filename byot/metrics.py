@@ -1,0 +1,134 @@
+"""What is measured of a network: sums kept on the device, read once an epoch.
+
+B batch, C classes, K classifiers, shallow to deep. Accuracies are percent, NLL is nats an image, ECE is percent.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byot.loss import LossTerms
+from byot.model import BranchedResNet
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Accuracy, negative log-likelihood and expected calibration error of the K classifiers, then of the ensemble."""
+
+    num_images: int
+    accuracy: tuple[float, ...]  # K + 1, percent
+    nll: tuple[float, ...]  # K + 1, nats
+    ece: tuple[float, ...]  # K + 1, percent
+
+    def to_record(self, prefix: str) -> dict[str, float]:
+        """Flat names: `val_accuracy_1` … `val_accuracy_4`, `val_accuracy_ensemble`; `val_accuracy` is the deepest's."""
+        record: dict[str, float] = {}
+        for measure in ("accuracy", "nll", "ece"):
+            *classifiers, ensemble = getattr(self, measure)
+            record[f"{prefix}_{measure}"] = classifiers[-1]
+            record |= {f"{prefix}_{measure}_{i}": value for i, value in enumerate(classifiers, start=1)}
+            record[f"{prefix}_{measure}_ensemble"] = ensemble
+        return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """One epoch: the training losses and accuracies while it ran, and the validation after it where there is one."""
+
+    epoch: int  # from 1
+    lr: float  # of the last step
+    loss: float
+    label: tuple[float, ...]  # K
+    distillation: tuple[float, ...]  # K-1
+    hint: tuple[float, ...]  # K-1
+    accuracy: tuple[float, ...]  # K, percent, on the augmented batches as they were trained on
+    val: Evaluation | None
+    elapsed_s: float
+    images_per_s: float  # of training alone
+
+    def to_record(self) -> dict[str, Any]:
+        """A flat dict for metrics.jsonl, TensorBoard and a trial's report."""
+        record: dict[str, Any] = {"epoch": self.epoch, "lr": self.lr, "train_loss": self.loss}
+        for name in ("label", "distillation", "hint", "accuracy"):
+            record |= {f"train_{name}_{i}": value for i, value in enumerate(getattr(self, name), start=1)}
+        if self.val is not None:
+            record |= self.val.to_record("val")
+        return record | {"elapsed_s": self.elapsed_s, "images_per_s": self.images_per_s}
+
+
+class TrainingSums:
+    """Sums over an epoch's images of all loss terms and correct answers, in one tensor on the device."""
+
+    def __init__(self, num_classifiers: int, device: torch.device) -> None:
+        k = num_classifiers
+        self._sizes = [1, k, k - 1, k - 1, k]
+        self._sums = torch.zeros(sum(self._sizes), dtype=_sum_dtype(device), device=device)
+        self._num_images = 0
+
+    def add(self, terms: LossTerms, logits: tuple[Tensor, ...], labels: Tensor) -> None:
+        with torch.no_grad():
+            correct = (torch.stack(logits).argmax(dim=2) == labels).float().mean(dim=1)  # [K]
+            batch = torch.cat([terms.total[None], terms.label, terms.distillation, terms.hint, correct])
+            self._sums += batch * len(labels)
+        self._num_images += len(labels)
+
+    def read(self) -> tuple[tuple[float, ...], ...]:
+        """(total,), label [K], distillation [K-1], hint [K-1], accuracy [K] in percent. The one synchronisation."""
+        total, label, distillation, hint, correct = (self._sums.cpu() / self._num_images).split(self._sizes)
+        parts = (total, label, distillation, hint, correct * 100)
+        return tuple(tuple(part.tolist()) for part in parts)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: BranchedResNet, batches: Iterable[tuple[Tensor, Tensor]], *, autocast_dtype: torch.dtype | None
+) -> Evaluation:
+    """Run the network over all batches. The ensemble is the mean of the K softmaxes.
+
+    ECE: predictions go into 15 equal bins of confidence; sum over bins of |accuracy - mean confidence| times the bin's
+    share of the images (Guo et al., 2017).
+    """
+    model.eval()
+    sums: Tensor | None = None  # [K+1, 2 + bins]: correct, nll, then per bin correct - confidence
+    num_images = 0
+    for images, labels in batches:
+        with torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            logits = torch.stack(model(images).logits)  # [K, B, C]
+        log_probabilities = logits.float().log_softmax(dim=2)
+        probabilities = log_probabilities.exp()
+        ensemble = probabilities.mean(dim=0, keepdim=True)
+        probabilities = torch.cat([probabilities, ensemble])  # [K+1, B, C]
+        log_probabilities = torch.cat([log_probabilities, ensemble.clamp_min(1e-38).log()])
+        confidence, predicted = probabilities.max(dim=2)  # [K+1, B]
+        correct = (predicted == labels).float()
+        target = labels.expand_as(predicted)[..., None]
+        nll = -log_probabilities.gather(2, target)[..., 0]
+        bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+        gaps = torch.zeros(len(bins), ECE_BINS, device=bins.device).scatter_add_(1, bins, correct - confidence)
+        batch = torch.cat([correct.sum(1, keepdim=True), nll.sum(1, keepdim=True), gaps], dim=1)
+        sums = batch.to(_sum_dtype(batch.device)) if sums is None else sums + batch
+        num_images += len(labels)
+    assert sums is not None, "no images to evaluate"
+    sums = sums.cpu() / num_images
+    return Evaluation(
+        num_images=num_images,
+        accuracy=tuple((sums[:, 0] * 100).tolist()),
+        nll=tuple(sums[:, 1].tolist()),
+        ece=tuple((sums[:, 2:].abs().sum(dim=1) * 100).tolist()),
+    )
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+
+
+def accuracy_standard_error(accuracy: float, num_images: int) -> float:
+    """Binomial standard error, in points, of an accuracy in percent measured on `num_images` images."""
+    share = accuracy / 100
+    return 100 * math.sqrt(share * (1 - share) / num_images)

@@ -1,0 +1,57 @@
+"""The configuration a search chose: found among the searches on this machine, else the one shipped in results/."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from byot.config import PROJECT_ROOT
+from byot.files import read_json
+
+SHIPPED_FOLDER = PROJECT_ROOT / "results" / "best"
+
+
+class SearchedChoice(NamedTuple):
+    """Settings a search chose and one sentence on where they come from."""
+
+    settings: dict[str, Any]
+    source: str
+
+
+def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedChoice:
+    """The best configuration of the named search; of the newest finished one for this model and data set if `search`
+    is empty; else the shipped one. Raises ValueError where there is none."""
+    searches = outputs / "searches"
+    if search:
+        folder = Path(search) if (Path(search) / "best.json").is_file() else searches / search
+        if not (folder / "best.json").is_file():
+            raise ValueError(f"the search {search} has no best.json: no trial of it has reached its last epoch yet")
+        return _read_choice(folder / "best.json", f"the search {folder.name}")
+    finished = []
+    for record_path in searches.glob("*/search.json"):
+        try:
+            record = read_json(record_path)
+        except ValueError:  # a damaged record is no finished search
+            continue
+        settings = record.get("config", {})
+        if record.get("status") != "finished" or not record_path.with_name("best.json").is_file():
+            continue
+        if settings.get("model") == model and settings.get("dataset") == dataset:
+            finished.append((record.get("finished_at", ""), record_path.parent))
+    if finished:
+        folder = max(finished)[1]
+        return _read_choice(folder / "best.json", f"the newest finished search, {folder.name}")
+    shipped = SHIPPED_FOLDER / f"{model}-{dataset}.json"
+    if shipped.is_file():
+        return _read_choice(shipped, "results/best, shipped with the project, as no search here has finished")
+    raise ValueError(
+        f"no finished search of {model} on {dataset} is in {searches} and none is shipped: "
+        f"run python search/tune.py --model {model} --dataset {dataset} first"
+    )
+
+
+def _read_choice(path: Path, source: str) -> SearchedChoice:
+    record = read_json(path)
+    settings = record.get("config")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} has no configuration")
+    found = record.get("found_with")
+    return SearchedChoice(settings, f"{source} ({found})" if found else source)

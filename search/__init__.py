@@ -1,0 +1,1 @@
+"""The hyperparameter search: Optuna proposes, Ray Tune runs, every trial is recorded."""

@@ -34,7 +34,7 @@ def classifier_table(record: Mapping[str, Any], prefix: str) -> str:
 
 @contextmanager
 def show_progress(first_epoch: int, num_epochs: int) -> Iterator[tuple[OnBatch | None, OnEpoch]]:
-    """Give the two callbacks that show a run: a bar with images/s and the time left on a terminal, and a line an epoch."""
+    """Give the callbacks that show a run: a bar with images/s and the time left on a terminal, and a line an epoch."""
     if not sys.stdout.isatty():
         yield None, lambda metrics: print(epoch_line(metrics, num_epochs), flush=True)
         return

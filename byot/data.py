@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def find_parquet(dataset: str, data_dir: str | None, split: Split) -> list[Path]
     return []
 
 
-def _read_parquet(file: Path, columns: list[str]):
+def _read_parquet(file: Path, columns: list[str]) -> Any:
     import pyarrow
     import pyarrow.parquet
 
@@ -130,7 +130,7 @@ def _load_parquet(dataset: str, files: list[Path]) -> LabelledImages:
     return LabelledImages(np.concatenate(images), np.concatenate(labels))
 
 
-def _decode(column, image_size: int, file: Path) -> np.ndarray:
+def _decode(column: Any, image_size: int, file: Path) -> np.ndarray:
     from PIL import Image
 
     pixels = np.empty((len(column), image_size, image_size, 3), dtype=np.uint8)
@@ -286,7 +286,11 @@ class EpochPlan(NamedTuple):
     cutout_size: int  # pixels
 
     def to(self, device: torch.device) -> "EpochPlan":
-        return EpochPlan(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+        flips = None if self.flips is None else self.flips.to(device)
+        centres = None if self.cutout_centres is None else self.cutout_centres.to(device)
+        return self._replace(
+            order=self.order.to(device), offsets=self.offsets.to(device), flips=flips, cutout_centres=centres
+        )
 
 
 def draw_epoch(config: TrainConfig, num_images: int, epoch: int) -> EpochPlan:

@@ -7,9 +7,10 @@ settings of a search or of an earlier run.
 import argparse
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 
@@ -27,8 +28,17 @@ def flag_name(setting: str) -> str:
     return "--" + setting.replace("_", "-")
 
 
-def add_settings(parser: argparse.ArgumentParser, settings_class: Any, *, omit: tuple[str, ...] = ()) -> None:
-    """Add one flag for each field of a dataclass whose fields carry `metadata={"help": …}`."""
+def add_settings(
+    parser: argparse.ArgumentParser,
+    settings_class: Any,
+    *,
+    omit: tuple[str, ...] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Add one flag for each field of a dataclass whose fields carry `metadata={"help": …}`.
+
+    `defaults` are told in the help in place of the dataclass's own where the command has others.
+    """
     hints = get_type_hints(settings_class)
     group = parser.add_argument_group("settings")
     for f in fields(settings_class):
@@ -37,7 +47,8 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: Any, *, omit: 
         kind = hints[f.name]
         if get_origin(kind) in (Union, types.UnionType):  # `str | None`: the flag takes the str
             kind = next(a for a in get_args(kind) if a is not type(None))
-        text = f.metadata["help"] + ("" if f.default is None else f" [{f.default}]")
+        default = defaults.get(f.name, f.default)
+        text = f.metadata["help"] + ("" if default is None else f" [{default}]")
         choices = get_args(kind) if get_origin(kind) is Literal else None
         group.add_argument(
             flag_name(f.name),

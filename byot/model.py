@@ -34,7 +34,7 @@ class CifarResNet(ResNet):
         self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        self.maxpool = nn.Identity()
         self.fc = nn.Linear(self._scaled(STAGE_CHANNELS[-1]) * block.expansion, num_classes)
 
     def _scaled(self, planes: int) -> int:

@@ -71,10 +71,8 @@ def main() -> None:
         from byot.trainer import DivergedError
 
         result = read_result(config, folder)
-        run = open_run(config, folder, checkpoint) if result is None else None
-    if run is None:
-        print(f"{folder} is finished already; --name starts another run with these settings")
-    else:
+        run = None if result else open_run(config, folder, checkpoint)
+    if run is not None:
         start = f"going on from {run.resumed_from}" if run.resumed_from else "starting"
         precision = "bf16" if run.trainer.autocast_dtype else "fp32"
         print(
@@ -91,6 +89,9 @@ def main() -> None:
         except DivergedError as error:
             print(f"train.py: {error}", file=sys.stderr)
             raise SystemExit(1) from None
+    else:
+        print(f"{folder} is finished already; --name starts another run with these settings")
+    assert result is not None
     print(f"\ntest set, {result['num_test_images']} images, after epoch {config.epochs}")
     print(classifier_table(result, "test"))
 

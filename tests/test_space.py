@@ -1,0 +1,102 @@
+"""The search space: what is tried first, and what a file may change."""
+
+from pathlib import Path
+
+import pytest
+
+from byot.config import TrainConfig
+from search.settings import SearchSettings, expected_epochs, grace_epochs
+from search.space import DEFAULT_SPACE, Range, first_points, read_space, space_from_dict, space_to_dict
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "space.toml"
+    path.write_text(text)
+    return path
+
+
+def test_reference_first_then_deep_supervision_as_a_control():
+    reference, control = first_points(DEFAULT_SPACE, TrainConfig())
+    assert reference == ("reference", {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6}, True)
+    assert control.role == "control"
+    assert control.params["alpha"] == control.params["beta"] == 0
+    assert not control.told
+
+
+def test_a_reference_outside_the_space_is_run_but_not_told():
+    space = {**DEFAULT_SPACE, "alpha": Range(0.3, 0.9)}
+    assert not first_points(space, TrainConfig())[0].told
+
+
+def test_added_parameters_take_their_default_in_the_first_points():
+    space = {**DEFAULT_SPACE, "lr": Range(0.01, 0.5, log=True)}
+    assert [point.params["lr"] for point in first_points(space, TrainConfig(lr=0.05))] == [0.05, 0.05]
+
+
+def test_file_changes_one_range_adds_another_and_leaves_the_rest(tmp_path: Path):
+    space = read_space(write(tmp_path, "[alpha]\nlow = 0.2\nhigh = 0.6\n[lr]\nlow = 0.01\nhigh = 1\nlog = true\n"))
+    assert space == {**DEFAULT_SPACE, "alpha": Range(0.2, 0.6), "lr": Range(0.01, 1.0, log=True)}
+    assert space_from_dict(space_to_dict(space)) == space
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("[alpha", "TOML"),
+        ("[width]\nlow = 1\nhigh = 2", "'width'"),
+        ("alpha = 3", "alpha"),
+        ("[alpha]\nlow = 0", "alpha"),
+        ("[alpha]\nlow = 0\nhigh = 1\nstep = 1", "alpha"),
+        ("[alpha]\nlow = 0.5\nhigh = 0.5", "below"),
+        ("[alpha]\nlow = -1\nhigh = 0.5", "between 0 and 1"),
+        ("[alpha]\nlow = 0\nhigh = 2", "between 0 and 1"),
+        ("[temperature]\nlow = 0\nhigh = 2", "above 0"),
+        ("[beta]\nlow = 0\nhigh = 1e-3\nlog = true", "above 0"),
+        ("[beta]\nlow = 'a'\nhigh = 1", "numbers"),
+        ("[beta]\nlow = nan\nhigh = 1", "numbers"),
+        ("[beta]\nlow = true\nhigh = 1", "numbers"),
+        ("[beta]\nlow = 1e-8\nhigh = 1\nlog = 'yes'", "log"),
+        ("[lr]\nlow = 0\nhigh = 1", "lr"),
+    ],
+)
+def test_bad_files_are_told_in_one_sentence(tmp_path: Path, text: str, word: str):
+    with pytest.raises(ValueError, match=word) as caught:
+        read_space(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_space(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"num_samples": 0}, "num_samples"),
+        ({"max_concurrent": 0}, "max_concurrent"),
+        ({"cpus_per_trial": 0}, "cpus_per_trial"),
+        ({"gpus_per_trial": -1.0}, "gpus_per_trial"),
+        ({"gpus_per_trial": 1.5}, "gpus_per_trial"),
+        ({"gpus_per_trial": float("nan")}, "gpus_per_trial"),
+        ({"time_budget": "soon"}, "time_budget"),
+        ({"time_budget": "0m"}, "time_budget"),
+    ],
+)
+def test_search_settings_out_of_range(settings: dict, word: str):
+    with pytest.raises(ValueError, match=word):
+        SearchSettings(**settings)
+
+
+def test_time_budgets_and_modes():
+    times = [SearchSettings(time_budget=t).time_budget_s() for t in (None, "90", "90s", "1.5m", "2h", "1d")]
+    assert times == [None, 90, 90, 90, 7200, 86400]
+    assert SearchSettings().mode == "max"
+    assert SearchSettings(metric="val_nll").mode == "min"
+
+
+def test_epochs_expected_of_asha():
+    assert [grace_epochs(e) for e in (1, 2, 6, 20, 30, 200)] == [1, 2, 2, 2, 3, 20]
+    assert expected_epochs(1, 6) == 6
+    # 200 epochs, rungs at 20, 60, 180: 20 + 40/3 + 120/9 + 20/27 a sampled trial
+    assert expected_epochs(10, 200) == pytest.approx(2 * 200 + 8 * (20 + 40 / 3 + 120 / 9 + 20 / 27))

@@ -8,7 +8,7 @@ import io
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -162,6 +162,8 @@ def _load_archive(dataset: str, folder: Path, split: Split, *, download: bool) -
             found = archive(str(folder), train=split == "train", download=download)
     except (RuntimeError, OSError) as error:  # torchvision raises RuntimeError for a missing or damaged archive
         if download:
+            with suppress(OSError):
+                folder.rmdir()  # torchvision made it; it stays where it holds anything
             message = (
                 f"{dataset} is not in {folder} and could not be downloaded: give its folder with --data-dir, "
                 "or try --dataset digits, which needs no download"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
 DAY_S = 86400
+QUICK_WIDTH = 16
 
 # Read by Ray when it is imported or started (RAY.md of the project's notes gives the measurements behind them).
 RAY_ENVIRONMENT = {
@@ -96,7 +97,7 @@ def run_search(
     import ray
 
     ray.init(
-        address=address,
+        address=address or "local",  # without it Ray would join whatever cluster it finds on this machine
         num_cpus=slots.num_cpus if slots else None,
         num_gpus=slots.num_gpus if slots else None,
         include_dashboard=False if address is None else None,
@@ -105,9 +106,11 @@ def run_search(
         runtime_env=None if address is None else {"env_vars": RAY_ENVIRONMENT},
     )
     try:
-        if slots is None:
+        if slots is None:  # known only now
             found = ray.cluster_resources()
             slots = share_resources(settings, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
+        if slots.gpus_per_trial == 0 and choose_device(base.device).type == "cuda":
+            base = base.with_settings(device="cpu")  # asked for no GPU, Ray hides none from a trial
         return _run(folder, base, settings, space, data, slots, resume=resume)
     finally:
         ray.shutdown()
@@ -157,7 +160,8 @@ def _run(
     print(f"search {folder.name}: {settings.num_samples} trials of {base.model} width {base.width} on {base.dataset}")
     print(f"{len(data.train.labels)} images to train on, {len(data.val.labels)} to compare on, {folder}", flush=True)
     if not resume:
-        print(_estimate(setup, settings, slots, data.train, len(data.val.labels)), flush=True)
+        speed = _measure(setup, slots, data.train)
+        print(describe_time(speed, base, settings, slots, len(data.train.labels), len(data.val.labels)), flush=True)
 
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup, train=data.train, val=data.val),
@@ -228,19 +232,29 @@ def _run(
     return 0
 
 
-def _estimate(setup: "TrialSetup", settings: SearchSettings, slots: Slots, train: LabelledImages, num_val: int) -> str:
-    """Time a few steps on as many workers as will run at once, and say how long the search will take here."""
+def _measure(setup: "TrialSetup", slots: Slots, train: LabelledImages) -> float:
+    """Images a second and trial, timed over a few steps on as many workers as will run at once."""
     import ray
 
-    from search.trial import measure_images_per_s
+    from search.trial import STEPS_TIMED, measure_images_per_s
 
-    few = LabelledImages(*(part[: 8 * setup.base.batch_size] for part in train))
+    few = LabelledImages(*(part[: STEPS_TIMED * setup.base.batch_size] for part in train))
     measure = ray.remote(num_cpus=slots.cpus_per_trial, num_gpus=slots.gpus_per_trial)(measure_images_per_s)
-    images_per_s = min(ray.get([measure.remote(setup, few) for _ in range(slots.max_concurrent)]))
-    epoch_s = (len(train.labels) + num_val * EVALUATION_COST) / images_per_s
-    epochs = setup.base.epochs
-    about = expected_epochs(settings.num_samples, epochs) * epoch_s / slots.max_concurrent
-    at_most = settings.num_samples * epochs * epoch_s / slots.max_concurrent
+    return min(ray.get([measure.remote(setup, few) for _ in range(slots.max_concurrent)]))
+
+
+def describe_time(
+    images_per_s: float,
+    base: TrainConfig,
+    settings: SearchSettings,
+    slots: Slots,
+    num_train: int,
+    num_val: int,
+) -> str:
+    """How long a search will take at this speed, and, where that is days, what would make it hours."""
+    epoch_s = (num_train + num_val * EVALUATION_COST) / images_per_s
+    about = expected_epochs(settings.num_samples, base.epochs) * epoch_s / slots.max_concurrent
+    at_most = settings.num_samples * base.epochs * epoch_s / slots.max_concurrent
     text = (
         f"{images_per_s:.0f} images/s a trial, {slots.max_concurrent} at a time: about {_duration(about)}, "
         f"at most {_duration(at_most)}"
@@ -250,9 +264,9 @@ def _estimate(setup: "TrialSetup", settings: SearchSettings, slots: Slots, train
         text += f"; it will stop after {settings.time_budget}"
     elif about > DAY_S:
         ways = [] if slots.gpus_per_trial else ["a GPU"]
-        if setup.base.width > 16:
-            ways.append("--width 16 (about a tenth of the work of 64)")
-        ways.append(f"fewer --epochs than {epochs}")
+        if base.width > QUICK_WIDTH:
+            ways.append(f"--width {QUICK_WIDTH} (about a tenth of the work of 64)")
+        ways.append(f"fewer --epochs than {base.epochs}")
         text += f"\nto make that hours: {', '.join(ways)}"
     return text
 

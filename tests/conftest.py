@@ -1,0 +1,43 @@
+"""What the tests share: one thread, the CIFAR-100 files where they are, small parquet folders, a clean environment."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import PROJECT, ParquetMaker, write_parquet
+
+
+@pytest.fixture(autouse=True, scope="session")
+def single_thread() -> None:
+    """The cores are shared, and sums over threads are not bit-identical."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_outputs_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tester's own BYOT_OUTPUTS must not be written to."""
+    monkeypatch.delenv("BYOT_OUTPUTS", raising=False)
+
+
+@pytest.fixture(scope="session")
+def cifar100_dir() -> Path:
+    """The folder with CIFAR-100 as parquet: $BYOT_CIFAR100, else ../shared/data/cifar100 beside the project."""
+    given = os.environ.get("BYOT_CIFAR100")
+    folder = Path(given) if given else PROJECT.parent / "shared" / "data" / "cifar100"
+    if not any(folder.glob("train*.parquet")):
+        pytest.skip(f"CIFAR-100 is not in {folder}; name its parquet folder in BYOT_CIFAR100")
+    return folder
+
+
+@pytest.fixture
+def parquet_folder(tmp_path: Path) -> ParquetMaker:
+    """A function that writes a folder in the Hugging Face layout with random images."""
+
+    def make(num_train: int = 12, num_test: int = 6, dataset: str = "cifar100", folder: str = "data set") -> Path:
+        for split, num_images in (("train", num_train), ("test", num_test)):
+            write_parquet(tmp_path / folder / f"{split}-00000-of-00001.parquet", num_images, dataset=dataset)
+        return tmp_path / folder
+
+    return make

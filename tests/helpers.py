@@ -1,0 +1,116 @@
+"""Helpers of the tests that are no fixtures: command lines, small data files, pictures of a folder's content."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from PIL import Image
+
+PROJECT = Path(__file__).resolve().parents[1]
+ParquetMaker = Callable[..., Path]
+LABEL_COLUMN = {"cifar100": "fine_label", "cifar10": "label"}
+NUM_CLASSES = {"cifar100": 100, "cifar10": 10}
+
+
+def command_environment(**variables: str) -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("BYOT_OUTPUTS", "PYTHONPATH")}
+    return environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
+
+
+def command_line(script: str, *arguments: object, python: Sequence[str] = ()) -> list[str]:
+    return [sys.executable, *python, str(PROJECT / script), *map(str, arguments)]
+
+
+def run_command(
+    arguments: Sequence[object],
+    *,
+    cwd: Path,
+    script: str = "byot/train.py",
+    python: Sequence[str] = (),
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run an entry script in a process of its own from another folder, as a user would."""
+    return subprocess.run(
+        command_line(script, *arguments, python=python),
+        cwd=cwd,
+        env=command_environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def picture_of(folder: Path) -> dict[str, str]:
+    """Every path under a folder with a digest of its content: equal before and after if nothing was written."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def assert_one_sentence(stderr: str, *words: str) -> None:
+    """One line for a person, naming what is meant, and no traceback."""
+    assert stderr.count("\n") == 1, stderr
+    assert stderr.endswith("\n")
+    assert "Traceback" not in stderr
+    for word in words:
+        assert word in stderr
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def random_pixels(num_images: int, size: int = 32, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (num_images, size, size, 3), dtype=np.uint8)
+
+
+def write_parquet(
+    path: Path,
+    num_images: int = 4,
+    *,
+    dataset: str = "cifar100",
+    images: Sequence[bytes | None] | None = None,
+    labels: Sequence[Any] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Path:
+    """Write one file in the Hugging Face layout: `img` as struct{bytes, path} of PNG bytes, and a column of labels."""
+    if images is None:
+        images = [encode_png(pixels) for pixels in random_pixels(num_images, seed=len(path.name))]
+    if labels is None:
+        labels = [i % NUM_CLASSES[dataset] for i in range(len(images))]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    cells = pyarrow.array([{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(images)], type=kind)
+    table = pyarrow.table({"img": cells, LABEL_COLUMN[dataset]: pyarrow.array(labels)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(table if columns is None else table.select(columns), path)
+    return path
+
+
+def assert_same_state(found: Any, expected: Any, where: str = "state") -> None:
+    """Two nests of dicts, lists, tensors and numbers are equal to the last bit."""
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype, where
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected), where
+        for key in expected:
+            assert_same_state(found[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_same_state(a, b, f"{where}[{i}]")
+    else:
+        assert found == expected, where

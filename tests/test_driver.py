@@ -1,0 +1,48 @@
+"""How a machine is shared among trials, and what is said of the time before a search starts."""
+
+import pytest
+
+from byot.config import TrainConfig
+from search.driver import Slots, describe_time, share_resources
+from search.settings import SearchSettings
+
+
+@pytest.mark.parametrize(
+    ("settings", "cpus", "gpus", "expected"),
+    [
+        ({}, 2, 0, (2, 1, 0)),
+        ({"cpus_per_trial": 2}, 2, 0, (1, 2, 0)),
+        ({"max_concurrent": 1}, 8, 0, (1, 1, 0)),
+        ({"max_concurrent": 99}, 8, 0, (8, 1, 0)),
+        ({}, 16, 2, (2, 1, 1)),
+        ({"gpus_per_trial": 0.25}, 16, 1, (4, 1, 0.25)),
+        ({"gpus_per_trial": 0.4}, 16, 2, (4, 1, 0.4)),  # a fraction does not span two GPUs
+        ({"gpus_per_trial": 2.0}, 16, 4, (2, 1, 2)),
+        ({"gpus_per_trial": 0.0}, 16, 4, (16, 1, 0)),
+        ({"gpus_per_trial": 0.1, "cpus_per_trial": 4}, 16, 1, (4, 4, 0.1)),
+    ],
+)
+def test_slots(settings: dict, cpus: int, gpus: int, expected: tuple):
+    assert share_resources(SearchSettings(**settings), cpus, gpus, "here")[:3] == expected
+
+
+@pytest.mark.parametrize("settings", [{"gpus_per_trial": 1.0}, {"gpus_per_trial": 0.5}, {"cpus_per_trial": 3}])
+def test_more_than_there_is(settings: dict):
+    with pytest.raises(ValueError, match="but here has"):
+        share_resources(SearchSettings(**settings), 2, 0, "here")
+
+
+def test_days_come_with_advice_and_hours_do_not():
+    cpu, gpu = Slots(2, 1, 0, 2, 0), Slots(1, 1, 1, 16, 1)
+    told = describe_time(42, TrainConfig(), SearchSettings(), cpu, 45_000, 5_000)
+    assert "days" in told
+    for advice in ("a GPU", "--width 16", "fewer --epochs"):
+        assert advice in told
+    # 8 trials of 6 epochs: two whole, six of 2 + 4/3 epochs; (45,000 + 5,000 / 3) / 400 s an epoch, two at a time
+    quick = describe_time(400, TrainConfig(width=16, epochs=6), SearchSettings(num_samples=8), cpu, 45_000, 5_000)
+    assert quick == "400 images/s a trial, 2 at a time: about 31 min, at most 47 min"
+    slow_gpu = describe_time(4000, TrainConfig(), SearchSettings(num_samples=200), gpu, 45_000, 5_000)
+    assert "a GPU" not in slow_gpu
+    assert "fewer --epochs" in slow_gpu
+    limited = describe_time(42, TrainConfig(), SearchSettings(time_budget="8h"), cpu, 45_000, 5_000)
+    assert "it will stop after 8h" in limited

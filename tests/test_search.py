@@ -1,0 +1,284 @@
+"""Real searches from the command line, from another folder: what they leave, what they survive, what they refuse."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from byot.config import TrainConfig
+from byot.files import read_json, read_json_lines
+from search.records import Row, read_rows
+from tests.helpers import (
+    PROJECT,
+    ParquetMaker,
+    assert_one_sentence,
+    command_environment,
+    command_line,
+    picture_of,
+    run_command,
+)
+
+TUNE = "search/tune.py"
+EPOCHS = 6
+NUM_SAMPLES = 6
+SMALL = ("--dataset", "digits", "--width", 4, "--epochs", EPOCHS, "--num-samples", NUM_SAMPLES)
+
+
+def rows_of(folder: Path) -> list[Row]:
+    return read_rows(folder / "trials.csv")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A search that ran to its end, and what it printed."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    result = run_command([*SMALL, "--name", "small", "--outputs", outputs], cwd=outputs, script=TUNE)
+    assert result.returncode == 0, result.stderr
+    return outputs, result
+
+
+def test_every_trial_is_recorded(finished: tuple[Path, subprocess.CompletedProcess[str]]):
+    outputs, result = finished
+    folder = outputs / "searches" / "small"
+    rows = rows_of(folder)
+    assert len({row["trial_id"] for row in rows}) == NUM_SAMPLES
+    assert sorted(row["role"] for row in rows) == ["control", "reference", *["sampled"] * (NUM_SAMPLES - 2)]
+    for row in rows:
+        assert row["status"] in ("completed", "stopped")
+        assert (row["epochs_done"] == EPOCHS) == (row["status"] == "completed")
+        lines = read_json_lines(folder / "trials" / row["trial_id"] / "metrics.jsonl")
+        assert [line["epoch"] for line in lines] == list(range(1, row["epochs_done"] + 1))
+        assert lines[-1]["val_accuracy"] == row["val_accuracy"] == row["val_accuracy_4"]
+        assert lines[-1]["val_accuracy_ensemble"] == row["val_accuracy_ensemble"]
+        assert row["seconds"] == pytest.approx(sum(line["elapsed_s"] for line in lines))
+        assert row["trial_id"] in result.stdout
+    by_role = {row["role"]: row for row in rows}
+    assert (by_role["reference"]["alpha"], by_role["reference"]["temperature"]) == (0.1, 3.0)
+    assert by_role["reference"]["beta"] == 1e-6
+    assert (by_role["control"]["alpha"], by_role["control"]["beta"]) == (0.0, 0.0)
+    assert by_role["reference"]["status"] == by_role["control"]["status"] == "completed"
+
+
+def test_search_and_best_say_where_they_come_from(finished: tuple[Path, subprocess.CompletedProcess[str]]):
+    folder = finished[0] / "searches" / "small"
+    search, best = read_json(folder / "search.json"), read_json(folder / "best.json")
+    assert search["status"] == "finished"
+    assert set(search["space"]) == {"alpha", "temperature", "beta"}
+    assert search["config"]["seed"] == 0
+    assert search["num_train_images"] + search["num_val_images"] == 1438
+    assert {"torch", "ray", "optuna"} <= set(search["versions"])
+    assert search["hardware"]["cpu_cores"] == os.cpu_count()
+    full = [r for r in rows_of(folder) if r["status"] == "completed" and r["role"] != "control"]
+    assert best["value"] == max(row["val_accuracy"] for row in full)
+    config = TrainConfig.from_dict(best["config"])
+    assert config.val_fraction == 0
+    assert (config.alpha, config.width, config.epochs) == (best["params"]["alpha"], 4, EPOCHS)
+
+
+def test_terminal_shows_an_estimate_a_line_a_trial_and_the_next_commands(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+):
+    _, result = finished
+    assert "images/s a trial" in result.stdout
+    for i in range(1, NUM_SAMPLES + 1):
+        assert f"\n  {i}/{NUM_SAMPLES}  " in result.stdout
+    for command in ("byot/train.py --best small", "analysis/retrain.py small", "analysis/report.py small"):
+        assert command in result.stdout
+    assert "Configuration for experiment" not in result.stdout
+    assert result.stderr == ""
+
+
+def test_train_takes_the_best_of_the_newest_finished_search(finished: tuple[Path, subprocess.CompletedProcess[str]]):
+    outputs, _ = finished
+    result = run_command(
+        ["--best", "--dataset", "digits", "--epochs", 2, "--name", "again", "--outputs", outputs], cwd=outputs
+    )
+    assert result.returncode == 0, result.stderr
+    assert "the newest finished search, small" in result.stdout
+    best = read_json(outputs / "searches" / "small" / "best.json")
+    config = read_json(outputs / "runs" / "again" / "config.json")
+    assert config == {**best["config"], "epochs": 2}
+
+
+def test_an_existing_name_is_not_overwritten(finished: tuple[Path, subprocess.CompletedProcess[str]]):
+    outputs, _ = finished
+    before = picture_of(outputs / "searches")
+    result = run_command([*SMALL, "--name", "small", "--outputs", outputs], cwd=outputs, script=TUNE)
+    assert result.returncode == 2
+    assert_one_sentence(result.stderr, "exists already", "--resume")
+    assert picture_of(outputs / "searches") == before
+
+
+def start_search(outputs: Path, *arguments: object) -> subprocess.Popen[str]:
+    command = command_line(TUNE, *SMALL, *arguments, "--outputs", outputs)
+    log = open(outputs / "driver.log", "w")  # noqa: SIM115 - the process writes to it
+    return subprocess.Popen(
+        command, cwd=outputs, env=command_environment(), stdout=log, stderr=log, text=True, start_new_session=True
+    )
+
+
+def wait_for_ended(folder: Path, count: int, process: subprocess.Popen[str]) -> list[Row]:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        ended = [row for row in rows_of(folder) if row["status"] != "running"]
+        if len(ended) >= count:
+            return ended
+        assert process.poll() is None, "the search ended before it could be disturbed"
+        time.sleep(0.1)
+    raise AssertionError(f"{count} trials had not ended after 240 s")
+
+
+def check_whole(folder: Path, ended_before: list[Row]) -> None:
+    rows = rows_of(folder)
+    assert len({row["trial_id"] for row in rows}) == len(rows) == NUM_SAMPLES
+    assert {row["status"] for row in rows} <= {"completed", "stopped"}
+    assert [row for row in rows if row["trial_id"] in {r["trial_id"] for r in ended_before}] == ended_before
+    for row in rows:
+        lines = read_json_lines(folder / "trials" / row["trial_id"] / "metrics.jsonl")
+        assert [line["epoch"] for line in lines] == list(range(1, row["epochs_done"] + 1))
+
+
+@pytest.mark.slow
+def test_killed_driver_resumes_with_nothing_lost(tmp_path: Path):
+    process = start_search(tmp_path, "--name", "killed")
+    folder = tmp_path / "searches" / "killed"
+    ended = wait_for_ended(folder, 2, process)
+    process.kill()
+    process.wait()
+    ended = [row for row in rows_of(folder) if row["status"] != "running"]
+    result = run_command(["--resume", "--name", "killed", "--outputs", tmp_path], cwd=tmp_path, script=TUNE)
+    assert result.returncode == 0, result.stderr
+    check_whole(folder, ended)
+    assert read_json(folder / "search.json")["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_interrupted_search_tells_how_to_go_on_and_does(tmp_path: Path):
+    process = start_search(tmp_path, "--name", "interrupted")
+    folder = tmp_path / "searches" / "interrupted"
+    wait_for_ended(folder, 2, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    printed = (tmp_path / "driver.log").read_text()
+    assert "--name interrupted --resume" in printed
+    assert "Traceback" not in printed
+    assert read_json(folder / "search.json")["status"] == "interrupted"
+    ended = [row for row in rows_of(folder) if row["status"] == "completed"]
+    refused = run_command(["--resume", "--num-samples", 9, "--outputs", tmp_path], cwd=tmp_path, script=TUNE)
+    assert refused.returncode == 2
+    assert_one_sentence(refused.stderr, "--num-samples 6")
+    result = run_command(["--resume", "--outputs", tmp_path], cwd=tmp_path, script=TUNE)
+    assert result.returncode == 0, result.stderr
+    check_whole(folder, ended)
+
+
+@pytest.mark.slow
+def test_diverging_trials_fail_and_the_search_ends(tmp_path: Path):
+    arguments = [*SMALL[:-1], 3, "--lr", 1e18, "--name", "diverging", "--outputs", tmp_path]
+    result = run_command(arguments, cwd=tmp_path, script=TUNE)
+    assert result.returncode == 1, result.stdout + result.stderr
+    rows = rows_of(tmp_path / "searches" / "diverging")
+    assert [row["status"] for row in rows] == ["failed"] * 3
+    assert all("diverged" in row["error"] for row in rows)
+    assert not (tmp_path / "searches" / "diverging" / "best.json").exists()
+
+
+@pytest.mark.slow
+def test_noise_for_test_labels_changes_no_choice(tmp_path: Path, parquet_folder: ParquetMaker):
+    """The search and the retraining see the same training files and test labels that differ."""
+    choices: list[Any] = []
+    data = parquet_folder(num_train=400, num_test=40, dataset="cifar10")
+    noisy = tmp_path / "noisy"
+    shutil.copytree(data, noisy)
+    (file,) = noisy.glob("test*.parquet")
+    table = pyarrow.parquet.read_table(file)
+    noise = np.random.default_rng(1).permutation(table.column("label").to_numpy())
+    assert (noise != table.column("label").to_numpy()).any()
+    pyarrow.parquet.write_table(table.set_column(1, "label", pyarrow.array(noise)), file)
+    for folder in (data, noisy):
+        outputs = tmp_path / f"outputs of {folder.name}"
+        small = ["--dataset", "cifar10", "--width", 4, "--epochs", 2, "--data-dir", folder, "--outputs", outputs]
+        # One trial at a time: with two, TPE's proposals depend on which of them ends first.
+        search = run_command(
+            [*small, "--num-samples", 4, "--max-concurrent", 1, "--name", "s"], cwd=tmp_path, script=TUNE
+        )
+        assert search.returncode == 0, search.stderr
+        trained = run_command(["--best", "s", "--outputs", outputs, "--name", "r"], cwd=tmp_path)
+        assert trained.returncode == 0, trained.stderr
+        best = read_json(outputs / "searches" / "s" / "best.json")
+        rows = [
+            {k: v for k, v in row.items() if k not in ("trial_id", "seconds")}
+            for row in rows_of(outputs / "searches" / "s")
+        ]
+        metrics = [
+            {k: v for k, v in line.items() if k not in ("elapsed_s", "images_per_s")}
+            for line in read_json_lines(outputs / "runs" / "r" / "metrics.jsonl")
+        ]
+        choices.append((best["params"], best["value"], sorted(rows, key=str), metrics))
+        weights = (outputs / "runs" / "r" / "checkpoints" / "epoch-0002.pt").read_bytes()
+        choices.append(weights)
+    assert choices[0] == choices[2]
+    assert choices[1] == choices[3]
+
+
+def test_no_data_and_no_network_is_one_sentence_before_ray_starts(tmp_path: Path):
+    if (PROJECT / "data").exists():
+        pytest.skip("a data set lies in the project's default data folder")
+    result = run_command(
+        ["--model", "resnet18", "--outputs", tmp_path / "outputs"],
+        cwd=tmp_path,
+        script=TUNE,
+        https_proxy="http://127.0.0.1:9",
+        http_proxy="http://127.0.0.1:9",
+    )
+    assert result.returncode == 2
+    assert_one_sentence(result.stderr, "cifar100", "--data-dir", "--dataset digits")
+    assert not (tmp_path / "outputs").exists()
+    assert not (PROJECT / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "resnet19"], ["--model", "resnet19"]),
+        (["--alpha", "2"], ["--alpha"]),
+        (["--temperature", "0"], ["--temperature"]),
+        (["--epochs", "0"], ["epochs"]),
+        (["--epochs", "many"], ["--epochs"]),
+        (["--num-samples", "0"], ["num_samples"]),
+        (["--val-fraction", "0"], ["val_fraction"]),
+        (["--data-dir", "nowhere"], ["nowhere", "does not exist"]),
+        (["--data-dir", "."], ["parquet", "--data-dir"]),
+        (["--dataset", "digits", "--gpus-per-trial", "100"], ["GPU"]),
+        (["--dataset", "digits", "--cpus-per-trial", "1000"], ["CPU"]),
+        (["--dataset", "digits", "--device", "cuda"], ["cuda"]),
+        (["--space", "nowhere.toml"], ["nowhere.toml"]),
+        (["--time-budget", "soon"], ["time_budget"]),
+        (["--metric", "test_accuracy"], ["--metric"]),
+        (["--name", "../x"], ["name"]),
+        (["--resume"], ["no unfinished search"]),
+        (["--resume", "--name", "none"], ["none"]),
+        (["--storage-path", "s3://bucket/x"], ["--storage-path"]),
+        (["--surprise"], ["--surprise"]),
+    ],
+)
+def test_bad_command_lines_are_one_sentence_and_write_nothing(tmp_path: Path, arguments: list[str], words: list[str]):
+    result = run_command([*arguments, "--outputs", tmp_path / "outputs"], cwd=tmp_path, script=TUNE)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert_one_sentence(result.stderr, *words)
+    assert picture_of(tmp_path) == {}
+
+
+def test_unreadable_parquet(tmp_path: Path):
+    (tmp_path / "train-0.parquet").write_bytes(b"PAR1 not really")
+    result = run_command(["--data-dir", tmp_path, "--outputs", tmp_path / "outputs"], cwd=tmp_path, script=TUNE)
+    assert result.returncode == 2
+    assert_one_sentence(result.stderr, "train-0.parquet", "parquet")

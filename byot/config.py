@@ -171,11 +171,12 @@ NOT_IDENTITY = ("data_dir", "device")
 def learning_rate(config: TrainConfig, progress: float) -> float:
     """The learning rate at `progress`, the share of the run already done (0 <= progress < 1).
 
-    multistep: lr * 0.1^m, m the number of milestones passed, milestones at 75/200, 130/200 and 180/200 of the run.
+    multistep: lr * 0.1^m, m the number of milestones passed, milestones at 75/200, 130/200 and 180/200 of the run,
+    which may fall within an epoch.
     cosine: linear warm-up over the first 2.5 %, then half a cosine down to 0.
     """
     if RECIPES[config.recipe].schedule == "multistep":
-        passed = sum(progress >= round(m * config.epochs) / config.epochs for m in MULTISTEP_MILESTONES)
+        passed = sum(progress >= milestone for milestone in MULTISTEP_MILESTONES)
         return config.lr * MULTISTEP_FACTOR**passed
     if progress < COSINE_WARMUP:
         return config.lr * (progress / COSINE_WARMUP)

@@ -1,7 +1,6 @@
 """One search from its plan to its end: Ray started, the time estimated, the trials run, the result told."""
 
 import logging
-import os
 import shlex
 import sys
 import warnings
@@ -16,6 +15,7 @@ from byot.data import LabelledImages, load_images, split_validation
 from byot.files import read_json, write_json
 from byot.provenance import find_commit, find_versions, provenance
 from byot.trainer import choose_device
+from search.cluster import Share, Slots, share, start_ray
 from search.settings import SearchSettings, expected_epochs
 from search.space import Space, first_points, space_to_dict
 
@@ -25,26 +25,6 @@ if TYPE_CHECKING:
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
 DAY_S = 86400
 QUICK_WIDTH = 16
-
-# Read by Ray when it is imported or started (RAY.md of the project's notes gives the measurements behind them).
-RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial keeps its own metrics.jsonl
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # with the default of 2 s reused workers can deadlock
-}
-
-
-class Slots(NamedTuple):
-    """What each trial gets and how many run at once."""
-
-    max_concurrent: int
-    cpus_per_trial: int
-    gpus_per_trial: float
-    num_cpus: int  # of the machine or cluster
-    num_gpus: int
 
 
 class SearchData(NamedTuple):
@@ -60,56 +40,32 @@ def load_search_data(base: TrainConfig) -> SearchData:
     return SearchData(train, val)
 
 
-def find_slots(settings: SearchSettings, device: str) -> Slots:
-    """Share this machine among trials. Raises ValueError where a trial asks for more than there is."""
-    uses_gpu = choose_device(device).type == "cuda"
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return share_resources(settings, num_cpus, torch.cuda.device_count() if uses_gpu else 0, "this machine")
-
-
-def share_resources(settings: SearchSettings, num_cpus: int, num_gpus: int, where: str) -> Slots:
-    cpus = settings.cpus_per_trial or 1
-    gpus = settings.gpus_per_trial if settings.gpus_per_trial is not None else float(min(1, num_gpus))
-    if gpus > num_gpus:
-        raise ValueError(f"a trial is to have {gpus:g} GPUs, but {where} has {num_gpus}")
-    if cpus > num_cpus:
-        raise ValueError(f"a trial is to have {cpus} CPU threads, but {where} has {num_cpus}")
-    room = num_cpus // cpus
-    if gpus > 0:
-        room = min(room, int(num_gpus / gpus) if gpus >= 1 else num_gpus * int(1 / gpus))
-    return Slots(min(settings.max_concurrent or room, room), cpus, gpus, num_cpus, num_gpus)
-
-
 def run_search(
     folder: Path,
     base: TrainConfig,
     settings: SearchSettings,
     space: Space,
     data: SearchData,
-    slots: Slots | None,
+    room: Slots | Share,
     *,
     address: str | None,
     resume: bool,
 ) -> int:
-    """Run or go on with a search; returns the exit code: 0 finished, 1 no trial finished, 130 stopped on the way."""
+    """Run or go on with a search; returns the exit code: 0 finished, 1 no trial finished, 130 stopped on the way.
+
+    `room` is what is asked for where the resources are known only once Ray has joined the cluster at `address`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
+    start_ray(room if isinstance(room, Slots) else None, address)
     import ray
 
-    ray.init(
-        address=address or "local",  # without it Ray would join whatever cluster it finds on this machine
-        num_cpus=slots.num_cpus if slots else None,
-        num_gpus=slots.num_gpus if slots else None,
-        include_dashboard=False if address is None else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env=None if address is None else {"env_vars": RAY_ENVIRONMENT},
-    )
     try:
-        if slots is None:  # known only now
+        if isinstance(room, Slots):
+            slots = room
+        else:
             found = ray.cluster_resources()
-            slots = share_resources(settings, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
-        if slots.gpus_per_trial == 0 and choose_device(base.device).type == "cuda":
+            slots = share(room, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
+        if slots.gpus == 0 and choose_device(base.device).type == "cuda":
             base = base.with_settings(device="cpu")  # asked for no GPU, Ray hides none from a trial
         return _run(folder, base, settings, space, data, slots, resume=resume)
     finally:
@@ -133,7 +89,7 @@ def _run(
     from search.trial import TrialSetup, run_trial
 
     _log_to_file(folder / "search.log")
-    setup = TrialSetup(base, folder / "trials", settings.metric, slots.cpus_per_trial)
+    setup = TrialSetup(base, folder / "trials", settings.metric, slots.cpus)
     parameters = list(space)
     if not resume:
         write_json(
@@ -152,7 +108,7 @@ def _run(
                 "max_concurrent": slots.max_concurrent,
                 "num_train_images": len(data.train.labels),
                 "num_val_images": len(data.val.labels),
-                **provenance(torch.device("cuda" if slots.gpus_per_trial else "cpu")),
+                **provenance(torch.device("cuda" if slots.gpus else "cpu")),
             },
         )
     else:
@@ -165,7 +121,7 @@ def _run(
 
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup, train=data.train, val=data.val),
-        {"CPU": slots.cpus_per_trial, "GPU": slots.gpus_per_trial},
+        {"CPU": slots.cpus, "GPU": slots.gpus},
     )
     if resume:
         tuner = tune.Tuner.restore(str(folder / "ray"), trainable=trainable, resume_errored=False)
@@ -239,7 +195,7 @@ def _measure(setup: "TrialSetup", slots: Slots, train: LabelledImages) -> float:
     from search.trial import STEPS_TIMED, measure_images_per_s
 
     few = LabelledImages(*(part[: STEPS_TIMED * setup.base.batch_size] for part in train))
-    measure = ray.remote(num_cpus=slots.cpus_per_trial, num_gpus=slots.gpus_per_trial)(measure_images_per_s)
+    measure = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus)(measure_images_per_s)
     return min(ray.get([measure.remote(setup, few) for _ in range(slots.max_concurrent)]))
 
 
@@ -263,7 +219,7 @@ def describe_time(
     if budget is not None and budget < about:
         text += f"; it will stop after {settings.time_budget}"
     elif about > DAY_S:
-        ways = [] if slots.gpus_per_trial else ["a GPU"]
+        ways = [] if slots.gpus else ["a GPU"]
         if base.width > QUICK_WIDTH:
             ways.append(f"--width {QUICK_WIDTH} (about a tenth of the work of 64)")
         ways.append(f"fewer --epochs than {base.epochs}")

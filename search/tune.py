@@ -106,13 +106,17 @@ def main() -> None:
         plan = plan_resumed if arguments.resume else plan_new
         folder, base, settings, space = plan(arguments, searches)
 
-        from search.driver import find_slots, load_search_data, run_search
+        from search.cluster import Share, share_machine
+        from search.driver import load_search_data, run_search
 
         # A cluster's resources are known only once Ray has connected to it.
-        slots = find_slots(settings, base.device) if arguments.address is None else None
+        asked = Share(settings.cpus_per_trial, settings.gpus_per_trial, settings.max_concurrent)
+        slots = share_machine(asked, base.device) if arguments.address is None else None
         data = load_search_data(base)
     raise SystemExit(
-        run_search(folder, base, settings, space, data, slots, address=arguments.address, resume=arguments.resume)
+        run_search(
+            folder, base, settings, space, data, slots or asked, address=arguments.address, resume=arguments.resume
+        )
     )
 
 

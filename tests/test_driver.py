@@ -3,7 +3,8 @@
 import pytest
 
 from byot.config import TrainConfig
-from search.driver import Slots, describe_time, share_resources
+from search.cluster import Share, Slots, share
+from search.driver import describe_time
 from search.settings import SearchSettings
 
 
@@ -11,25 +12,25 @@ from search.settings import SearchSettings
     ("settings", "cpus", "gpus", "expected"),
     [
         ({}, 2, 0, (2, 1, 0)),
-        ({"cpus_per_trial": 2}, 2, 0, (1, 2, 0)),
+        ({"cpus": 2}, 2, 0, (1, 2, 0)),
         ({"max_concurrent": 1}, 8, 0, (1, 1, 0)),
         ({"max_concurrent": 99}, 8, 0, (8, 1, 0)),
         ({}, 16, 2, (2, 1, 1)),
-        ({"gpus_per_trial": 0.25}, 16, 1, (4, 1, 0.25)),
-        ({"gpus_per_trial": 0.4}, 16, 2, (4, 1, 0.4)),  # a fraction does not span two GPUs
-        ({"gpus_per_trial": 2.0}, 16, 4, (2, 1, 2)),
-        ({"gpus_per_trial": 0.0}, 16, 4, (16, 1, 0)),
-        ({"gpus_per_trial": 0.1, "cpus_per_trial": 4}, 16, 1, (4, 4, 0.1)),
+        ({"gpus": 0.25}, 16, 1, (4, 1, 0.25)),
+        ({"gpus": 0.4}, 16, 2, (4, 1, 0.4)),  # a fraction does not span two GPUs
+        ({"gpus": 2.0}, 16, 4, (2, 1, 2)),
+        ({"gpus": 0.0}, 16, 4, (16, 1, 0)),
+        ({"gpus": 0.1, "cpus": 4}, 16, 1, (4, 4, 0.1)),
     ],
 )
 def test_slots(settings: dict, cpus: int, gpus: int, expected: tuple):
-    assert share_resources(SearchSettings(**settings), cpus, gpus, "here")[:3] == expected
+    assert share(Share(**settings), cpus, gpus, "here")[:3] == expected
 
 
-@pytest.mark.parametrize("settings", [{"gpus_per_trial": 1.0}, {"gpus_per_trial": 0.5}, {"cpus_per_trial": 3}])
+@pytest.mark.parametrize("settings", [{"gpus": 1.0}, {"gpus": 0.5}, {"cpus": 3}])
 def test_more_than_there_is(settings: dict):
-    with pytest.raises(ValueError, match="but here has"):
-        share_resources(SearchSettings(**settings), 2, 0, "here")
+    with pytest.raises(ValueError, match="here has"):
+        share(Share(**settings), 2, 0, "here")
 
 
 def test_days_come_with_advice_and_hours_do_not():

@@ -1,28 +1,36 @@
 """Checkpoints that are plain data, appear whole or not at all, and show when they are damaged.
 
-A checkpoint is one file, `epoch-0012.pt`, written to a temporary name, flushed to the disk and renamed. Its zip
-container carries a CRC-32 of every record, so truncation and flipped bits are found without a second file.
+A checkpoint is one file, `epoch-0012.pt`, written to a temporary name, flushed to the disk and renamed. It is what
+torch.save writes, a zip archive, with the SHA-256 of it all as the archive's comment, so torch.load reads it as well.
 """
 
+import hashlib
+import io
 import os
 import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+COMMENT_LENGTH = hashlib.sha256().digest_size * 2  # in hexadecimal
+NO_COMMENT = (0).to_bytes(2, "little")  # a zip archive ends with its comment's length and the comment
 KEEP = 2  # checkpoints kept in a run's folder: the last one and the one before, should the last be damaged
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings, lists and dicts of them) so that `path` is never half written."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    archive = buffer.getbuffer()
+    assert archive[-2:] == NO_COMMENT
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            file.write(archive[:-2])
+            file.write(_comment(archive))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -33,20 +41,25 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running any code it may carry. Raises ValueError if it is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checkpoint {path} is damaged: its checksums do not match")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"there is no checkpoint {path}") from error
-    except (OSError, RuntimeError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged or is not one") from error
+    except OSError as error:
+        raise ValueError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
+    archive = data[: -COMMENT_LENGTH - 2] + NO_COMMENT
+    if data[-COMMENT_LENGTH - 2 :] != _comment(archive):
+        raise ValueError(f"the checkpoint {path} is damaged, or was not written by this project")
+    try:
+        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"the checkpoint {path} holds more than plain data and is not loaded") from error
     if not isinstance(state, dict):
         raise ValueError(f"the checkpoint {path} was not written by this project")
     return state
+
+
+def _comment(archive: bytes | memoryview) -> bytes:
+    return COMMENT_LENGTH.to_bytes(2, "little") + hashlib.sha256(archive).hexdigest().encode()
 
 
 def epoch_checkpoint(folder: Path, epoch: int) -> Path:
@@ -69,5 +82,6 @@ def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def remove_old_checkpoints(folder: Path) -> None:
-    for path in list_checkpoints(folder)[KEEP:]:
+    """Remove all but the last two, and what processes killed while writing have left."""
+    for path in (*list_checkpoints(folder)[KEEP:], *folder.glob(".epoch-*.tmp")):
         path.unlink(missing_ok=True)

@@ -119,6 +119,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number, not {value!r}")
+            object.__setattr__(self, name, float(value))  # 0 and 0.0 are one setting, and give one run name
         if not 1 <= self.width <= 1024:
             raise ValueError(f"width must lie between 1 and 1024, not {self.width}")
         if self.epochs < 1:

@@ -3,7 +3,6 @@
 B batch, C classes, K classifiers, shallow to deep. Accuracies are percent, NLL is nats an image, ECE is percent.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -126,9 +125,3 @@ def evaluate(
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-
-
-def accuracy_standard_error(accuracy: float, num_images: int) -> float:
-    """Binomial standard error, in points, of an accuracy in percent measured on `num_images` images."""
-    share = accuracy / 100
-    return 100 * math.sqrt(share * (1 - share) / num_images)

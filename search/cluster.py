@@ -19,6 +19,13 @@ RAY_ENVIRONMENT = {
 }
 
 
+START_ATTEMPTS = 3
+
+
+class RayStartError(RuntimeError):
+    """Ray did not start, or no cluster is where one was said to be."""
+
+
 class Share(NamedTuple):
     """What each trial or run asks for; None leaves the choice to `share`."""
 
@@ -62,16 +69,30 @@ def share_machine(asked: Share, device: str) -> Slots:
 
 
 def start_ray(slots: Slots | None, address: str | None = None) -> None:
-    """Start Ray quietly on this machine, or join the cluster at `address`."""
+    """Start Ray quietly on this machine, or join the cluster at `address`.
+
+    Tries again where Ray does not come up within its fixed 30 seconds, as on a busy machine it may not. Raises
+    RayStartError when it does not at all.
+    """
     os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
     import ray
 
-    ray.init(
-        address=address or "local",  # without it Ray would join whatever cluster it finds on this machine
-        num_cpus=slots.num_cpus if slots else None,
-        num_gpus=slots.num_gpus if slots else None,
-        include_dashboard=False if address is None else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env=None if address is None else {"env_vars": RAY_ENVIRONMENT},
-    )
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address=address or "local",  # without it Ray would join whatever cluster it finds on this machine
+                num_cpus=slots.num_cpus if slots else None,
+                num_gpus=slots.num_gpus if slots else None,
+                include_dashboard=False if address is None else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=None if address is None else {"env_vars": RAY_ENVIRONMENT},
+            )
+            return
+        except ConnectionError as error:
+            raise RayStartError(f"no Ray cluster answers at {address}") from error
+        except Exception as error:  # Ray has no class of its own for a start that timed out
+            if "timed out" not in str(error):
+                raise
+            if attempt == START_ATTEMPTS:
+                raise RayStartError(str(error)) from error

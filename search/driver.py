@@ -15,7 +15,7 @@ from byot.data import LabelledImages, load_images, split_validation
 from byot.files import read_json, write_json
 from byot.provenance import find_commit, find_versions, provenance
 from byot.trainer import choose_device
-from search.cluster import Share, Slots, share, start_ray
+from search.cluster import RayStartError, Share, Slots, share, start_ray
 from search.settings import SearchSettings, expected_epochs
 from search.space import Space, first_points, space_to_dict
 
@@ -55,8 +55,11 @@ def run_search(
 
     `room` is what is asked for where the resources are known only once Ray has joined the cluster at `address`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    start_ray(room if isinstance(room, Slots) else None, address)
+    try:
+        start_ray(room if isinstance(room, Slots) else None, address)
+    except RayStartError as error:
+        print(f"tune.py: Ray did not start ({error})", file=sys.stderr)
+        return 1
     import ray
 
     try:
@@ -88,6 +91,7 @@ def _run(
     from search.study import BudgetAwareOptunaSearch, DurableAsha
     from search.trial import TrialSetup, run_trial
 
+    folder.mkdir(parents=True, exist_ok=True)
     _log_to_file(folder / "search.log")
     setup = TrialSetup(base, folder / "trials", settings.metric, slots.cpus)
     parameters = list(space)

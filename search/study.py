@@ -96,8 +96,9 @@ def _reported(trial: optuna.Trial) -> dict[int, float]:
 class DurableAsha(AsyncHyperBandScheduler):
     """ASHA by epochs whose rungs are kept in a file, since Ray does not restore them.
 
-    The first points, which the others are compared with, always run to their last epoch. A trial that diverged ends at
-    once. A trial that goes on after a restart never fills rungs it has passed with its later, better values.
+    The first points always run to their last epoch and stand outside the rungs: compared with at the end, they must
+    not stop whatever learns slower than they do at the start. A trial that diverged ends at once. A trial that goes on
+    after a restart never fills rungs it has passed with its later, better values.
     """
 
     def __init__(self, *, metric: str, mode: Literal["max", "min"], epochs: int, rungs_file: Path) -> None:
@@ -120,12 +121,12 @@ class DurableAsha(AsyncHyperBandScheduler):
         value = result.get(self._metric_name)
         if value is not None and not math.isfinite(value):
             return self.STOP
+        if trial.config["role"] != "sampled":
+            return self.CONTINUE if result["epoch"] < self._max_t else self.STOP
         before = self._num_recorded()
         decision: str = super().on_trial_result(tune_controller, trial, result)
         if self._num_recorded() != before:
             self._save_rungs()
-        if trial.config["role"] != "sampled" and result["epoch"] < self._max_t:
-            return self.CONTINUE
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from search.space import DEFAULT_SPACE, first_points
 from search.study import BudgetAwareOptunaSearch, DurableAsha
 
 EPOCHS = 9
+CONTROLLER: Any = None  # the scheduler does without
 
 
 def make_searcher(mode: Any = "max", num_samples: int = 40) -> BudgetAwareOptunaSearch:
@@ -107,23 +108,30 @@ class Trials:
     def report(self, trial_id: str, epoch: int, value: float, role: str = "sampled") -> str:
         trial: Any = SimpleNamespace(trial_id=trial_id, config={"role": role})
         if trial_id not in self.scheduler._trial_info:
-            self.scheduler.on_trial_add(None, trial)
-        return self.scheduler.on_trial_result(None, trial, {"epoch": epoch, "val_accuracy": value})
+            self.scheduler.on_trial_add(CONTROLLER, trial)
+        return self.scheduler.on_trial_result(CONTROLLER, trial, {"epoch": epoch, "val_accuracy": value})
 
 
 def make_scheduler(folder: Path) -> DurableAsha:
     return DurableAsha(metric="val_accuracy", mode="max", epochs=18, rungs_file=folder / "state" / "rungs.json")
 
 
-def test_asha_stops_the_worse_and_runs_the_first_points_whole(tmp_path: Path):
+def test_asha_stops_the_worse(tmp_path: Path):
     trials = Trials(make_scheduler(tmp_path))
     assert trials.report("a", 1, 1.0) == TrialScheduler.CONTINUE
     assert trials.report("a", 2, 50.0) == TrialScheduler.CONTINUE
     assert trials.report("b", 2, 40.0) == TrialScheduler.STOP
     assert trials.report("c", 2, 60.0) == TrialScheduler.CONTINUE
-    assert trials.report("d", 2, 1.0, role="control") == TrialScheduler.CONTINUE
-    assert trials.report("e", 2, 1.0, role="reference") == TrialScheduler.CONTINUE
-    assert trials.report("e", 18, 1.0, role="reference") == TrialScheduler.STOP
+
+
+def test_first_points_run_whole_and_stop_no_other(tmp_path: Path):
+    trials = Trials(make_scheduler(tmp_path))
+    assert trials.report("control", 2, 99.0, role="control") == TrialScheduler.CONTINUE
+    assert trials.report("reference", 2, 98.0, role="reference") == TrialScheduler.CONTINUE
+    assert trials.report("a", 2, 50.0) == TrialScheduler.CONTINUE
+    assert trials.report("b", 2, 60.0) == TrialScheduler.CONTINUE
+    assert trials.report("reference", 6, 1.0, role="reference") == TrialScheduler.CONTINUE
+    assert trials.report("reference", 18, 1.0, role="reference") == TrialScheduler.STOP
 
 
 def test_asha_stops_a_trial_that_diverged(tmp_path: Path):
@@ -148,4 +156,5 @@ def test_rungs_survive_a_restart_though_the_pickle_is_older(tmp_path: Path):
 
 @pytest.mark.parametrize(("num_samples", "startup"), [(4, 2), (24, 6), (400, 10)])
 def test_few_trials_are_not_all_random(num_samples: int, startup: int):
-    assert make_searcher(num_samples=num_samples)._study().sampler._n_startup_trials == startup  # type: ignore[attr-defined]
+    sampler: Any = make_searcher(num_samples=num_samples)._study().sampler
+    assert sampler._n_startup_trials == startup

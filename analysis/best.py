@@ -1,0 +1,60 @@
+"""The best configurations of a search, and what the noise allows to say of them.
+
+  python analysis/best.py                  the newest search
+  python analysis/best.py NAME --top 10    a named one, or a path to its folder
+
+Only trials that reached the last epoch are ranked. Reads files alone, also of a search that still runs.
+"""
+
+from pathlib import Path
+
+from byot.config import outputs_folder
+from byot.files import write_text
+from byot.flags import Parser, one_sentence_errors
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="best.py", description=__doc__)
+    parser.add_argument("search", nargs="?", metavar="SEARCH", help="name of a search (default: the newest)")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="configurations shown [5]")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the whole ranking to this file")
+    parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    with one_sentence_errors("best.py"):
+        if arguments.top < 1:
+            raise ValueError(f"--top must be at least 1, not {arguments.top}")
+        outputs = outputs_folder(arguments.outputs)
+
+        from datetime import UTC, datetime
+
+        from analysis.listing import bullets, ranking_table
+        from analysis.trials import find_search, last_sign_of_life, load_search, load_trials, rank
+        from analysis.verdict import count_statuses, describe_status, judge_search, next_commands
+
+        folder = find_search(outputs, arguments.search)
+        search, trials = load_search(folder), load_trials(folder)
+        ranked = rank(trials, search["metric"], search["mode"], search["config"]["epochs"])
+        if arguments.csv is not None:
+            target = arguments.csv.expanduser()
+            try:
+                write_text(target, ranked.to_csv(index=False))
+            except OSError as error:
+                raise ValueError(f"{target} cannot be written ({error.strerror})") from error
+    config = search["config"]
+    print(f"search {search['name']}: {describe_status(search, last_sign_of_life(folder), datetime.now(UTC))}")
+    print(f"{config['model']} width {config['width']} on {config['dataset']}, {config['epochs']} epochs")
+    print(count_statuses(trials))
+    if not ranked.empty:
+        print(f"\n{ranking_table(search, trials, arguments.top).to_text()}")
+    print(f"\n{bullets(judge_search(search, trials))}")
+    if not ranked.empty:
+        print("\nnext:")
+        print("\n".join(f"  {command}" for command in next_commands(folder, outputs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,534 @@
+"""Holds byot/data.py to per-image loops, its random draws to (seed, epoch), its splits to their labels, and every bad
+file to one helpful sentence.
+
+N images, B batch, H = W image size in pixels.
+"""
+
+import socket
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import functional as transforms
+
+from byot import data
+from byot.config import DATASETS, TrainConfig
+from byot.data import (
+    REFERENCE_MEAN,
+    REFERENCE_STD,
+    DeviceImages,
+    EpochPlan,
+    LabelledImages,
+    Normalisation,
+    check_dataset,
+    crop_and_flip,
+    cut_out,
+    draw_epoch,
+    find_normalisation,
+    find_parquet,
+    load_images,
+    normalise,
+    split_validation,
+    stratified_split,
+)
+from tests.helpers import ParquetMaker, encode_png, picture_of, random_pixels, write_parquet
+
+CPU = torch.device("cpu")
+PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def slow_crop_and_flip(pixels: np.ndarray, offset: list[int], flip: bool, padding: int) -> np.ndarray:
+    """One image through Pillow: black border, crop at (row, column), mirror."""
+    size = pixels.shape[0]
+    row, column = offset
+    image = ImageOps.expand(Image.fromarray(pixels), border=padding, fill=0)
+    image = image.crop((column, row, column + size, row + size))
+    return np.asarray(ImageOps.mirror(image) if flip else image)
+
+
+def slow_cut_out(image: torch.Tensor, centre: list[int], size: int) -> torch.Tensor:
+    image = image.clone()
+    for row in range(centre[0] - size // 2, centre[0] - size // 2 + size):
+        for column in range(centre[1] - size // 2, centre[1] - size // 2 + size):
+            if 0 <= row < image.shape[1] and 0 <= column < image.shape[2]:
+                image[:, row, column] = 0
+    return image
+
+
+@pytest.mark.parametrize(("size", "padding"), [(32, 4), (8, 1), (8, 0), (5, 5)])
+@pytest.mark.parametrize("with_flips", [True, False])
+def test_crop_and_flip_equals_the_loop(size: int, padding: int, with_flips: bool) -> None:
+    generator = torch.Generator().manual_seed(size)
+    pixels = random_pixels(200, size)
+    offsets = torch.randint(0, 2 * padding + 1, (200, 2), generator=generator)
+    flips = torch.rand(200, generator=generator) < 0.5 if with_flips else None
+    found = crop_and_flip(torch.from_numpy(pixels), offsets, flips, padding)
+    assert found.dtype == torch.uint8
+    for i in range(200):
+        flip = bool(flips[i]) if flips is not None else False
+        expected = slow_crop_and_flip(pixels[i], offsets[i].tolist(), flip, padding)
+        assert np.array_equal(found[i].numpy(), expected), i
+
+
+def test_normalise_equals_torchvision() -> None:
+    pixels = random_pixels(50)
+    mean, std = (0.4914, 0.3, 0.5), (0.2, 0.25, 0.3)
+    found = normalise(torch.from_numpy(pixels), torch.tensor(mean), torch.tensor(std))
+    assert found.shape == (50, 3, 32, 32)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    for image, result in zip(pixels, found, strict=True):
+        expected = transforms.normalize(transforms.to_tensor(image.copy()), mean, std)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 40])
+def test_cut_out_equals_the_loop(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    batch = torch.rand(40, 3, 16, 16, generator=generator) + 1
+    centres = torch.randint(0, 16, (40, 2), generator=generator)
+    centres[:4] = torch.tensor([[0, 0], [15, 15], [0, 15], [7, 0]])
+    before = batch.clone()
+    found = cut_out(batch, centres, size)
+    for i in range(40):
+        assert torch.equal(found[i], slow_cut_out(before[i], centres[i].tolist(), size)), i
+
+
+# ---------------------------------------------------------------- an epoch's draws
+
+
+def same_plan(a: EpochPlan, b: EpochPlan) -> bool:
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+CONFIGS = {
+    "cifar100": TrainConfig(seed=3),
+    "digits": TrainConfig(dataset="digits", seed=3),
+    "strong": TrainConfig(recipe="strong", seed=3),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_epoch_is_drawn_from_seed_and_number_alone(config: TrainConfig) -> None:
+    torch.manual_seed(1)
+    first = draw_epoch(config, 2000, epoch=5)
+    torch.manual_seed(2)
+    other_weights = config.with_settings(alpha=0.7, temperature=1.0, beta=0.1, lr=0.5, batch_size=7, epochs=9)
+    assert same_plan(first, draw_epoch(other_weights, 2000, epoch=5))
+    assert not same_plan(first, draw_epoch(config, 2000, epoch=6))
+    assert not same_plan(first, draw_epoch(config.with_settings(seed=4), 2000, epoch=5))
+    # not even by adding up to the same
+    assert not torch.equal(first.order, draw_epoch(config.with_settings(seed=4), 2000, epoch=4).order)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_draws_cover_what_they_should(config: TrainConfig) -> None:
+    info = DATASETS[config.dataset]
+    plan = draw_epoch(config, 2000, epoch=0)
+    assert sorted(plan.order.tolist()) == list(range(2000))
+    assert plan.order.tolist() != list(range(2000))
+    for axis in (0, 1):
+        counts = Counter(plan.offsets[:, axis].tolist())
+        assert set(counts) == set(range(2 * info.crop_padding + 1))
+        assert min(counts.values()) > 0.7 * 2000 / len(counts)
+    if config.dataset == "digits":
+        assert plan.flips is None, "a mirrored digit is another digit or none"
+    else:
+        assert plan.flips is not None
+        assert 0.45 < plan.flips.float().mean() < 0.55
+    if config.recipe == "strong":
+        assert plan.cutout_centres is not None
+        assert plan.cutout_size == 8
+        assert set(plan.cutout_centres.flatten().tolist()) == set(range(32))
+    else:
+        assert plan.cutout_centres is None
+
+
+def numbered_images(num_images: int, size: int) -> DeviceImages:
+    """Random images whose label is their number."""
+    return DeviceImages(LabelledImages(random_pixels(num_images, size), np.arange(num_images)), PLAIN, CPU)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_augmented_batches_are_the_plan_image_by_image(config: TrainConfig) -> None:
+    info = DATASETS[config.dataset]
+    images = numbered_images(70, info.image_size)
+    plan = draw_epoch(config, 70, epoch=1)
+    batches = list(images.augmented(plan, 16))
+    assert [len(labels) for _, labels in batches] == [16, 16, 16, 16, 6]
+    assert torch.cat([labels for _, labels in batches]).tolist() == plan.order.tolist()
+    found = torch.cat([batch for batch, _ in batches])
+    for i, number in enumerate(plan.order.tolist()):
+        flip = bool(plan.flips[i]) if plan.flips is not None else False
+        pixels = slow_crop_and_flip(images.images[number].numpy(), plan.offsets[i].tolist(), flip, plan.padding)
+        expected = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+        if plan.cutout_centres is not None:
+            expected = slow_cut_out(expected, plan.cutout_centres[i].tolist(), plan.cutout_size)
+        torch.testing.assert_close(found[i], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "sizes"),
+    [(8, 4, [4, 4]), (9, 4, [4, 4]), (10, 4, [4, 4, 2]), (3, 4, [3]), (2, 2, [2]), (1, 4, []), (129, 128, [128])],
+)
+def test_a_last_batch_of_one_image_is_left_out(num_images: int, batch_size: int, sizes: list[int]) -> None:
+    images = numbered_images(num_images, 8)
+    plan = draw_epoch(CONFIGS["digits"], num_images, epoch=0)
+    batches = list(images.augmented(plan, batch_size))
+    assert [len(labels) for _, labels in batches] == sizes
+    assert images.batches_per_epoch(batch_size) == len(sizes)
+    seen = [int(label) for _, labels in batches for label in labels]
+    assert len(set(seen)) == len(seen) == sum(sizes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10, 50])
+def test_in_order_gives_every_image_once_and_unaltered(batch_size: int) -> None:
+    images = numbered_images(10, 8)
+    batches = list(images.in_order(batch_size))
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(10))
+    found = torch.cat([batch for batch, _ in batches])
+    assert torch.equal((found * 255).round().to(torch.uint8).permute(0, 2, 3, 1), images.images)
+
+
+def test_read_only_images_are_taken_without_a_warning() -> None:
+    """Ray hands out arrays that must not be written to; warnings are errors here."""
+    pixels = random_pixels(4)
+    pixels.flags.writeable = False
+    assert len(DeviceImages(LabelledImages(pixels, np.arange(4)), PLAIN, CPU)) == 4
+
+
+# ---------------------------------------------------------------- splits
+
+
+def uneven_labels() -> np.ndarray:
+    labels = np.repeat(np.arange(7), [100, 50, 10, 200, 33, 4, 60])
+    return np.random.default_rng(0).permutation(labels)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
+def test_split_is_disjoint_complete_and_stratified(fraction: float) -> None:
+    labels = uneven_labels()
+    rest, held_out = stratified_split(labels, fraction=fraction, seed=0)
+    assert sorted([*rest, *held_out]) == list(range(len(labels)))
+    assert list(rest) == sorted(rest)
+    assert list(held_out) == sorted(held_out)
+    for label in range(7):
+        members = int((labels == label).sum())
+        assert abs(int((labels[held_out] == label).sum()) - members * fraction) <= 0.5
+
+
+def test_split_depends_on_labels_fraction_and_seed_alone() -> None:
+    labels = uneven_labels()
+    first = stratified_split(labels, fraction=0.2, seed=0)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    state = np.random.get_state(legacy=False)["state"]["key"].copy()
+    again = stratified_split(labels.copy(), fraction=0.2, seed=0)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], state), "the global generator moved"
+    assert not np.array_equal(first[1], stratified_split(labels, fraction=0.2, seed=1)[1])
+
+
+def test_split_validation_cuts_images_with_their_labels() -> None:
+    labels = uneven_labels()
+    pixels = np.repeat(np.arange(len(labels), dtype=np.uint32), 12).view(np.uint8).reshape(len(labels), 4, 4, 3)
+    train, val = split_validation(LabelledImages(pixels, labels), fraction=0.25, seed=1)
+    assert val is not None
+    seen = []
+    for part in (train, val):
+        numbers = part.images.reshape(len(part.labels), -1).copy().view(np.uint32)[:, 0]
+        assert np.array_equal(labels[numbers], part.labels)
+        seen += numbers.tolist()
+    assert sorted(seen) == list(range(len(labels)))
+
+
+def test_split_validation_of_nothing_and_of_too_little() -> None:
+    everything = LabelledImages(random_pixels(20, 8), np.arange(20) % 10)
+    assert split_validation(everything, fraction=0, seed=0) == (everything, None)
+    with pytest.raises(ValueError, match=r"val_fraction 0\.1 of 20 images holds out none"):
+        split_validation(everything, fraction=0.1, seed=0)
+
+
+# ---------------------------------------------------------------- normalisation
+
+
+def test_reference_recipe_has_the_references_constants() -> None:
+    pixels = random_pixels(5)
+    assert find_normalisation(TrainConfig(), pixels) == (REFERENCE_MEAN, REFERENCE_STD)
+    assert (REFERENCE_MEAN, REFERENCE_STD) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+@pytest.mark.parametrize("config", [CONFIGS["strong"], CONFIGS["digits"]], ids=["strong", "digits"])
+def test_normalisation_of_the_images_is_numpys(config: TrainConfig) -> None:
+    pixels = (random_pixels(100) ** np.array([1.0, 0.9, 0.7])).astype(np.uint8)
+    found = find_normalisation(config, pixels)
+    assert found.mean == pytest.approx((pixels / 255).mean(axis=(0, 1, 2)), rel=1e-10)
+    assert found.std == pytest.approx((pixels / 255).std(axis=(0, 1, 2)), rel=1e-10)
+
+
+# ---------------------------------------------------------------- data sets
+
+
+def test_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
+    train, test = load_images("digits", None, "train"), load_images("digits", None, "test")
+    bunch = load_digits()
+    assert len(train.labels) + len(test.labels) == len(bunch.target) == 1797
+    for part in (train, test):
+        assert part.images.shape[1:] == (8, 8, 3)
+        assert part.images.dtype == np.uint8
+        assert (part.images == part.images[..., :1]).all()
+
+    def as_rows(levels: np.ndarray, labels: np.ndarray) -> Counter[bytes]:
+        rows = np.concatenate([levels.reshape(len(labels), -1), labels[:, None]], axis=1)
+        return Counter(row.astype(np.int64).tobytes() for row in rows)
+
+    levels = [np.rint(part.images[..., 0] * (16 / 255)) for part in (train, test)]
+    together = as_rows(levels[0], train.labels) + as_rows(levels[1], test.labels)
+    assert together == as_rows(bunch.images, bunch.target), "images lost, doubled or changed"
+    for label in range(10):
+        members = (bunch.target == label).sum()
+        assert abs((test.labels == label).sum() - members / 5) <= 0.5
+
+
+@pytest.fixture(scope="module")
+def cifar100(cifar100_dir: Path) -> dict[str, LabelledImages]:
+    return {split: load_images("cifar100", str(cifar100_dir), split) for split in ("train", "test")}
+
+
+@pytest.mark.parametrize(("split", "num_images", "each"), [("train", 50_000, 500), ("test", 10_000, 100)])
+def test_cifar100_counts(cifar100: dict[str, LabelledImages], split: str, num_images: int, each: int) -> None:
+    found = cifar100[split]
+    assert found.images.shape == (num_images, 32, 32, 3)
+    assert found.images.dtype == np.uint8
+    assert np.array_equal(np.bincount(found.labels), np.full(100, each))
+
+
+def test_cifar100_mean_and_deviation_are_the_published_ones(cifar100: dict[str, LabelledImages]) -> None:
+    found = find_normalisation(TrainConfig(recipe="strong"), cifar100["train"].images)
+    assert found.mean == pytest.approx((0.50708, 0.48655, 0.44092), abs=1e-5)
+    assert found.std == pytest.approx((0.26733, 0.25644, 0.27615), abs=1e-5)
+
+
+def test_cifar100_validation_split_is_45_000_and_5_000(cifar100: dict[str, LabelledImages]) -> None:
+    train, val = split_validation(cifar100["train"], fraction=0.1, seed=0)
+    assert val is not None
+    assert np.array_equal(np.bincount(train.labels), np.full(100, 450))
+    assert np.array_equal(np.bincount(val.labels), np.full(100, 50))
+
+
+def test_cifar100_folder_is_accepted_before_training(cifar100_dir: Path) -> None:
+    check_dataset("cifar100", str(cifar100_dir))
+    assert len(find_parquet("cifar100", str(cifar100_dir), "train")) >= 1
+
+
+# ---------------------------------------------------------------- parquet
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "cifar10"])
+def test_parquet_images_come_out_as_they_went_in(tmp_path: Path, dataset: str) -> None:
+    pixels = random_pixels(7)
+    labels = [3, 1, 4, 1, 5, 9, 2]
+    for name, part in (("train-00000-of-00002.parquet", slice(0, 4)), ("train-00001-of-00002.parquet", slice(4, 7))):
+        images = [encode_png(p) for p in pixels[part]]
+        write_parquet(tmp_path / name, dataset=dataset, images=images, labels=labels[part])
+    found = load_images(dataset, str(tmp_path), "train")
+    assert np.array_equal(found.images, pixels)
+    assert found.labels.tolist() == labels
+    assert found.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize("subfolder", ["", "cifar100", "data", "plain_text"])
+def test_parquet_is_found_where_the_hub_puts_it(tmp_path: Path, subfolder: str) -> None:
+    for split in ("train", "test"):
+        write_parquet(tmp_path / subfolder / f"{split}-00000-of-00001.parquet", 3)
+    check_dataset("cifar100", str(tmp_path))
+    assert len(load_images("cifar100", str(tmp_path), "test").labels) == 3
+
+
+def test_grey_images_are_spread_over_three_channels(tmp_path: Path) -> None:
+    grey = random_pixels(1)[0, ..., 0]
+    write_parquet(tmp_path / "train.parquet", images=[encode_png(grey)], labels=[0])
+    found = load_images("cifar100", str(tmp_path), "train").images[0]
+    assert np.array_equal(found, np.repeat(grey[..., None], 3, axis=2))
+
+
+def break_nothing_there(folder: Path) -> None:
+    (folder / "readme.txt").write_text("no images here")
+
+
+def break_column_img(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", columns=["fine_label"])
+
+
+def break_column_label(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", dataset="cifar10")  # its column is `label`
+
+
+def break_label_high(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", labels=[0, 1, 2, 100])
+
+
+def break_label_low(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", labels=[0, 1, -1, 2])
+
+
+def break_label_null(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", labels=[0, None, 1, 2])
+
+
+def break_label_text(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", labels=["cat", "dog", "cat", "dog"])
+
+
+def break_label_fraction(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", labels=[0.0, 1.5, 2.0, 3.0])
+
+
+def break_image_size(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", images=[encode_png(random_pixels(1, size=31)[0])])
+
+
+def break_image_bytes(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", images=[encode_png(random_pixels(1)[0]), b"not an image"])
+
+
+def break_image_cut(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", images=[encode_png(random_pixels(1)[0])[:900]])
+
+
+def break_image_null(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", images=[encode_png(random_pixels(1)[0]), None])
+
+
+def break_image_kind(folder: Path) -> None:
+    table = pyarrow.table({"img": [1, 2], "fine_label": [1, 2]})
+    pyarrow.parquet.write_table(table, folder / "train.parquet")
+
+
+def break_no_rows(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", 0)
+
+
+def break_cut_short(folder: Path) -> None:
+    whole = write_parquet(folder / "train.parquet", 4).read_bytes()
+    (folder / "train.parquet").write_bytes(whole[: len(whole) // 2])
+
+
+def break_empty(folder: Path) -> None:
+    (folder / "train.parquet").write_bytes(b"")
+
+
+def break_text(folder: Path) -> None:
+    (folder / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1\n" * 20)
+
+
+def break_folder(folder: Path) -> None:
+    (folder / "train.parquet").mkdir()
+
+
+BROKEN: dict[Callable[[Path], None], str] = {
+    break_nothing_there: r"has neither train\*\.parquet files nor the folder cifar-100-python",
+    break_column_img: "lacks the column 'img'; it has fine_label",
+    break_column_label: "lacks the column 'fine_label'; it has img, label",
+    break_label_high: "labels run from 0 to 100, but cifar100 has the classes 0 to 99",
+    break_label_low: "labels run from -1 to 2",
+    break_label_null: "'fine_label' must hold whole numbers only",
+    break_label_text: "'fine_label' must hold whole numbers only",
+    break_label_fraction: "'fine_label' must hold whole numbers only",
+    break_image_size: "row 0 is 31x31 pixels, not 32x32",
+    break_image_bytes: "row 1 of column 'img' is not an image",
+    break_image_cut: "row 0 of column 'img' is not an image",
+    break_image_null: "row 1 of column 'img' has no bytes",
+    break_image_kind: "row 0 of column 'img' has no bytes",
+    break_no_rows: "has no rows",
+    break_cut_short: "cannot be read as parquet",
+    break_empty: "cannot be read as parquet",
+    break_text: "cannot be read as parquet",
+    break_folder: "cannot be read as parquet",
+}
+
+
+def assert_sentence(error: BaseException, folder: Path, words: str = "") -> None:
+    message = str(error)
+    assert "\n" not in message
+    assert str(folder) in message
+    assert words in message
+
+
+@pytest.mark.parametrize("break_it", BROKEN, ids=lambda f: f.__name__.removeprefix("break_"))
+def test_bad_files_are_told_in_one_sentence(tmp_path: Path, break_it: Callable[[Path], None]) -> None:
+    break_it(tmp_path)
+    with pytest.raises(ValueError, match=BROKEN[break_it]) as caught:
+        load_images("cifar100", str(tmp_path), "train")
+    assert_sentence(caught.value, tmp_path)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    for function in (lambda f: load_images("cifar100", f, "train"), lambda f: check_dataset("cifar100", f)):
+        with pytest.raises(ValueError, match="does not exist") as caught:
+            function(str(tmp_path / "nowhere"))
+        assert_sentence(caught.value, tmp_path / "nowhere", "the data folder")
+
+
+def test_a_missing_or_broken_test_set_is_told_before_training(parquet_folder: ParquetMaker) -> None:
+    """It is read at the run's end only: nobody wants to hear of it then."""
+    folder = parquet_folder()
+    check_dataset("cifar100", str(folder))
+    (test_file,) = folder.glob("test*.parquet")
+    whole = test_file.read_bytes()
+
+    write_parquet(test_file, columns=["img"])
+    with pytest.raises(ValueError, match="lacks the column 'fine_label'"):
+        check_dataset("cifar100", str(folder))
+    test_file.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="cannot be read as parquet"):
+        check_dataset("cifar100", str(folder))
+    test_file.unlink()
+    with pytest.raises(ValueError, match=r"test\*\.parquet"):
+        check_dataset("cifar100", str(folder))
+
+
+# ---------------------------------------------------------------- the official archive
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "cifar10"])
+def test_a_damaged_archive_is_told_in_one_sentence(tmp_path: Path, dataset: str) -> None:
+    folder = tmp_path / {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}[dataset]
+    folder.mkdir()
+    for name in ("train", "test", "meta", "data_batch_1", "test_batch", "batches.meta"):
+        (folder / name).write_bytes(b"\x80\x04}q\x00.")  # a pickle, but not the official one
+    before = picture_of(tmp_path)
+    with pytest.raises(ValueError, match="archive of cifar") as caught:
+        load_images(dataset, str(tmp_path), "train")
+    assert_sentence(caught.value, tmp_path, "incomplete or damaged")
+    assert picture_of(tmp_path) == before
+
+
+def test_without_network_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(data, "DEFAULT_DATA_DIR", tmp_path / "data")
+    timeout = socket.getdefaulttimeout()
+    with pytest.raises(ValueError, match="could not be downloaded") as caught:
+        load_images("cifar100", None, "train")
+    assert_sentence(caught.value, tmp_path / "data", "--data-dir")
+    assert "--dataset digits" in str(caught.value)
+    assert socket.getdefaulttimeout() == timeout
+    assert picture_of(tmp_path) == {}, "a failed download leaves nothing behind"

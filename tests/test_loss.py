@@ -1,0 +1,232 @@
+"""Holds byot/loss.py to the plain loops of tests/reference.py, values and gradients, and to what DESIGN says of it.
+
+B batch, C classes, D feature width, K classifiers, shallow to deep.
+"""
+
+import math
+import random
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from byot.loss import LossTerms, self_distillation_loss
+from byot.model import BranchOutputs
+from tests.reference import Sized, reference_loss
+
+NUM_CASES = 200
+EDGE_BATCH_SIZES = (1, 2, 127, 128, 129, 257)
+MAX_NUMBERS = 5000  # in the logits of one case: the loops are slow
+
+
+class Case(NamedTuple):
+    outputs: BranchOutputs  # float32
+    labels: torch.Tensor
+    weights: dict[str, float]
+
+
+def random_outputs(generator: torch.Generator, k: int, b: int, c: int, d: int, scale: float = 1.0) -> BranchOutputs:
+    logits = torch.randn(k, b, c, generator=generator) * scale
+    features = torch.randn(k, b, d, generator=generator).relu() * scale  # features follow a ReLU
+    return BranchOutputs(tuple(logits), tuple(features))
+
+
+def as_leaves(outputs: BranchOutputs, dtype: torch.dtype) -> BranchOutputs:
+    logits, features = ([x.to(dtype).clone().requires_grad_() for x in part] for part in outputs)
+    return BranchOutputs(tuple(logits), tuple(features))
+
+
+def gradient(leaf: torch.Tensor) -> torch.Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def draw_case(number: int) -> Case:
+    rng = random.Random(number)
+    generator = torch.Generator().manual_seed(number)
+    k = rng.randint(2, 5)
+    # every edge with few classes, then one image with very many, then anything
+    b = EDGE_BATCH_SIZES[number] if number < len(EDGE_BATCH_SIZES) else rng.randint(1, 257)
+    if len(EDGE_BATCH_SIZES) <= number < 40:
+        b = rng.randint(1, 8)
+    c = min(rng.randint(2, 100), max(2, MAX_NUMBERS // (k * b)))
+    d = min(rng.randint(1, 64), max(1, MAX_NUMBERS // (k * b)))
+    weights = {
+        "alpha": {0: 0.0, 1: 1.0}.get(number % 10, rng.random()),
+        "temperature": math.exp(rng.uniform(math.log(0.5), math.log(10))),
+        "beta": {0: 0.0, 1: 1.0}.get(number % 7, 10 ** rng.uniform(-7, 0)),
+        "label_smoothing": 0.1 if number % 4 == 3 else 0.0,
+    }
+    outputs = random_outputs(generator, k, b, c, d, scale=rng.uniform(0.3, 3))
+    return Case(outputs, torch.randint(0, c, (b,), generator=generator), weights)
+
+
+def relative_error(found: torch.Tensor, expected: Sized, *, plain: bool) -> float:
+    """Largest absolute error over the largest magnitude: of the result (`plain`) or of what it was summed from.
+
+    A result of nothing but zeros must be met exactly.
+    """
+    error = (found.detach().double().flatten() - torch.tensor(expected.values, dtype=torch.float64)).abs().max().item()
+    size = max(map(abs, expected.values)) if plain else expected.size
+    return error / size if size else (0.0 if error == 0 else math.inf)
+
+
+@pytest.mark.parametrize("loss_form", ["reference", "paper"])
+def test_values_and_gradients_equal_the_loops(loss_form: Any) -> None:
+    seen = set()
+    for number in range(NUM_CASES):
+        case = draw_case(number)
+        seen.add((len(case.outputs.logits), len(case.labels), case.weights["alpha"], case.weights["beta"]))
+        expected = reference_loss(
+            [x.tolist() for x in case.outputs.logits],
+            [x.tolist() for x in case.outputs.features],
+            case.labels.tolist(),
+            loss_form=loss_form,
+            **case.weights,
+        )
+        for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+            outputs = as_leaves(case.outputs, dtype)
+            terms = self_distillation_loss(outputs, case.labels, loss_form=loss_form, **case.weights)
+            terms.total.backward()
+            pairs = [
+                *zip(terms, expected[:4], strict=True),
+                *zip(map(gradient, outputs.logits), expected.logit_gradients, strict=True),
+                *zip(map(gradient, outputs.features), expected.feature_gradients, strict=True),
+            ]
+            errors = [relative_error(f, e, plain=dtype is torch.float64) for f, e in pairs]
+            assert all(f.dtype == dtype for f, _ in pairs)
+            assert max(errors) <= tolerance, f"case {number}, {dtype}: {errors}"
+    # the cases are what they are meant to be
+    num_classifiers, batch_sizes, alphas, betas = (set(column) for column in zip(*seen, strict=True))
+    assert num_classifiers == {2, 3, 4, 5}
+    assert batch_sizes >= set(EDGE_BATCH_SIZES)
+    assert {0.0, 1.0} <= alphas
+    assert 0.0 in betas
+
+
+def double_case(b: int = 12, *, k: int = 4, c: int = 7, d: int = 5) -> tuple[BranchOutputs, torch.Tensor]:
+    generator = torch.Generator().manual_seed(b)
+    outputs = as_leaves(random_outputs(generator, k, b, c, d, scale=2), torch.float64)
+    return outputs, torch.randint(0, c, (b,), generator=generator)
+
+
+def test_no_gradient_reaches_the_teacher_through_distillation_or_hint() -> None:
+    outputs, labels = double_case()
+    terms = self_distillation_loss(outputs, labels, alpha=0.5, temperature=3, beta=0.1)
+    (terms.distillation.sum() + terms.hint.sum()).backward()
+    for teacher in (outputs.logits[-1], outputs.features[-1]):
+        assert teacher.grad is None or not teacher.grad.any()
+    for student in (*outputs.logits[:-1], *outputs.features[:-1]):
+        assert student.grad is not None
+        assert student.grad.any()
+
+
+def test_a_student_that_agrees_with_the_teacher_has_nothing_to_learn() -> None:
+    outputs, labels = double_case()
+    same = as_leaves(
+        BranchOutputs((outputs.logits[0].detach(),) * 4, (outputs.features[0].detach(),) * 4), torch.float64
+    )
+    terms = self_distillation_loss(same, labels, alpha=1.0, temperature=2.5, beta=1.0)
+    terms.total.backward()
+    assert terms.distillation.tolist() == [0, 0, 0]
+    assert terms.hint.tolist() == [0, 0, 0]
+    for x in (*same.logits, *same.features):
+        assert x.grad is not None
+        assert x.grad.abs().max() < 1e-15
+
+
+def test_soft_cross_entropy_of_the_reference_implementation_has_the_same_gradient() -> None:
+    """luanyunteng's distillation is T^2 mean -sum softmax(z_K/T) log_softmax(z_i/T): another value, one gradient."""
+    outputs, labels = double_case()
+    terms = self_distillation_loss(outputs, labels, alpha=1.0, temperature=3.0, beta=0.0)
+    ours = torch.autograd.grad(terms.total, outputs.logits[:-1])
+    teacher = (outputs.logits[-1].detach() / 3).softmax(dim=1)
+    soft = sum(-9 * (teacher * (z / 3).log_softmax(dim=1)).sum(dim=1).mean() for z in outputs.logits[:-1])
+    assert isinstance(soft, torch.Tensor)
+    theirs = torch.autograd.grad(soft, outputs.logits[:-1])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    assert abs(terms.total.item() - soft.item()) > 0.1
+
+
+def test_hint_is_the_sum_of_the_reference_implementation_at_batch_128() -> None:
+    outputs, labels = double_case(128)
+    terms = self_distillation_loss(outputs, labels, alpha=0.1, temperature=3, beta=1e-6)
+    sums = [((f - outputs.features[-1]) ** 2).sum() for f in outputs.features[:-1]]
+    torch.testing.assert_close(terms.hint, torch.stack(sums), rtol=1e-12, atol=0)
+
+
+SETTINGS: dict[str, Any] = {"alpha": 0.3, "temperature": 2.0, "beta": 0.01, "label_smoothing": 0.1}
+
+
+def assert_terms_close(found: LossTerms, expected: LossTerms) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_doubling_a_batch_leaves_every_term_as_it_is() -> None:
+    outputs, labels = double_case(9)
+    twice = BranchOutputs(*(tuple(x.repeat(2, 1) for x in part) for part in outputs))
+    assert_terms_close(
+        self_distillation_loss(twice, labels.repeat(2), **SETTINGS), self_distillation_loss(outputs, labels, **SETTINGS)
+    )
+
+
+@pytest.mark.parametrize("num_chunks", [2, 3, 12])
+def test_the_mean_over_equal_chunks_is_the_whole(num_chunks: int) -> None:
+    outputs, labels = double_case(12)
+    cuts = range(0, 13, 12 // num_chunks)
+    chunks = []
+    for start, end in pairwise(cuts):
+        part = BranchOutputs(*(tuple(x[start:end] for x in tensors) for tensors in outputs))
+        chunks.append(self_distillation_loss(part, labels[start:end], **SETTINGS))
+    assert len(chunks) == num_chunks
+    mean = LossTerms(*(torch.stack(list(column)).mean(dim=0) for column in zip(*chunks, strict=True)))
+    assert_terms_close(mean, self_distillation_loss(outputs, labels, **SETTINGS))
+
+
+def test_label_smoothing_is_torchs() -> None:
+    outputs, labels = double_case()
+    terms = self_distillation_loss(outputs, labels, alpha=0.1, temperature=3, beta=0, label_smoothing=0.2)
+    expected = [F.cross_entropy(z, labels, label_smoothing=0.2) for z in outputs.logits]
+    torch.testing.assert_close(terms.label, torch.stack(expected), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_taken_to_float32(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    half = as_leaves(random_outputs(generator, 4, 16, 10, 6, scale=3), dtype)
+    labels = torch.randint(0, 10, (16,), generator=generator)
+    terms = self_distillation_loss(half, labels, alpha=0.3, temperature=3, beta=0.01)
+    full = BranchOutputs(*(tuple(x.detach().float() for x in part) for part in half))
+    expected = self_distillation_loss(full, labels, alpha=0.3, temperature=3, beta=0.01)
+    for a, b in zip(terms, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+    terms.total.backward()
+    assert all(x.grad is not None and x.grad.dtype == dtype for x in half.logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alpha", -0.001),
+        ("alpha", 1.001),
+        ("alpha", math.nan),
+        ("alpha", math.inf),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("beta", -1e-9),
+        ("beta", math.inf),
+        ("beta", math.nan),
+    ],
+)
+def test_weights_out_of_range_are_refused_by_name(name: str, value: float) -> None:
+    outputs, labels = double_case()
+    weights: dict[str, Any] = {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6, name: value}
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        self_distillation_loss(outputs, labels, **weights)

@@ -1,0 +1,177 @@
+"""Holds byot/metrics.py to slow numpy loops over the logits of a small real network."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from byot.config import TrainConfig
+from byot.data import DeviceImages, find_normalisation, load_images
+from byot.loss import LossTerms
+from byot.metrics import Evaluation, TrainingSums, evaluate
+from byot.model import BranchedResNet
+from byot.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[BranchedResNet, DeviceImages]:
+    """A network after four epochs on the digits, sure of some answers and wrong in others, and the test images."""
+    config = TrainConfig(dataset="digits", width=4, epochs=4, lr=0.05, device="cpu", precision="fp32")
+    train, test = (load_images("digits", None, split) for split in ("train", "test"))
+    trainer = Trainer(config, train)
+    assert len(list(trainer)) == 4
+    return trainer.model, DeviceImages(test, find_normalisation(config, train.images), CPU)
+
+
+def slow_evaluation(model: BranchedResNet, images: DeviceImages) -> Evaluation:
+    """Image by image, bin by bin, in float64."""
+    model.eval()
+    with torch.inference_mode():
+        outputs = [[z[0].double().numpy() for z in model(x).logits] for x, _ in images.in_order(1)]
+    num_images = len(outputs)
+    labels = images.labels.tolist()
+    accuracy, nll, ece = [], [], []
+    for k in range(5):
+        right, negative_log_likelihood = 0, 0.0
+        bins: list[list[tuple[bool, float]]] = [[] for _ in range(15)]
+        for logits, label in zip(outputs, labels, strict=True):
+            softmaxes = []
+            for z in logits:
+                e = np.exp(z - z.max())
+                softmaxes.append(e / e.sum())
+            p = softmaxes[k] if k < 4 else (softmaxes[0] + softmaxes[1] + softmaxes[2] + softmaxes[3]) / 4
+            answer = int(p.argmax())
+            right += answer == label
+            negative_log_likelihood -= math.log(p[label])
+            bins[min(int(p[answer] * 15), 14)].append((answer == label, float(p[answer])))
+        accuracy.append(100 * right / num_images)
+        nll.append(negative_log_likelihood / num_images)
+        gap = 0.0
+        for members in bins:
+            if members:
+                share_right = sum(correct for correct, _ in members) / len(members)
+                confidence = sum(c for _, c in members) / len(members)
+                gap += len(members) / num_images * abs(share_right - confidence)
+        ece.append(100 * gap)
+    return Evaluation(num_images=num_images, accuracy=tuple(accuracy), nll=tuple(nll), ece=tuple(ece))
+
+
+def assert_close(found: Evaluation, expected: Evaluation) -> None:
+    assert found.num_images == expected.num_images
+    assert found.accuracy == pytest.approx(expected.accuracy, abs=1e-9)
+    assert found.nll == pytest.approx(expected.nll, rel=1e-5)
+    assert found.ece == pytest.approx(expected.ece, abs=1e-3)
+
+
+def test_evaluation_equals_the_loop(trained: tuple[BranchedResNet, DeviceImages]) -> None:
+    model, images = trained
+    expected = slow_evaluation(model, images)
+    assert len(set(expected.accuracy)) > 2, "a network whose classifiers all agree would test nothing"
+    assert 40 < max(expected.accuracy) < 100
+    assert_close(evaluate(model, images.in_order(100), autocast_dtype=None), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 359, 1000])
+def test_batch_size_does_not_matter(trained: tuple[BranchedResNet, DeviceImages], batch_size: int) -> None:
+    model, images = trained
+    found = evaluate(model, images.in_order(batch_size), autocast_dtype=None)
+    assert_close(found, evaluate(model, images.in_order(64), autocast_dtype=None))
+
+
+def test_evaluating_changes_no_weight_and_no_statistic(trained: tuple[BranchedResNet, DeviceImages]) -> None:
+    model, images = trained
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    evaluate(model, images.in_order(64), autocast_dtype=None)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_evaluation_computes_in_the_asked_precision() -> None:
+    model: Any = Answers([torch.zeros(2, 3)] * 4)
+    for dtype in (None, torch.bfloat16):
+        evaluate(model, [(torch.zeros(2, 3, 1, 1), torch.tensor([0, 1]))], autocast_dtype=dtype)
+        assert model.computed_in == (dtype or torch.float32)
+
+
+class Answers(torch.nn.Module):
+    """A network that gives the logits it was built with."""
+
+    def __init__(self, logits: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.logits = logits
+        self.computed_in: torch.dtype | None = None
+
+    def forward(self, images: torch.Tensor) -> Any:
+        self.computed_in = (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        chosen = images[:, 0, 0, 0].long()
+        return LogitsOnly(tuple(z[chosen] for z in self.logits))
+
+
+class LogitsOnly:
+    def __init__(self, logits: tuple[torch.Tensor, ...]) -> None:
+        self.logits = logits
+
+
+def evaluate_answers(logits: list[torch.Tensor], labels: list[int]) -> Evaluation:
+    model: Any = Answers(logits)
+    images = torch.arange(len(labels), dtype=torch.float32)[:, None, None, None].expand(-1, 3, 1, 1)
+    return evaluate(model, [(images, torch.tensor(labels))], autocast_dtype=None)
+
+
+def test_a_sure_network_is_measured_without_infinities() -> None:
+    """Confidence 1 belongs to the last bin, and an answer that was given no chance costs its own logits' gap."""
+    sure = torch.tensor([[200.0, 0.0], [200.0, 0.0]])
+    found = evaluate_answers([sure] * 4, [0, 1])
+    assert found.accuracy == (50.0,) * 5
+    assert found.nll[:4] == pytest.approx((100.0,) * 4)
+    assert 30 < found.nll[4] < math.inf  # the ensemble's probability underflows and is held at the smallest float
+    assert found.ece == pytest.approx((50.0,) * 5)
+
+
+def test_a_broken_network_gives_nan_rather_than_a_crash() -> None:
+    """Weights can overflow in the very last step, after the loss was last looked at."""
+    broken = torch.full((3, 4), math.nan)
+    found = evaluate_answers([broken] * 4, [0, 1, 2])
+    assert all(math.isnan(value) for value in found.nll)
+
+
+def test_records_name_every_classifier() -> None:
+    evaluation = Evaluation(num_images=3, accuracy=(1, 2, 3, 4, 5), nll=(6, 7, 8, 9, 10), ece=(11, 12, 13, 14, 15))
+    record = evaluation.to_record("val")
+    assert [record[f"val_accuracy_{i}"] for i in (1, 2, 3, 4, "ensemble")] == [1, 2, 3, 4, 5]
+    assert [record[f"val_nll_{i}"] for i in (1, 2, 3, 4, "ensemble")] == [6, 7, 8, 9, 10]
+    assert [record[f"val_ece_{i}"] for i in (1, 2, 3, 4, "ensemble")] == [11, 12, 13, 14, 15]
+    assert (record["val_accuracy"], record["val_nll"], record["val_ece"]) == (4, 9, 14)
+
+
+def test_training_sums_are_means_over_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sums = TrainingSums(4, CPU)
+    expected = np.zeros(1 + 4 + 3 + 3 + 4)
+    num_images = 0
+    for batch_size in (5, 1, 8):  # unequal batches: the mean is over images, not over batches
+        terms = LossTerms(*(torch.rand(shape, generator=generator) for shape in ([], [4], [3], [3])))
+        logits = tuple(torch.randn(4, batch_size, 6, generator=generator))
+        labels = torch.randint(0, 6, (batch_size,), generator=generator)
+        sums.add(terms, logits, labels)
+        right = [sum(int(z[b].argmax()) == int(labels[b]) for b in range(batch_size)) for z in logits]
+        parts = [float(terms.total), *terms.label.tolist(), *terms.distillation.tolist(), *terms.hint.tolist()]
+        expected += np.array([batch_size * part for part in parts] + [100.0 * r for r in right])
+        num_images += batch_size
+    found = sums.read()
+    assert [len(part) for part in found] == [1, 4, 3, 3, 4]
+    assert [x for part in found for x in part] == pytest.approx(list(expected / num_images), rel=1e-6)
+
+
+def test_sums_keep_no_graph_alive() -> None:
+    """The reference's meters did."""
+    leaf = torch.ones(4, requires_grad=True)
+    sums = TrainingSums(4, CPU)
+    sums.add(
+        LossTerms(leaf.sum(), leaf * 1, leaf[:3] * 1, leaf[:3] * 1), tuple(torch.zeros(4, 2, 3)), torch.tensor([0, 1])
+    )
+    assert not any(isinstance(v, torch.Tensor) and v.requires_grad for v in vars(sums).values())

@@ -192,5 +192,17 @@ def check_name(name: str) -> str:
 
 
 def outputs_folder(given: str | None) -> Path:
-    """Where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in the project's root."""
-    return Path(given or os.environ.get("BYOT_OUTPUTS") or PROJECT_ROOT / "outputs").expanduser().resolve()
+    """Where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in the project's root.
+
+    Raises ValueError where nothing can be written.
+    """
+    return check_writable(Path(given or os.environ.get("BYOT_OUTPUTS") or PROJECT_ROOT / "outputs"))
+
+
+def check_writable(folder: Path) -> Path:
+    """The folder's absolute path. Raises ValueError unless it is a folder to write to, or one that can be made."""
+    folder = folder.expanduser().resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"nothing can be written to {folder}: {existing} is not a folder that may be written to")
+    return folder

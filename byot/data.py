@@ -8,7 +8,7 @@ import io
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -69,7 +69,7 @@ def check_dataset(dataset: str, data_dir: str | None) -> None:
         if not files:
             raise ValueError(f"{data_dir} has train*.parquet but no test*.parquet, which the run reads at its end")
         for file in files:
-            _read_parquet(file, columns=[])
+            _check_parquet(file, dataset)
 
 
 def find_parquet(dataset: str, data_dir: str | None, split: Split) -> list[Path]:
@@ -94,38 +94,50 @@ def find_parquet(dataset: str, data_dir: str | None, split: Split) -> list[Path]
     return []
 
 
-def _read_parquet(file: Path, columns: list[str]) -> Any:
+@contextmanager
+def _parquet_errors(file: Path) -> Iterator[None]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        names = pyarrow.parquet.read_schema(file).names
-        missing = [c for c in columns if c not in names]
-        if missing:
-            raise ValueError(f"{file} lacks the column {missing[0]!r}; it has {', '.join(names) or 'none'}")
-        return pyarrow.parquet.read_table(file, columns=columns)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OSError) as error:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{file} cannot be read as parquet ({reason})") from error
 
 
+def _check_parquet(file: Path, dataset: str) -> None:
+    """Raise ValueError unless the file has images, and labels that are whole numbers; reads its footer alone."""
+    import pyarrow.parquet
+
+    with _parquet_errors(file), pyarrow.parquet.ParquetFile(file) as parquet:
+        schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
+    for column in ("img", LABEL_COLUMNS[dataset]):
+        if column not in schema.names:
+            raise ValueError(f"{file} lacks the column {column!r}; it has {', '.join(schema.names) or 'none'}")
+    if num_rows == 0:
+        raise ValueError(f"{file} has no rows")
+    if not pyarrow.types.is_integer(schema.field(LABEL_COLUMNS[dataset]).type):
+        raise ValueError(f"{file}: column {LABEL_COLUMNS[dataset]!r} must hold whole numbers only")
+
+
 def _load_parquet(dataset: str, files: list[Path]) -> LabelledImages:
+    import pyarrow.parquet
+
     info, label_column = DATASETS[dataset], LABEL_COLUMNS[dataset]
     images, labels = [], []
     for file in files:
-        table = _read_parquet(file, columns=["img", label_column])
-        if table.num_rows == 0:
-            raise ValueError(f"{file} has no rows")
-        images.append(_decode(table.column("img"), info.image_size, file))
-        try:
-            column = np.asarray(table.column(label_column).to_pylist(), dtype=np.int64)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{file}: column {label_column!r} must hold whole numbers only") from error
+        _check_parquet(file, dataset)
+        with _parquet_errors(file):
+            table = pyarrow.parquet.read_table(file, columns=["img", label_column])
+        if table.column(label_column).null_count:
+            raise ValueError(f"{file}: column {label_column!r} must hold whole numbers only, and some are missing")
+        column = table.column(label_column).to_numpy().astype(np.int64)
         if column.min() < 0 or column.max() >= info.num_classes:
             raise ValueError(
                 f"{file}: labels run from {column.min()} to {column.max()}, "
                 f"but {dataset} has the classes 0 to {info.num_classes - 1}"
             )
+        images.append(_decode(table.column("img"), info.image_size, file))
         labels.append(column)
     return LabelledImages(np.concatenate(images), np.concatenate(labels))
 

@@ -108,7 +108,7 @@ def evaluate(
         correct = (predicted == labels).float()
         target = labels.expand_as(predicted)[..., None]
         nll = -log_probabilities.gather(2, target)[..., 0]
-        bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+        bins = (confidence.nan_to_num() * ECE_BINS).long().clamp(max=ECE_BINS - 1)
         gaps = torch.zeros(len(bins), ECE_BINS, device=bins.device).scatter_add_(1, bins, correct - confidence)
         batch = torch.cat([correct.sum(1, keepdim=True), nll.sum(1, keepdim=True), gaps], dim=1)
         sums = batch.to(_sum_dtype(batch.device)) if sums is None else sums + batch

@@ -5,6 +5,7 @@ B batch, C classes, D feature width, K = 4 classifiers, ordered shallow to deep:
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -50,6 +51,26 @@ class CifarResNet(ResNet):
         return self.layer1, self.layer2, self.layer3, self.layer4
 
 
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose stride is its kernel size, done as one matrix product over the patches.
+
+    Same weights and result as nn.Conv2d, quicker on CPUs, and right where oneDNN's bfloat16 convolution is not: there a
+    kernel that covers the whole image gives numbers of no meaning (pytorch issue 163347).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=kernel_size, stride=kernel_size)
+
+    def forward(self, feature_map: Tensor) -> Tensor:  # [B, C, H, W] -> [B, out_channels, H / k, W / k]
+        batch_size, channels, height, width = feature_map.shape
+        k = self.kernel_size[0]
+        rows, columns = height // k, width // k
+        x = feature_map[:, :, : rows * k, : columns * k].permute(0, 2, 3, 1)  # [B, H, W, C]
+        x = x.reshape(batch_size, rows, k, columns, k, channels).transpose(2, 3)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [out_channels, k * k * C]
+        return F.linear(x.flatten(3), weight, self.bias).permute(0, 3, 1, 2)
+
+
 class Branch(nn.Module):
     """Brings a shallow stage's feature map to the shape of the deepest one and classifies it.
 
@@ -65,7 +86,7 @@ class Branch(nn.Module):
             nn.Conv2d(in_channels, middle, kernel_size=1),
             nn.BatchNorm2d(middle),
             nn.ReLU(inplace=True),
-            nn.Conv2d(middle, middle, kernel_size=kernel_size, stride=kernel_size),
+            PatchConv2d(middle, middle, kernel_size),
             nn.BatchNorm2d(middle),
             nn.ReLU(inplace=True),
             nn.Conv2d(middle, out_channels, kernel_size=1),

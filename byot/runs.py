@@ -7,7 +7,6 @@ tensorboard/        the same metrics as events
 result.json         written last: the test set's figures and where they come from
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from byot.checkpoint import (
     epoch_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     load_latest,
     remove_old_checkpoints,
@@ -71,7 +71,9 @@ def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None) 
     else:
         trainer = Trainer(config, train, val, normalisation=Normalisation(**found[1]["normalisation"]))
         trainer.load_state_dict(found[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    for path in list_checkpoints(folder / "checkpoints"):
+        if path > epoch_checkpoint(folder / "checkpoints", trainer.epoch):
+            path.unlink()  # damaged, or left behind by going back to an older one: the run makes it again
     write_json(folder / "config.json", config.to_dict())
     keep_epochs(folder / "metrics.jsonl", trainer.epoch)
     return Run(folder, trainer, found[0] if found else None)
@@ -82,6 +84,7 @@ def finish_run(run: Run, on_batch: OnBatch | None = None, on_epoch: OnEpoch | No
     from torch.utils.tensorboard import SummaryWriter
 
     folder, trainer, config = run.folder, run.trainer, run.trainer.config
+    origin = provenance(trainer.device)  # now: the checkout may change while the run goes on
     with SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.epoch + 1) as writer:
         for metrics in trainer.epochs(on_batch):
             record = metrics.to_record()
@@ -99,7 +102,7 @@ def finish_run(run: Run, on_batch: OnBatch | None = None, on_epoch: OnEpoch | No
         "num_test_images": test.num_images,
         **test.to_record("test"),
         "elapsed_s": sum(r["elapsed_s"] for r in read_json_lines(folder / "metrics.jsonl")),
-        **provenance(trainer.device),
+        **origin,
     }
     write_json(folder / "result.json", result)
     return result
@@ -132,9 +135,7 @@ def find_checkpoint(path: Path) -> tuple[Path, TrainConfig, Path]:
     if not path.exists():
         raise ValueError(f"there is nothing at {path} to resume from")
     if path.is_dir():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # open_run warns again of a damaged one
-            found = load_latest(path / "checkpoints")
+        found = load_latest(path / "checkpoints")
         if found is None:
             raise ValueError(f"{path} holds no checkpoint that can be read")
         checkpoint, state = found

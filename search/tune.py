@@ -13,7 +13,7 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
-from byot.config import TrainConfig, check_name, outputs_folder
+from byot.config import TrainConfig, check_name, check_writable, outputs_folder
 from byot.files import read_json
 from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
 from search.settings import SearchSettings
@@ -102,7 +102,7 @@ def main() -> None:
             raise ValueError("--storage-path must be a folder (on a cluster one that every node shares), not a URL")
         searches = outputs_folder(arguments.outputs) / "searches"
         if arguments.storage_path:
-            searches = Path(arguments.storage_path).expanduser().resolve()
+            searches = check_writable(Path(arguments.storage_path))
         plan = plan_resumed if arguments.resume else plan_new
         folder, base, settings, space = plan(arguments, searches)
 

@@ -750,8 +750,8 @@ def test_help_answers_without_the_libraries(tmp_path, script):
         (retrain, ["--epochs", "-1"], "--epochs must be at least 1, not -1"),
         (retrain, ["--gpus-per-run", "1.5"], "--gpus-per-run must be a fraction of 1 or a whole number, not 1.5"),
         (retrain, ["--gpus-per-run", "nan"], "--gpus-per-run must be a fraction of 1 or a whole number, not nan"),
-        (retrain, ["--gpus-per-run", "64"], "a run is to have 64 GPUs, but this machine has"),
-        (retrain, ["--cpus-per-run", "4096"], "a run is to have 4096 CPU threads, but this machine has"),
+        (retrain, ["--gpus-per-run", "64"], "64 GPUs each are asked for, but this machine has"),
+        (retrain, ["--cpus-per-run", "4096"], "4096 CPU threads each are asked for, but this machine has"),
         (retrain, ["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )

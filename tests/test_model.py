@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from byot.config import NUM_CLASSIFIERS, TrainConfig
 from byot.loss import self_distillation_loss
-from byot.model import Branch, BranchedResNet, BranchOutputs
+from byot.model import Branch, BranchedResNet, BranchOutputs, PatchConv2d
 from byot.trainer import build_model, choose_autocast_dtype
 
 # with a CIFAR stem, 100 classes and the reference's branches, its dead modules left out (FIELD.md, section 1)
@@ -200,3 +200,23 @@ def test_mixed_precision_computes_the_same_network(name: str, width: int, image_
             rounded = model(images)
     errors = [((b.float() - a).norm() / a.norm()).item() for a, b in zip(exact.features, rounded.features, strict=True)]
     assert max(errors) < 0.05, errors
+
+
+@pytest.mark.parametrize(("kernel_size", "height", "width"), [(8, 8, 8), (8, 32, 32), (4, 16, 16), (2, 9, 6)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_patch_convolution_equals_the_convolution(
+    kernel_size: int, height: int, width: int, memory_format: torch.memory_format
+) -> None:
+    """Values and gradients, also where the image is no multiple of the kernel; the weights are interchangeable."""
+    patches = PatchConv2d(3, 5, kernel_size).double().to(memory_format=memory_format)
+    plain = torch.nn.Conv2d(3, 5, kernel_size, stride=kernel_size).double()
+    plain.load_state_dict(patches.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, height, width, dtype=torch.float64, generator=generator)
+    found, expected = patches(images.to(memory_format=memory_format)), plain(images)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(patches.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from byot.config import TrainConfig, outputs_folder
+from byot.config import TrainConfig, absolute_path, outputs_folder
 from byot.files import write_text
 from byot.flags import Parser, one_sentence_errors
 
@@ -174,7 +174,7 @@ def main() -> None:
         if arguments.epochs is not None:
             changes["epochs"] = arguments.epochs
         if arguments.data_dir is not None:
-            changes["data_dir"] = str(Path(arguments.data_dir).expanduser().resolve())
+            changes["data_dir"] = str(absolute_path(arguments.data_dir))
         if arguments.gpus_per_run == 0:
             changes["device"] = "cpu"
         jobs = plan_jobs(configurations, outputs / "runs", arguments.seeds, **changes)

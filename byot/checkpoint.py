@@ -66,9 +66,15 @@ def epoch_checkpoint(folder: Path, epoch: int) -> Path:
     return folder / f"epoch-{epoch:04d}.pt"
 
 
+def checkpoint_epoch(path: Path) -> int:
+    """The epoch in a checkpoint's name; -1, before all others, for a name that has none."""
+    number = path.stem.removeprefix("epoch-")
+    return int(number) if number.isdecimal() else -1
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    return sorted(folder.glob("epoch-*.pt"), reverse=True)
+    return sorted(folder.glob("epoch-*.pt"), key=checkpoint_epoch, reverse=True)
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

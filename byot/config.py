@@ -191,6 +191,14 @@ def check_name(name: str) -> str:
     return name
 
 
+def absolute_path(given: str | Path) -> Path:
+    """A path as typed, made absolute: Ray's workers run in other folders. Raises ValueError for an unknown ~user."""
+    try:
+        return Path(given).expanduser().resolve()
+    except RuntimeError as error:
+        raise ValueError(f"{given} names the home of a user who is not known here") from error
+
+
 def outputs_folder(given: str | None) -> Path:
     """Where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in the project's root.
 
@@ -201,7 +209,7 @@ def outputs_folder(given: str | None) -> Path:
 
 def check_writable(folder: Path) -> Path:
     """The folder's absolute path. Raises ValueError unless it is a folder to write to, or one that can be made."""
-    folder = folder.expanduser().resolve()
+    folder = absolute_path(folder)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ValueError(f"nothing can be written to {folder}: {existing} is not a folder that may be written to")

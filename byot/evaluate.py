@@ -8,6 +8,7 @@ Reads the test set; prints only.
 
 from pathlib import Path
 
+from byot.config import absolute_path
 from byot.flags import Parser, one_sentence_errors
 
 
@@ -26,8 +27,9 @@ def main() -> None:
         from byot.data import load_images
         from byot.runs import evaluate_checkpoint, find_checkpoint
 
-        _, config, checkpoint = find_checkpoint(arguments.run.expanduser().resolve())
-        config = config.with_settings(device=arguments.device, data_dir=arguments.data_dir or config.data_dir)
+        _, config, checkpoint = find_checkpoint(absolute_path(arguments.run))
+        data_dir = str(absolute_path(arguments.data_dir)) if arguments.data_dir else config.data_dir
+        config = config.with_settings(device=arguments.device, data_dir=data_dir)
         test = load_images(config.dataset, config.data_dir, "test")
         evaluation, epoch = evaluate_checkpoint(config, checkpoint, test)
     print(f"{checkpoint}\n{config.dataset}, {evaluation.num_images} test images, after epoch {epoch}/{config.epochs}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from byot.checkpoint import (
+    checkpoint_epoch,
     epoch_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -72,7 +73,7 @@ def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None) 
         trainer = Trainer(config, train, val, normalisation=Normalisation(**found[1]["normalisation"]))
         trainer.load_state_dict(found[1])
     for path in list_checkpoints(folder / "checkpoints"):
-        if path > epoch_checkpoint(folder / "checkpoints", trainer.epoch):
+        if checkpoint_epoch(path) > trainer.epoch:
             path.unlink()  # damaged, or left behind by going back to an older one: the run makes it again
     write_json(folder / "config.json", config.to_dict())
     keep_epochs(folder / "metrics.jsonl", trainer.epoch)
@@ -96,6 +97,7 @@ def finish_run(run: Run, on_batch: OnBatch | None = None, on_epoch: OnEpoch | No
             if on_epoch is not None:
                 on_epoch(metrics)
     test = trainer.evaluate_on(load_images(config.dataset, config.data_dir, "test"))
+    trainer.check_finite(sum(test.nll))
     result = {
         "config": config.to_dict(),
         "num_train_images": len(trainer.train_images),
@@ -133,7 +135,7 @@ def find_checkpoint(path: Path) -> tuple[Path, TrainConfig, Path]:
     Raises ValueError where there is none.
     """
     if not path.exists():
-        raise ValueError(f"there is nothing at {path} to resume from")
+        raise ValueError(f"there is no run or checkpoint at {path}")
     if path.is_dir():
         found = load_latest(path / "checkpoints")
         if found is None:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from byot.config import TrainConfig, check_name, outputs_folder
+from byot.config import TrainConfig, absolute_path, check_name, outputs_folder
 from byot.flags import Parser, add_settings, given_settings, one_sentence_errors
 from byot.searched import find_best
 
@@ -37,13 +37,15 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
     """From the command line: the settings, the run's folder, and the checkpoint where one was named."""
     given = given_settings(arguments, TrainConfig)
     if given.get("data_dir"):
-        given["data_dir"] = str(Path(given["data_dir"]).expanduser().resolve())
+        given["data_dir"] = str(absolute_path(given["data_dir"]))
     outputs = outputs_folder(arguments.outputs)
     if arguments.resume is not None:
+        if arguments.name is not None:
+            raise ValueError("--name is for a new run; a resumed one keeps its folder")
         from byot.runs import find_checkpoint
         from byot.trainer import check_same_run
 
-        folder, config, checkpoint = find_checkpoint(arguments.resume.expanduser().resolve())
+        folder, config, checkpoint = find_checkpoint(absolute_path(arguments.resume))
         asked = config.with_settings(**given)
         check_same_run(asked, config)
         return asked, folder, checkpoint

@@ -97,10 +97,10 @@ class Trainer:
                 on_batch(min((i + 1) * config.batch_size, len(images)), len(images))
         (loss,), label, distillation, hint, accuracy = sums.read()
         trained_s = time.perf_counter() - started
-        self._check_finite(loss)
+        self.check_finite(loss)
         val = None if self.val_images is None else self.evaluate(self.val_images)
         if val is not None:
-            self._check_finite(sum(val.nll))  # what the epoch's last step did, no training loss has seen
+            self.check_finite(sum(val.nll))  # what the epoch's last step did, no training loss has seen
         self.epoch += 1
         return EpochMetrics(
             epoch=self.epoch,
@@ -115,9 +115,11 @@ class Trainer:
             images_per_s=len(images) / trained_s,
         )
 
-    def _check_finite(self, loss: float) -> None:
+    def check_finite(self, loss: float) -> None:
+        """Raise DivergedError for a loss that is NaN or infinite."""
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss became {loss} in epoch {self.epoch + 1}: a smaller lr or beta would help")
+            epoch = min(self.epoch + 1, self.config.epochs)
+            raise DivergedError(f"the loss became {loss} in epoch {epoch}: a smaller lr or beta would help")
 
     def evaluate(self, images: DeviceImages) -> Evaluation:
         batches = images.in_order(EVAL_BATCH_SIZE[self.device.type])

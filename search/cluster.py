@@ -11,6 +11,7 @@ from byot.trainer import choose_device
 # Read by Ray when it is imported or started.
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # with Ray's 15, any other process on a busy machine would starve the trials
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial keeps its own metrics.jsonl
     "TUNE_GLOBAL_CHECKPOINT_S": "1",

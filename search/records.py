@@ -90,6 +90,13 @@ class SearchRecorder(tune.Callback):
         row["error"] = row["error"] or _last_line(trial)
         self._end(row, "failed")
 
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Drop trials that had only begun when the driver was killed and that Ray, knowing nothing of them, began
+        again under another id."""
+        known = {trial.trial_id for trial in trials}
+        self.rows = {i: row for i, row in self.rows.items() if i in known or row["status"] != "running"}
+        self._write()
+
     def _end(self, row: Row, status: Status) -> None:
         row["status"] = status
         self._write()

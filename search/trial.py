@@ -16,6 +16,7 @@ from byot.trainer import DivergedError, Trainer
 
 CHECKPOINT_FILE = "checkpoint.pt"
 STEPS_TIMED = 3
+SPEED_TEST_LR = 1e-6  # so that a search whose lr makes trials diverge can still be timed
 
 
 class TrialSetup(NamedTuple):
@@ -56,4 +57,5 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
 def measure_images_per_s(setup: TrialSetup, train: LabelledImages) -> float:
     """Training speed on this worker over these few images: once to warm up, once that counts."""
     torch.set_num_threads(setup.threads)
-    return [metrics.images_per_s for metrics in Trainer(setup.base.with_settings(epochs=2), train)][-1]
+    harmless = setup.base.with_settings(epochs=2, lr=SPEED_TEST_LR)
+    return [metrics.images_per_s for metrics in Trainer(harmless, train)][-1]

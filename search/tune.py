@@ -13,7 +13,7 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
-from byot.config import TrainConfig, check_name, check_writable, outputs_folder
+from byot.config import TrainConfig, absolute_path, check_name, check_writable, outputs_folder
 from byot.files import read_json
 from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
 from search.settings import SearchSettings
@@ -48,9 +48,9 @@ def plan_new(arguments: argparse.Namespace, searches: Path) -> tuple[Path, Train
     if base.val_fraction == 0:
         raise ValueError("val_fraction must be above 0 in a search: trials are compared on the images held out")
     if base.data_dir:
-        base = base.with_settings(data_dir=str(Path(base.data_dir).expanduser().resolve()))
+        base = base.with_settings(data_dir=str(absolute_path(base.data_dir)))
     settings = SearchSettings(**given_settings(arguments, SearchSettings))
-    space = read_space(arguments.space.expanduser()) if arguments.space else DEFAULT_SPACE
+    space = read_space(absolute_path(arguments.space)) if arguments.space else DEFAULT_SPACE
     default_name = f"{base.model}-w{base.width}-{base.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = searches / check_name(arguments.name or default_name)
     if folder.exists():
@@ -67,14 +67,14 @@ def plan_resumed(arguments: argparse.Namespace, searches: Path) -> tuple[Path, T
     recorded = {**base.to_dict(), **search["settings"], "space": search["space"]}
     asked = {**given, **given_settings(arguments, SearchSettings)}
     if arguments.space:
-        asked["space"] = space_to_dict(read_space(arguments.space.expanduser()))
+        asked["space"] = space_to_dict(read_space(absolute_path(arguments.space)))
     free = ("data_dir", "device", "time_budget")
     changed = [name for name, value in asked.items() if name not in free and value != recorded[name]]
     if changed:
         said = ", ".join(f"{flag_name(name)} {recorded[name]}" for name in changed)
         raise ValueError(f"the search {folder.name} was started with {said} and can only go on so")
     if "data_dir" in given:
-        base = base.with_settings(data_dir=str(Path(given["data_dir"]).expanduser().resolve()))
+        base = base.with_settings(data_dir=str(absolute_path(given["data_dir"])))
     settings = SearchSettings(**{**search["settings"], "time_budget": asked.get("time_budget")})
     return folder, base, settings, space_from_dict(search["space"])
 

@@ -463,6 +463,24 @@ BROKEN: dict[Callable[[Path], None], str] = {
 }
 
 
+def test_a_damaged_image_is_told_wherever_it_is_damaged(tmp_path: Path) -> None:
+    """Pillow has many exceptions for a broken file; what it still decodes has the right shape."""
+    smooth = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+    whole = encode_png(smooth)
+    path = tmp_path / "train.parquet"
+    told = 0
+    for position in range(8, len(whole)):
+        write_parquet(path, images=[whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :]])
+        try:
+            found = load_images("cifar100", str(tmp_path), "train")
+        except ValueError as error:
+            told += 1
+            assert_sentence(error, tmp_path, "row 0")
+        else:
+            assert found.images.shape == (1, 32, 32, 3)
+    assert told > len(whole) / 4
+
+
 def assert_sentence(error: BaseException, folder: Path, words: str = "") -> None:
     message = str(error)
     assert "\n" not in message
@@ -525,10 +543,14 @@ def test_without_network_the_way_out_is_named(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(data, "DEFAULT_DATA_DIR", tmp_path / "data")
-    timeout = socket.getdefaulttimeout()
-    with pytest.raises(ValueError, match="could not be downloaded") as caught:
-        load_images("cifar100", None, "train")
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(77)
+    try:
+        with pytest.raises(ValueError, match="could not be downloaded") as caught:
+            load_images("cifar100", None, "train")
+        assert socket.getdefaulttimeout() == 77, "the process's own timeout is given back"
+    finally:
+        socket.setdefaulttimeout(before)
     assert_sentence(caught.value, tmp_path / "data", "--data-dir")
     assert "--dataset digits" in str(caught.value)
-    assert socket.getdefaulttimeout() == timeout
     assert picture_of(tmp_path) == {}, "a failed download leaves nothing behind"

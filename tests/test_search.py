@@ -119,10 +119,8 @@ def test_an_existing_name_is_not_overwritten(finished: tuple[Path, subprocess.Co
 
 def start_search(outputs: Path, *arguments: object) -> subprocess.Popen[str]:
     command = command_line(TUNE, *SMALL, *arguments, "--outputs", outputs)
-    log = open(outputs / "driver.log", "w")  # noqa: SIM115 - the process writes to it
-    return subprocess.Popen(
-        command, cwd=outputs, env=command_environment(), stdout=log, stderr=log, text=True, start_new_session=True
-    )
+    with open(outputs / "driver.log", "w") as log:
+        return subprocess.Popen(command, cwd=outputs, env=command_environment(), stdout=log, stderr=log, text=True)
 
 
 def wait_for_ended(folder: Path, count: int, process: subprocess.Popen[str]) -> list[Row]:

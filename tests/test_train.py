@@ -195,6 +195,15 @@ def test_divergence_in_the_last_step_is_divergence_too(few_digits: LabelledImage
         list(Trainer(config, train_part, val))
 
 
+@pytest.mark.usefixtures("few_files")
+def test_a_network_broken_by_its_last_step_has_no_result(tmp_path: Path) -> None:
+    """Without validation images the test set is the first to see it; a result of nothing must not be recorded."""
+    config = SMALL.with_settings(lr=1e30, batch_size=1000, epochs=1)
+    with pytest.raises(DivergedError):
+        train_run(config, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_too_few_images_are_refused(few_digits: LabelledImages) -> None:
     with pytest.raises(ValueError, match="at least 2 images, not 1"):
         Trainer(SMALL, LabelledImages(few_digits.images[:1], few_digits.labels[:1]))
@@ -319,6 +328,16 @@ def test_a_stop_before_the_result_is_made_up_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_files")
+def test_the_folder_of_another_run_is_not_taken_over(tmp_path: Path) -> None:
+    """Not even before its first checkpoint, or when that cannot be read."""
+    open_run(SMALL, tmp_path)
+    before = picture_of(tmp_path)
+    with pytest.raises(ValueError, match=r"seed 0 \(asked for: 1\)"):
+        open_run(SMALL.with_settings(seed=1), tmp_path)
+    assert picture_of(tmp_path) == before
+
+
+@pytest.mark.usefixtures("few_files")
 def test_a_damaged_last_checkpoint_costs_one_epoch(tmp_path: Path) -> None:
     config = SMALL.with_settings(epochs=4)
     straight = train_run(config, tmp_path / "straight")
@@ -336,13 +355,15 @@ def test_a_damaged_last_checkpoint_costs_one_epoch(tmp_path: Path) -> None:
 def test_two_checkpoints_are_kept_and_one_tensorboard_step_an_epoch(tmp_path: Path) -> None:
     events_of = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
     config = SMALL.with_settings(epochs=4)
-    start_and_stop(config, tmp_path, 2)
+    start_and_stop(config, tmp_path, 3)
+    epoch_checkpoint(tmp_path / "checkpoints", 3).unlink()  # so that epoch 3 is done, and written, twice
     train_run(config, tmp_path)
     assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["epoch-0004.pt", "epoch-0003.pt"]
     events = events_of(str(tmp_path / "tensorboard")).Reload()
     records = read_json_lines(tmp_path / "metrics.jsonl")
-    found = {event.step: event.value for event in events.Scalars("train_loss")}
-    assert found == pytest.approx({r["epoch"]: r["train_loss"] for r in records}, rel=1e-6)
+    found = events.Scalars("train_loss")
+    assert [event.step for event in found] == [1, 2, 3, 4]
+    assert [event.value for event in found] == pytest.approx([r["train_loss"] for r in records], rel=1e-6)
     assert {"train_accuracy_1", "train_hint_3", "lr"} <= set(events.Tags()["scalars"])
 
 

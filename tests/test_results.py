@@ -1,0 +1,52 @@
+"""What is shipped in results/ is what its records say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from byot.config import PROJECT_ROOT, TrainConfig
+from byot.files import read_json
+from byot.searched import SHIPPED_FOLDER, find_best
+from search.records import best_row, read_rows
+
+RESULTS = PROJECT_ROOT / "results"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED_FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_choice_is_that_of_its_record(path: Path):
+    shipped = read_json(path)
+    best = read_json(PROJECT_ROOT / shipped["record"] / "best.json")
+    for name, value in best["params"].items():
+        assert shipped["config"][name] == value
+    assert path.stem == f"{shipped['config']['model']}-{shipped['config']['dataset']}"
+
+
+def test_shipped_choice_trains_the_full_network_and_says_how_it_was_found(tmp_path: Path):
+    choice = find_best(tmp_path, "", "resnet18", "cifar100")
+    config = TrainConfig.from_dict(choice.settings)
+    assert (config.width, config.epochs, config.val_fraction) == (64, 200, 0)
+    assert "results/best" in choice.source
+    assert "width 16" in choice.source
+
+
+@pytest.mark.parametrize("folder", sorted((RESULTS / "searches").iterdir()), ids=lambda folder: folder.name)
+def test_best_of_each_recorded_search_is_the_best_of_its_trials(folder: Path):
+    search, best = read_json(folder / "search.json"), read_json(folder / "best.json")
+    found = best_row(read_rows(folder / "trials.csv"), search["metric"], search["mode"])
+    assert found is not None
+    assert (found["trial_id"], found[search["metric"]]) == (best["trial_id"], best["value"])
+
+
+def test_readme_tables_stand_in_the_records():
+    """Every accuracy in the README's result tables is a value of some record, to two places."""
+    known = set()
+    for path in RESULTS.glob("runs/*.json"):
+        known |= {f"{v:.2f}" for k, v in read_json(path).items() if k.startswith("test_accuracy")}
+    for path in RESULTS.glob("searches/*/trials.csv"):
+        known |= {f"{v:.2f}" for row in read_rows(path) for k, v in row.items() if k.startswith("val_acc") and v}
+    section = (PROJECT_ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    numbers = [number for row in rows for number in re.findall(r"\b\d\d\.\d\d\b", row)]
+    assert len(numbers) >= 15
+    assert set(numbers) <= known

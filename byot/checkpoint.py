@@ -6,13 +6,14 @@ torch.save writes, a zip archive, with the SHA-256 of it all as the archive's co
 
 import hashlib
 import io
-import os
 import pickle
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from byot.files import write_whole
 
 COMMENT_LENGTH = hashlib.sha256().digest_size * 2  # in hexadecimal
 NO_COMMENT = (0).to_bytes(2, "little")  # a zip archive ends with its comment's length and the comment
@@ -25,17 +26,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     archive = buffer.getbuffer()
     assert archive[-2:] == NO_COMMENT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(archive[:-2])
-            file.write(_comment(archive))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, archive[:-2], _comment(archive))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Small JSON files that are never seen half written."""
+"""Files that are never seen half written, and the small JSON records kept in them."""
 
 import json
 import math
@@ -8,17 +8,23 @@ from typing import Any
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write a record in one piece: temporary file, flush to the disk, rename. NaN and infinity become null."""
+    """Write a record in one piece. NaN and infinity become null."""
     write_text(path, json.dumps(_finite(record), indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one piece."""
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file that is never seen half written: to a temporary name, flushed to the disk, renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -729,7 +729,7 @@ def resume_without_checkpoint(folder: Path) -> tuple[tuple[Any, ...], tuple[str,
 
 
 def resume_of_a_missing_path(folder: Path) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    return ("--resume", "gone"), (str(folder / "gone"), "nothing at")
+    return ("--resume", "gone"), (str(folder / "gone"), "no run or checkpoint")
 
 
 def resume_of_something_else(folder: Path) -> tuple[tuple[Any, ...], tuple[str, ...]]:

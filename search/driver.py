@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
 DAY_S = 86400
+# Of a trial: Ray's snapshot of the search lags behind by an epoch or two, and one that names a removed checkpoint makes
+# the trial fail when the search goes on after a kill.
+CHECKPOINTS_KEPT = 4
 QUICK_WIDTH = 16
 
 
@@ -169,7 +172,7 @@ def _run(
                 verbose=0,
                 callbacks=[recorder],
                 failure_config=tune.FailureConfig(max_failures=2),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             ),
         )
     with open(folder / "search.log", "a", encoding="utf-8") as log, redirect_stdout(log):

@@ -54,7 +54,10 @@ class SearchRecorder(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         before = self.rows.get(trial.trial_id, {})
+        if before.get("status", "running") != "running":
+            return  # it had ended, but Ray's last snapshot before a kill did not know: the same epochs come again
         self.rows[trial.trial_id] = {
+            **before,
             "trial_id": trial.trial_id,
             "role": trial.config["role"],
             "status": "running",
@@ -69,7 +72,9 @@ class SearchRecorder(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        row = self.rows[trial.trial_id]
+        row = self._running_row(trial)
+        if row is None:
+            return
         if "diverged" in result:
             row["error"] = f"diverged: {result['diverged']}"
         else:
@@ -78,7 +83,9 @@ class SearchRecorder(tune.Callback):
             row |= {name: result[name] for name in MEASURES}
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        row = self.rows[trial.trial_id]
+        row = self._running_row(trial)
+        if row is None:
+            return
         if row["error"]:
             status: Status = "failed"
         else:
@@ -86,9 +93,15 @@ class SearchRecorder(tune.Callback):
         self._end(row, status)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        row = self.rows[trial.trial_id]
+        row = self._running_row(trial)
+        if row is None:
+            return
         row["error"] = row["error"] or _last_line(trial)
         self._end(row, "failed")
+
+    def _running_row(self, trial: Trial) -> Row | None:
+        row = self.rows[trial.trial_id]
+        return row if row["status"] == "running" else None
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         """Drop trials that had only begun when the driver was killed and that Ray, knowing nothing of them, began

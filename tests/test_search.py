@@ -29,7 +29,7 @@ from tests.helpers import (
 )
 
 TUNE = "search/tune.py"
-EPOCHS = 6
+EPOCHS = 4
 NUM_SAMPLES = 6
 SMALL = ("--dataset", "digits", "--width", 4, "--epochs", EPOCHS, "--num-samples", NUM_SAMPLES)
 

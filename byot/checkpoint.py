@@ -1,12 +1,14 @@
 """Checkpoints that are plain data, appear whole or not at all, and show when they are damaged.
 
-A checkpoint is one file, `epoch-0012.pt`, written to a temporary name, flushed to the disk and renamed. It is what
-torch.save writes, a zip archive, with the SHA-256 of it all as the archive's comment, so torch.load reads it as well.
+A checkpoint is one file, `epoch-0012.pt` after twelve epochs or `epoch-0012-step-000100.pt` a hundred steps later,
+written to a temporary name, flushed to the disk and renamed. It is what torch.save writes, a zip archive, with the
+SHA-256 of it all as the archive's comment, so torch.load reads it as well.
 """
 
 import hashlib
 import io
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -53,19 +55,20 @@ def _comment(archive: bytes | memoryview) -> bytes:
     return COMMENT_LENGTH.to_bytes(2, "little") + hashlib.sha256(archive).hexdigest().encode()
 
 
-def epoch_checkpoint(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch-{epoch:04d}.pt"
+def checkpoint_path(folder: Path, epoch: int, step: int = 0) -> Path:
+    """Where the state after so many epochs and steps of the next one is kept."""
+    return folder / (f"epoch-{epoch:04d}-step-{step:06d}.pt" if step else f"epoch-{epoch:04d}.pt")
 
 
-def checkpoint_epoch(path: Path) -> int:
-    """The epoch in a checkpoint's name; -1, before all others, for a name that has none."""
-    number = path.stem.removeprefix("epoch-")
-    return int(number) if number.isdecimal() else -1
+def checkpoint_position(path: Path) -> tuple[int, int]:
+    """The epochs and steps in a checkpoint's name; (-1, 0), before all others, for a name that has none."""
+    match = re.fullmatch(r"epoch-(\d+)(?:-step-(\d+))?", path.stem, re.ASCII)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    return sorted(folder.glob("epoch-*.pt"), key=checkpoint_epoch, reverse=True)
+    return sorted(folder.glob("epoch-*.pt"), key=checkpoint_position, reverse=True)
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -270,11 +270,11 @@ class DeviceImages:
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
             yield normalise(images, self.mean, self.std), labels
 
-    def augmented(self, plan: "EpochPlan", batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch, in the plan's order. A last batch of a single image is left out: batch
-        normalisation has no variance to take there."""
+    def augmented(self, plan: "EpochPlan", batch_size: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch from number `first` on, in the plan's order. A last batch of a single image is
+        left out: batch normalisation has no variance to take there."""
         plan = plan.to(self.labels.device)
-        for i in range(0, len(self), batch_size):
+        for i in range(first * batch_size, len(self), batch_size):
             chosen = plan.order[i : i + batch_size]
             if len(chosen) < 2:
                 return

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def set_aside(folder: Path) -> Path:
+    """Move a folder that is to be made anew to replaced/NAME-TIME beside it; nothing is ever deleted."""
+    aside = folder.parent / "replaced" / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    aside.parent.mkdir(exist_ok=True)
+    return folder.rename(aside)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError, in one sentence, if there is none at `path` or it is damaged."""
     try:
@@ -43,6 +51,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return record
+
+
+def write_json_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a .jsonl file in one piece."""
+    write_text(path, "".join(json.dumps(_finite(record)) + "\n" for record in records))
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
@@ -66,14 +79,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:  # torn: the process died while writing it
             continue
     return [record for record in records if isinstance(record, dict)]
-
-
-def keep_epochs(path: Path, last_epoch: int) -> list[dict[str, Any]]:
-    """Cut a metrics.jsonl back to the epochs up to `last_epoch`, those a checkpoint knows of, and return them."""
-    records = [r for r in read_json_lines(path) if r.get("epoch", 0) <= last_epoch]
-    if path.exists():
-        write_text(path, "".join(json.dumps(_finite(record)) + "\n" for record in records))
-    return records
 
 
 def _finite(value: Any) -> Any:

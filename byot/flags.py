@@ -5,6 +5,7 @@ settings of a search or of an earlier run.
 """
 
 import argparse
+import signal
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -72,9 +73,13 @@ def one_sentence_errors(program: str) -> Iterator[None]:
     """Turn what a user got wrong (ValueError) into one sentence on standard error and exit code 2.
 
     Wrapped around the reading of arguments and inputs only: a ValueError later on is a defect and keeps its traceback.
+    Ctrl-C meanwhile ends the program at once; nothing has been begun.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"{program}: stopped before it began", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -77,6 +77,17 @@ class TrainingSums:
             self._sums += batch * len(labels)
         self._num_images += len(labels)
 
+    def read_loss(self) -> float:
+        """The mean total loss so far; NaN or infinite for ever once a step's was. A synchronisation."""
+        return self._sums[0].item() / self._num_images
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums.cpu(), "num_images": self._num_images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums.copy_(state["sums"])
+        self._num_images = state["num_images"]
+
     def read(self) -> tuple[tuple[float, ...], ...]:
         """(total,), label [K], distillation [K-1], hint [K-1], accuracy [K] in percent. The one synchronisation."""
         total, label, distillation, hint, correct = (self._sums.cpu() / self._num_images).split(self._sizes)

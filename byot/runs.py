@@ -2,12 +2,13 @@
 
 config.json         every setting
 metrics.jsonl       one line an epoch
-checkpoints/        epoch-0012.pt, the last two
+checkpoints/        epoch-0012.pt, the last two; epoch-0012-step-000100.pt where an epoch takes long or was stopped
 tensorboard/        the same metrics as events
 result.json         written last: the test set's figures and where they come from
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 
 from byot.checkpoint import (
-    checkpoint_epoch,
-    epoch_checkpoint,
+    checkpoint_path,
+    checkpoint_position,
     list_checkpoints,
     load_checkpoint,
     load_latest,
@@ -25,9 +26,11 @@ from byot.checkpoint import (
 )
 from byot.config import TrainConfig
 from byot.data import DeviceImages, LabelledImages, Normalisation, check_dataset, load_images, split_validation
-from byot.files import append_json_line, keep_epochs, read_json, read_json_lines, write_json
+from byot.files import append_json_line, read_json, write_json, write_json_lines
+from byot.lock import lock_folder
 from byot.metrics import EpochMetrics, Evaluation, evaluate
 from byot.provenance import provenance
+from byot.stopping import StoppedError
 from byot.trainer import (
     EVAL_BATCH_SIZE,
     OnBatch,
@@ -36,9 +39,13 @@ from byot.trainer import (
     check_same_run,
     choose_autocast_dtype,
     choose_device,
+    explain_out_of_memory,
 )
 
+SAVE_EVERY_S = 600.0  # within an epoch that takes longer
+
 OnEpoch = Callable[[EpochMetrics], None]
+StopAsked = Callable[[], int]  # anything but 0 asks to stop
 
 
 @dataclass(frozen=True)
@@ -60,39 +67,87 @@ def read_result(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
 def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None) -> Run:
     """Read the data, build the network and go back to the given checkpoint, else to the folder's last one.
 
-    Writes nothing before all of that has worked. Raises ValueError for what a user can put right.
+    The caller holds the folder's lock. Writes nothing before all of that has worked. Raises ValueError for what a user
+    can put right.
     """
     read_result(config, folder)
     check_dataset(config.dataset, config.data_dir)
     images = load_images(config.dataset, config.data_dir, "train")
     train, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
-    found = (checkpoint, load_checkpoint(checkpoint)) if checkpoint else load_latest(folder / "checkpoints")
-    if found is None:
-        trainer = Trainer(config, train, val)
-    else:
-        trainer = Trainer(config, train, val, normalisation=Normalisation(**found[1]["normalisation"]))
-        trainer.load_state_dict(found[1])
-    for path in list_checkpoints(folder / "checkpoints"):
-        if checkpoint_epoch(path) > trainer.epoch:
-            path.unlink()  # damaged, or left behind by going back to an older one: the run makes it again
+    trainer, resumed_from = restore_trainer(config, train, val, folder, checkpoint)
     write_json(folder / "config.json", config.to_dict())
-    keep_epochs(folder / "metrics.jsonl", trainer.epoch)
-    return Run(folder, trainer, found[0] if found else None)
+    return Run(folder, trainer, resumed_from)
 
 
-def finish_run(run: Run, on_batch: OnBatch | None = None, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
+def restore_trainer(
+    config: TrainConfig,
+    train: LabelledImages,
+    val: LabelledImages | None,
+    folder: Path,
+    checkpoint: Path | None = None,
+) -> tuple[Trainer, Path | None]:
+    """A trainer as the given checkpoint left it, else the folder's last whole one, else new; and that checkpoint.
+
+    What the folder has from later than that is removed: it is damaged, or left behind by going back, and made again.
+    """
+    found = (checkpoint, load_checkpoint(checkpoint)) if checkpoint else load_latest(folder / "checkpoints")
+    with explain_out_of_memory(config):
+        normalisation = Normalisation(**found[1]["normalisation"]) if found else None
+        trainer = Trainer(config, train, val, normalisation)
+        if found:
+            trainer.load_state_dict(found[1])
+    for path in list_checkpoints(folder / "checkpoints"):
+        if checkpoint_position(path) > (trainer.epoch, trainer.step):
+            path.unlink()
+    if trainer.history or (folder / "metrics.jsonl").exists():
+        write_json_lines(folder / "metrics.jsonl", trainer.history)
+    return trainer, found[0] if found else None
+
+
+def train_saving(
+    trainer: Trainer, folder: Path, on_batch: OnBatch | None = None, stop_asked: StopAsked = lambda: 0
+) -> Iterator[EpochMetrics]:
+    """Train to the last epoch; each one is saved, then added to metrics.jsonl, then yielded.
+
+    Raises StoppedError, the step at hand done and saved, once `stop_asked` says so.
+    """
+    saved_at = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved_at
+        save_checkpoint(checkpoint_path(folder / "checkpoints", trainer.epoch, trainer.step), trainer.state_dict())
+        remove_old_checkpoints(folder / "checkpoints")
+        saved_at = time.monotonic()
+
+    def after_batch(done: int, images: int) -> None:
+        if on_batch is not None:
+            on_batch(done, images)
+        stop = stop_asked()
+        if stop or time.monotonic() - saved_at > SAVE_EVERY_S:
+            save()
+        if stop:
+            raise StoppedError
+
+    for metrics in trainer.epochs(after_batch):
+        save()
+        append_json_line(folder / "metrics.jsonl", trainer.history[-1])
+        yield metrics
+
+
+def finish_run(
+    run: Run,
+    on_batch: OnBatch | None = None,
+    on_epoch: OnEpoch | None = None,
+    stop_asked: StopAsked = lambda: 0,
+) -> dict[str, Any]:
     """Train to the last epoch, with a checkpoint after each, then read the test set, once, and record the result."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder, trainer, config = run.folder, run.trainer, run.trainer.config
     origin = provenance(trainer.device)  # now: the checkout may change while the run goes on
     with SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.epoch + 1) as writer:
-        for metrics in trainer.epochs(on_batch):
-            record = metrics.to_record()
-            append_json_line(folder / "metrics.jsonl", record)
-            save_checkpoint(epoch_checkpoint(folder / "checkpoints", metrics.epoch), trainer.state_dict())
-            remove_old_checkpoints(folder / "checkpoints")
-            for name, value in record.items():
+        for metrics in train_saving(trainer, folder, on_batch, stop_asked):
+            for name, value in trainer.history[-1].items():
                 writer.add_scalar(name, value, metrics.epoch)
             if on_epoch is not None:
                 on_epoch(metrics)
@@ -103,7 +158,7 @@ def finish_run(run: Run, on_batch: OnBatch | None = None, on_epoch: OnEpoch | No
         "num_train_images": len(trainer.train_images),
         "num_test_images": test.num_images,
         **test.to_record("test"),
-        "elapsed_s": sum(r["elapsed_s"] for r in read_json_lines(folder / "metrics.jsonl")),
+        "elapsed_s": sum(record["elapsed_s"] for record in trainer.history),
         **origin,
     }
     write_json(folder / "result.json", result)
@@ -114,8 +169,9 @@ def train_run(config: TrainConfig, folder: Path, threads: int | None = None) -> 
     """Do a whole run, or the rest of it, and return its result; of a finished run, the result alone."""
     if threads is not None:
         torch.set_num_threads(threads)
-    result = read_result(config, folder)
-    return result if result is not None else finish_run(open_run(config, folder))
+    with lock_folder(folder):
+        result = read_result(config, folder)
+        return result if result is not None else finish_run(open_run(config, folder))
 
 
 def evaluate_checkpoint(config: TrainConfig, checkpoint: Path, test: LabelledImages) -> tuple[Evaluation, int]:

@@ -4,16 +4,24 @@
   python byot/train.py --best                      the best configuration a search found, on all training images
   python byot/train.py --resume outputs/runs/NAME  go on from a run's folder or one checkpoint file
 
-The same command goes on from the run's own last checkpoint. The run's folder is outputs/runs/NAME.
+The same command goes on from the run's own last checkpoint. The run's folder is outputs/runs/NAME. Ctrl-C and SIGTERM
+finish the step at hand and save.
 """
 
 import argparse
+import shlex
+import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from byot.config import TrainConfig, absolute_path, check_name, outputs_folder
+from byot.files import set_aside
 from byot.flags import Parser, add_settings, given_settings, one_sentence_errors
+from byot.lock import lock_folder
 from byot.searched import find_best
+from byot.stopping import StoppedError, TrainingError, catch_stop_signals
 
 
 def build_parser() -> Parser:
@@ -27,6 +35,8 @@ def build_parser() -> Parser:
         help="take the settings a search found best (default: the newest finished one); other flags go over them",
     )
     start.add_argument("--resume", type=Path, metavar="PATH", help="go on from this run folder or checkpoint file")
+    start_anew = "start anew; what the run's folder held is moved to runs/replaced/"
+    parser.add_argument("--fresh", action="store_true", help=start_anew)
     parser.add_argument("--name", help="folder of the run under outputs/runs (default: made from the settings)")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     add_settings(parser, TrainConfig)
@@ -42,13 +52,12 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
     if arguments.resume is not None:
         if arguments.name is not None:
             raise ValueError("--name is for a new run; a resumed one keeps its folder")
+        if arguments.fresh:
+            raise ValueError("--fresh starts a run anew and --resume goes on with one; give one of them")
         from byot.runs import find_checkpoint
-        from byot.trainer import check_same_run
 
         folder, config, checkpoint = find_checkpoint(absolute_path(arguments.resume))
-        asked = config.with_settings(**given)
-        check_same_run(asked, config)
-        return asked, folder, checkpoint
+        return config.with_settings(**given), folder, checkpoint
     if arguments.best is not None:
         defaults = TrainConfig(**given)
         choice = find_best(outputs, arguments.best, defaults.model, defaults.dataset)
@@ -63,37 +72,56 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
     return config, outputs / "runs" / check_name(arguments.name or config.run_name()), None
 
 
+def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: bool) -> dict[str, Any]:
+    """Do the run, or the rest of it, and return its result. Ends the program where that cannot be."""
+    go_on = f"go on with: {shlex.join([sys.executable, *sys.argv[:1], '--resume', str(folder)])}"
+    with ExitStack() as held:
+        try:
+            with one_sentence_errors("train.py"):
+                from byot.console import show_progress
+                from byot.runs import finish_run, open_run, read_result
+
+                if fresh and folder.exists():
+                    with lock_folder(folder):
+                        print(f"what was in {folder} is now in {set_aside(folder)}")
+                result = read_result(config, folder)
+                if result is not None:
+                    print(f"{folder} is finished already; --name or --fresh starts another run with these settings")
+                    return result
+                held.enter_context(lock_folder(folder))
+                run = open_run(config, folder, checkpoint)
+            start = f"going on from {run.resumed_from}" if run.resumed_from else "starting"
+            precision = "bf16" if run.trainer.autocast_dtype else "fp32"
+            print(
+                f"{start}: {config.model} width {config.width} on {config.dataset}, {len(run.trainer.train_images)} "
+                f"training images, {config.epochs} epochs, {run.trainer.device.type}, {precision}\n{folder}",
+                flush=True,
+            )
+            stop_asked = held.enter_context(catch_stop_signals())
+            with show_progress(run.trainer.epoch, config.epochs) as (on_batch, on_epoch):
+                return finish_run(run, on_batch, on_epoch, stop_asked)
+        except StoppedError:
+            print(f"\nstopped and saved; {go_on}", file=sys.stderr)
+            raise SystemExit(128 + stop_asked()) from None
+        except KeyboardInterrupt:
+            print(f"\nstopped; {go_on}", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
+        except TrainingError as error:
+            print(f"train.py: {error}", file=sys.stderr)
+        except OSError as error:  # a full disk, most often; what was saved before is whole
+            place = error.filename or folder
+            print(f"train.py: {place} cannot be written ({error.strerror}); once it can, {go_on}", file=sys.stderr)
+    raise SystemExit(1)
+
+
 def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("train.py"):
         config, folder, checkpoint = plan_run(arguments)
+    result = train(config, folder, checkpoint, arguments.fresh)
 
-        from byot.console import classifier_table, show_progress
-        from byot.runs import finish_run, open_run, read_result
-        from byot.trainer import DivergedError
+    from byot.console import classifier_table
 
-        result = read_result(config, folder)
-        run = None if result else open_run(config, folder, checkpoint)
-    if run is not None:
-        start = f"going on from {run.resumed_from}" if run.resumed_from else "starting"
-        precision = "bf16" if run.trainer.autocast_dtype else "fp32"
-        print(
-            f"{start}: {config.model} width {config.width} on {config.dataset}, {len(run.trainer.train_images)} "
-            f"training images, {config.epochs} epochs, {run.trainer.device.type}, {precision}\n{folder}",
-            flush=True,
-        )
-        try:
-            with show_progress(run.trainer.epoch, config.epochs) as (on_batch, on_epoch):
-                result = finish_run(run, on_batch, on_epoch)
-        except KeyboardInterrupt:
-            print(f"\nstopped; go on with: python byot/train.py --resume {folder}", file=sys.stderr)
-            raise SystemExit(130) from None
-        except DivergedError as error:
-            print(f"train.py: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
-    else:
-        print(f"{folder} is finished already; --name starts another run with these settings")
-    assert result is not None
     print(f"\ntest set, {result['num_test_images']} images, after epoch {config.epochs}")
     print(classifier_table(result, "test"))
 

@@ -1,12 +1,14 @@
 """The training loop: an iterator of epochs whose whole state can be saved and restored.
 
 Everything random in a run comes from its seed, and everything that changes from epoch to epoch (data order,
-augmentation, learning rate) from the epoch's number. So the state is the weights, the optimiser's buffers and a count.
+augmentation, learning rate) from the epoch's number. So the state is the weights, the optimiser's buffers, the epoch,
+the step within it and the figures measured so far; there is no random generator to save.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,14 +18,13 @@ from byot.data import DeviceImages, LabelledImages, Normalisation, draw_epoch, f
 from byot.loss import self_distillation_loss
 from byot.metrics import EpochMetrics, Evaluation, TrainingSums, evaluate
 from byot.model import BranchedResNet
+from byot.provenance import find_versions
+from byot.stopping import DivergedError, OutOfMemoryError
 
 EVAL_BATCH_SIZE = {"cpu": 256, "mps": 512, "cuda": 2048}
+STEPS_BETWEEN_CHECKS = {"cpu": 1, "mps": 50, "cuda": 50}  # of the loss; on a GPU each one waits for it
 
 OnBatch = Callable[[int, int], None]  # (images done in this epoch, images in it)
-
-
-class DivergedError(RuntimeError):
-    """The training loss became NaN or infinite; the weights are of no use any more."""
 
 
 class Trainer:
@@ -57,27 +58,35 @@ class Trainer:
             fused=self.device.type == "cuda",
         )
         self.epoch = 0  # epochs finished
+        self.step = 0  # steps done of the next one
+        self.history: list[dict[str, Any]] = []  # the record of each finished epoch
+        self._sums = TrainingSums(NUM_CLASSIFIERS, self.device)  # of the steps done
+        self._elapsed_s = 0.0  # in them, by this process and those before
+        self._versions = find_versions()
 
     def __iter__(self) -> Iterator[EpochMetrics]:
         return self.epochs()
 
     def epochs(self, on_batch: OnBatch | None = None) -> Iterator[EpochMetrics]:
-        """Go on from the epochs already finished. Raises DivergedError after an epoch whose loss is not finite."""
+        """Go on from the epochs and steps already done.
+
+        `on_batch` is called after each step, when the state may be saved. Raises DivergedError where the loss is no
+        longer finite and OutOfMemoryError where the device's memory does not suffice.
+        """
         while self.epoch < self.config.epochs:
-            yield self._run_epoch(on_batch)
+            with explain_out_of_memory(self.config):
+                metrics = self._run_epoch(on_batch)
+            yield metrics
 
     def _run_epoch(self, on_batch: OnBatch | None) -> EpochMetrics:
-        started = time.perf_counter()
-        config, images = self.config, self.train_images
+        started = time.perf_counter() - self._elapsed_s
+        config, images, sums = self.config, self.train_images, self._sums
         plan = draw_epoch(config, len(images), self.epoch)
-        sums = TrainingSums(NUM_CLASSIFIERS, self.device)
         num_batches = images.batches_per_epoch(config.batch_size)
-        lr = config.lr
         self.model.train()
-        for i, (batch, labels) in enumerate(images.augmented(plan, config.batch_size)):
-            lr = learning_rate(config, (self.epoch + i / num_batches) / config.epochs)
+        for batch, labels in images.augmented(plan, config.batch_size, first=self.step):
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = learning_rate(config, (self.epoch + self.step / num_batches) / config.epochs)
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 outputs = self.model(batch)
             terms = self_distillation_loss(
@@ -93,8 +102,12 @@ class Trainer:
             terms.total.backward()
             self.optimizer.step()
             sums.add(terms, outputs.logits, labels)
+            self.step += 1
+            self._elapsed_s = time.perf_counter() - started
+            if self.step % STEPS_BETWEEN_CHECKS[self.device.type] == 0:
+                self.check_finite(sums.read_loss())
             if on_batch is not None:
-                on_batch(min((i + 1) * config.batch_size, len(images)), len(images))
+                on_batch(min(self.step * config.batch_size, len(images)), len(images))
         (loss,), label, distillation, hint, accuracy = sums.read()
         trained_s = time.perf_counter() - started
         self.check_finite(loss)
@@ -102,9 +115,10 @@ class Trainer:
         if val is not None:
             self.check_finite(sum(val.nll))  # what the epoch's last step did, no training loss has seen
         self.epoch += 1
-        return EpochMetrics(
+        self.step, self._sums, self._elapsed_s = 0, TrainingSums(NUM_CLASSIFIERS, self.device), 0.0
+        metrics = EpochMetrics(
             epoch=self.epoch,
-            lr=lr,
+            lr=learning_rate(config, (self.epoch - 1 / num_batches) / config.epochs),  # the last step's
             loss=loss,
             label=label,
             distillation=distillation,
@@ -114,6 +128,8 @@ class Trainer:
             elapsed_s=time.perf_counter() - started,
             images_per_s=len(images) / trained_s,
         )
+        self.history.append(metrics.to_record())
+        return metrics
 
     def check_finite(self, loss: float) -> None:
         """Raise DivergedError for a loss that is NaN or infinite."""
@@ -133,18 +149,31 @@ class Trainer:
         """Everything needed to go on as if nothing had happened, as plain data."""
         return {
             "config": self.config.to_dict(),
+            "num_train_images": len(self.train_images),
+            "versions": self._versions,
             "epoch": self.epoch,
+            "step": self.step,
+            "sums": self._sums.state_dict(),
+            "elapsed_s": self._elapsed_s,
+            "history": self.history,
             "normalisation": self.normalisation._asdict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state. Raises ValueError, naming the settings, if it belongs to another run."""
+        """Take up a saved state. Raises ValueError, naming what differs, if it belongs to another run."""
         check_same_run(self.config, TrainConfig.from_dict(state["config"]))
+        if state["num_train_images"] != len(self.train_images):
+            raise ValueError(
+                f"the run was started with {state['num_train_images']} training images, the data set has "
+                f"{len(self.train_images)} now; give the --data-dir it was started with or another --name"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch = state["epoch"]
+        self.epoch, self.step, self.history = state["epoch"], state["step"], list(state["history"])
+        self._sums.load_state_dict(state["sums"])
+        self._elapsed_s = state["elapsed_s"]
 
 
 def check_same_run(asked: TrainConfig, found: TrainConfig) -> None:
@@ -153,6 +182,22 @@ def check_same_run(asked: TrainConfig, found: TrainConfig) -> None:
     if differences:
         listed = ", ".join(f"{name} {theirs} (asked for: {mine})" for name, (mine, theirs) in differences.items())
         raise ValueError(f"the run was started with {listed}; give the same settings or another --name")
+
+
+@contextmanager
+def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
+    """Turn the ways in which torch and Python run out of memory into an OutOfMemoryError that says what would help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not (
+            "can't allocate memory" in str(error) or "not enough memory" in str(error)  # on a CPU
+        ):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory with batch_size {config.batch_size} and width {config.width}: a smaller --batch-size or "
+            "--width would help, or fewer trials or runs at once"
+        ) from error
 
 
 def build_model(config: TrainConfig) -> BranchedResNet:

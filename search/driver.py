@@ -1,7 +1,9 @@
 """One search from its plan to its end: Ray started, the time estimated, the trials run, the result told."""
 
+import io
 import logging
 import shlex
+import shutil
 import sys
 import warnings
 from contextlib import redirect_stdout
@@ -12,22 +14,44 @@ import torch
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
-from byot.files import read_json, write_json
+from byot.files import read_json
 from byot.provenance import find_commit, find_versions, provenance
+from byot.runs import StopAsked
+from byot.stopping import catch_stop_signals
 from byot.trainer import choose_device
 from search.cluster import RayStartError, Share, Slots, share, start_ray
+from search.records import SearchRecords, load_search, now, save_search
 from search.settings import SearchSettings, expected_epochs
 from search.space import Space, first_points, space_to_dict
 
 if TYPE_CHECKING:
     from search.trial import TrialSetup  # importing it imports Ray
+    from search.watch import SearchWatch
 
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
 DAY_S = 86400
-# Of a trial: Ray's snapshot of the search lags behind by an epoch or two, and one that names a removed checkpoint makes
-# the trial fail when the search goes on after a kill.
-CHECKPOINTS_KEPT = 4
 QUICK_WIDTH = 16
+MAX_RETRIES = 3  # of a trial whose worker or node died; it goes on from its checkpoint
+
+
+class SearchPlan(NamedTuple):
+    """A search that is to start or to go on."""
+
+    folder: Path
+    base: TrainConfig  # the settings that are not searched
+    settings: SearchSettings
+    space: Space
+    address: str | None  # of a Ray cluster; None: this machine
+    retry_failed: bool = False
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing can be read of such a search yet."""
+        try:
+            load_search(self.folder)
+        except ValueError:
+            return True
+        return False
 
 
 class SearchData(NamedTuple):
@@ -43,155 +67,206 @@ def load_search_data(base: TrainConfig) -> SearchData:
     return SearchData(train, val)
 
 
-def run_search(
-    folder: Path,
-    base: TrainConfig,
-    settings: SearchSettings,
-    space: Space,
-    data: SearchData,
-    room: Slots | Share,
-    *,
-    address: str | None,
-    resume: bool,
-) -> int:
-    """Run or go on with a search; returns the exit code: 0 finished, 1 no trial finished, 130 stopped on the way.
+def check_same_data(folder: Path, data: SearchData) -> None:
+    """Raise ValueError if a search that is to go on would find other images than it was started with."""
+    search = load_search(folder)
+    found = {"num_train_images": len(data.train.labels), "num_val_images": len(data.val.labels)}
+    for name, number in found.items():
+        if search[name] != number:
+            raise ValueError(
+                f"the search {folder.name} was started with {name} {search[name]}, the data set has {number} now; "
+                "give the --data-dir it was started with"
+            )
 
-    `room` is what is asked for where the resources are known only once Ray has joined the cluster at `address`.
+
+def open_records(plan: SearchPlan) -> SearchRecords:
+    """What the search's folder holds of its trials; what was found damaged is told."""
+    records = SearchRecords(
+        plan.folder,
+        parameters=list(plan.space),
+        metric=plan.settings.metric,
+        mode=plan.settings.mode,
+        epochs=plan.base.epochs,
+        seed=plan.base.seed,
+    )
+    for note in records.notes:
+        print(f"tune.py: {note}", file=sys.stderr)
+    if plan.retry_failed:
+        print(f"{records.retry_failed()} failed trials are tried again")
+    if records.rows:
+        records.write_table()
+        records.write_best()
+    return records
+
+
+def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
+    """Run a search, or the rest of it; the caller holds its folder's lock. Returns the exit code.
+
+    0: finished; 1: it cannot go on, or no trial finished; 128 and the signal's number: stopped on the way. `room` is
+    what is asked for where the resources are known only once Ray has joined the cluster.
     """
-    try:
-        start_ray(room if isinstance(room, Slots) else None, address)
-    except RayStartError as error:
-        print(f"tune.py: Ray did not start ({error})", file=sys.stderr)
-        return 1
     import ray
 
     try:
+        records = open_records(plan)
+        if len(records.ended) >= plan.settings.num_samples:
+            print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
+            return tell_result(plan, records)
+        start_ray(room if isinstance(room, Slots) else None, plan.address)
         if isinstance(room, Slots):
             slots = room
         else:
             found = ray.cluster_resources()
             slots = share(room, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
-        if slots.gpus == 0 and choose_device(base.device).type == "cuda":
-            base = base.with_settings(device="cpu")  # asked for no GPU, Ray hides none from a trial
-        return _run(folder, base, settings, space, data, slots, resume=resume)
+        if slots.gpus == 0 and choose_device(plan.base.device).type == "cuda":
+            plan = plan._replace(base=plan.base.with_settings(device="cpu"))  # asked for none, Ray hides the GPUs
+        with catch_stop_signals() as stop_asked:  # after ray.init, which has a handler of its own
+            return _run(plan, data, slots, records, stop_asked)
+    except RayStartError as error:
+        print(f"tune.py: Ray did not start ({error})", file=sys.stderr)
+        return 1
+    except OSError as error:
+        place = error.filename or plan.folder
+        print(f"tune.py: {place} cannot be written ({error.strerror}); once it can, {_go_on(plan)}", file=sys.stderr)
+        return 1
     finally:
         ray.shutdown()
 
 
-def _run(
-    folder: Path,
-    base: TrainConfig,
-    settings: SearchSettings,
-    space: Space,
-    data: SearchData,
-    slots: Slots,
-    *,
-    resume: bool,
-) -> int:
-    from ray import tune
+def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecords, stop_asked: StopAsked) -> int:
+    from search.trial import TrialSetup
 
-    from search.records import SearchRecorder, now, read_rows, trials_table, update_search
-    from search.study import BudgetAwareOptunaSearch, DurableAsha
-    from search.trial import TrialSetup, run_trial
-
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, base, settings, space = plan.folder, plan.base, plan.settings, plan.space
     _log_to_file(folder / "search.log")
     setup = TrialSetup(base, folder / "trials", settings.metric, slots.cpus)
-    parameters = list(space)
-    if not resume:
-        write_json(
-            folder / "search.json",
-            {
-                "name": folder.name,
-                "status": "running",
-                "started_at": now(),
-                "finished_at": None,
-                "config": base.to_dict(),
-                "settings": settings.to_dict(),
-                "space": space_to_dict(space),
-                "metric": settings.metric,
-                "mode": settings.mode,
-                "num_samples": settings.num_samples,
-                "max_concurrent": slots.max_concurrent,
-                "num_train_images": len(data.train.labels),
-                "num_val_images": len(data.val.labels),
-                **provenance(torch.device("cuda" if slots.gpus else "cpu")),
-            },
-        )
+    is_new = plan.is_new
+    record = {} if is_new else load_search(folder)
+    record |= {
+        "name": folder.name,  # it may have been moved
+        "status": "running",
+        "started_at": record.get("started_at", now()),
+        "finished_at": None,
+        "config": base.to_dict(),
+        "settings": settings.to_dict(),
+        "space": space_to_dict(space),
+        "metric": settings.metric,
+        "mode": settings.mode,
+        "num_samples": settings.num_samples,
+        "max_concurrent": slots.max_concurrent,
+        "num_train_images": len(data.train.labels),
+        "num_val_images": len(data.val.labels),
+    }
+    if is_new:
+        record |= provenance(torch.device("cuda" if slots.gpus else "cpu"))
     else:
-        update_search(folder, status="running", finished_at=None, commit=find_commit(), versions=find_versions())
+        record |= {"commit": find_commit(), "versions": find_versions()}
+    save_search(folder, record)
     print(f"search {folder.name}: {settings.num_samples} trials of {base.model} width {base.width} on {base.dataset}")
     print(f"{len(data.train.labels)} images to train on, {len(data.val.labels)} to compare on, {folder}", flush=True)
-    if not resume:
+    if is_new:
         speed = _measure(setup, slots, data.train)
         print(describe_time(speed, base, settings, slots, len(data.train.labels), len(data.val.labels)), flush=True)
-
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, setup=setup, train=data.train, val=data.val),
-        {"CPU": slots.cpus, "GPU": slots.gpus},
-    )
-    if resume:
-        tuner = tune.Tuner.restore(str(folder / "ray"), trainable=trainable, resume_errored=False)
     else:
-        searcher = BudgetAwareOptunaSearch(
-            space,
-            metric=settings.metric,
-            mode=settings.mode,
-            epochs=base.epochs,
-            first=first_points(space, base),
-            num_samples=settings.num_samples,
-            seed=base.seed,
+        print(
+            f"{len(records.ended)} trials have ended, {len(records.unfinished)} go on from their checkpoints, "
+            f"{settings.num_samples - len(records.rows)} are to come",
+            flush=True,
         )
-        scheduler = DurableAsha(
-            metric=settings.metric,
-            mode=settings.mode,
-            epochs=base.epochs,
-            rungs_file=folder / "state" / "rungs.json",
-        )
-        recorder = SearchRecorder(
-            folder,
-            parameters=parameters,
-            metric=settings.metric,
-            mode=settings.mode,
-            epochs=base.epochs,
-            seed=base.seed,
-        )
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=scheduler,
-                num_samples=settings.num_samples,
-                max_concurrent_trials=slots.max_concurrent,
-                time_budget_s=settings.time_budget_s(),
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="ray",
-                storage_path=str(folder),
-                verbose=0,
-                callbacks=[recorder],
-                failure_config=tune.FailureConfig(max_failures=2),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
-            ),
-        )
-    with open(folder / "search.log", "a", encoding="utf-8") as log, redirect_stdout(log):
-        tuner.fit()
+    watch = _fit(plan, data, slots, setup, records, stop_asked)
 
-    rows = read_rows(folder / "trials.csv")
-    ended = sum(row["status"] != "running" for row in rows)
-    out_of_time = settings.time_budget is not None
-    finished = ended >= settings.num_samples or out_of_time
-    update_search(folder, status="finished" if finished else "interrupted", finished_at=now())
-    print(f"\n{trials_table(rows, parameters, settings.metric, settings.mode)}\n")
-    if not finished:
-        command = shlex.join([sys.executable, *sys.argv[:1], "--name", folder.name, "--resume"])
-        print(f"stopped with {ended} of {settings.num_samples} trials ended; go on with: {command}", flush=True)
-        return 130
-    if not (folder / "best.json").is_file():
-        print(f"no trial reached its last epoch; what went wrong is in {folder}", flush=True)
+    missing = settings.num_samples - len(records.ended)
+    finished = missing <= 0 or (watch.out_of_time() and not watch.trouble and not stop_asked())
+    save_search(folder, record | {"status": "finished" if finished else "interrupted", "finished_at": now()})
+    if watch.trouble:
+        print(f"\n{records.to_text()}\n")
+        retry = ["--retry-failed"] if any(row["status"] == "failed" for row in records.ended) else []
+        print(f"tune.py: {watch.trouble}; when that is mended, {_go_on(plan, *retry)}", file=sys.stderr)
         return 1
-    print(_verdict(folder))
+    if not finished:
+        print(f"\n{records.to_text()}\n")
+        print(f"stopped with {missing} of {settings.num_samples} trials to end; {_go_on(plan)}", flush=True)
+        return 128 + stop_asked()
+    if missing > 0:
+        print(f"{settings.time_budget} are over with {missing} trials to end; {_go_on(plan)}", flush=True)
+    return tell_result(plan, records)
+
+
+def _fit(
+    plan: SearchPlan,
+    data: SearchData,
+    slots: Slots,
+    setup: "TrialSetup",
+    records: SearchRecords,
+    stop_asked: StopAsked,
+) -> "SearchWatch":
+    """Let Ray run what is unfinished and what is to come."""
+    from ray import tune
+
+    from search.mirror import OptunaMirror
+    from search.study import BudgetAwareSearch, RecordedAsha
+    from search.trial import run_trial
+    from search.watch import SearchWatch, StopWatch
+
+    settings, base = plan.settings, plan.base
+    searcher = BudgetAwareSearch(
+        records,
+        plan.space,
+        first=first_points(plan.space, base),
+        num_samples=settings.num_samples,
+        seed=base.seed,
+    )
+    scheduler = RecordedAsha(records, mode=settings.mode)
+    watch = SearchWatch(
+        records,
+        searcher,
+        scheduler,
+        OptunaMirror(records, plan.space),
+        num_samples=settings.num_samples,
+        time_budget_s=settings.time_budget_s(),
+        stop_asked=stop_asked,
+    )
+    ray_folder = plan.folder / "ray"
+    shutil.rmtree(ray_folder, ignore_errors=True)
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(run_trial, setup=setup, train=data.train, val=data.val),
+            {"CPU": slots.cpus, "GPU": slots.gpus},
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=settings.num_samples - len(records.ended),
+            max_concurrent_trials=slots.max_concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=ray_folder.name,
+            storage_path=str(plan.folder),
+            verbose=0,
+            callbacks=[watch],
+            stop=StopWatch(watch),
+            failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
+        ),
+    )
+    with redirect_stdout(LogWriter()):
+        tuner.fit()
+    return watch
+
+
+def _go_on(plan: SearchPlan, *more: str) -> str:
+    place = ["--storage-path", str(plan.folder.parent)] if plan.folder.parent.name != "searches" else []
+    outputs = ["--outputs", str(plan.folder.parents[1])] if not place else []
+    command = [sys.executable, *sys.argv[:1], "--name", plan.folder.name, *place, *outputs, "--resume", *more]
+    return f"go on with: {shlex.join(command)}"
+
+
+def tell_result(plan: SearchPlan, records: SearchRecords) -> int:
+    """Print what a finished search found; returns the exit code, 1 if no trial reached its last epoch."""
+    print(f"\n{records.to_text()}\n")
+    if not (plan.folder / "best.json").is_file():
+        print(f"no trial reached its last epoch; what went wrong is in {plan.folder}", flush=True)
+        return 1
+    print(_verdict(plan.folder))
     return 0
 
 
@@ -266,8 +341,20 @@ def _verdict(folder: Path) -> str:
     return "\n".join(lines)
 
 
+class LogWriter(io.TextIOBase):
+    """A file whose lines go to the log."""
+
+    def write(self, text: str) -> int:
+        for line in filter(str.strip, text.splitlines()):
+            logging.getLogger("ray.tune").warning(line)
+        return len(text)
+
+
 def _log_to_file(path: Path) -> None:
     """Send what Ray, Optuna and Python warnings have to say to a file; the terminal is for the trials."""
+    import optuna  # noqa: F401  which gives its logger another handler when it is imported
+
+    logging.raiseExceptions = False  # a full disk is told once, where records cannot be written
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)

@@ -1,29 +1,30 @@
-"""What a search leaves on disk, and the table of its trials.
+"""What a search leaves on disk, which is all it needs to go on: Ray's own state is never read again.
 
-search.json                   settings, seed, versions, commit, hardware, status
+search.json                   settings, seed, versions, commit, hardware, status; state/search.json is its copy
 trials.csv                    one row a trial, failed ones too; rewritten whole at every change
 best.json                     the best configuration that reached its last epoch
+trials/TRIAL_ID/trial.json    the trial's row, written when it is proposed and when it ends
 trials/TRIAL_ID/metrics.jsonl one line an epoch, written by the trial itself
-state/                        what the search needs to go on: ASHA's rungs
-ray/                          Ray Tune's own folder
+trials/TRIAL_ID/checkpoints/  the trial's last two, by itself
+optuna.log                    the trials that have ended as an Optuna journal, for optuna-dashboard
+ray/                          Ray Tune's own folder, made anew whenever the search goes on
 search.log                    what Ray and the libraries had to say
 """
 
 import csv
 import io
-import sys
+import math
+import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
-
-from ray import tune
-from ray.tune.experiment import Trial
+from typing import Any, Literal, NamedTuple
 
 from byot.config import NUM_CLASSIFIERS
-from byot.files import read_json, write_json, write_text
+from byot.files import read_json, read_json_lines, write_json, write_text
+from search.space import Role
 
-Status = Literal["completed", "stopped", "failed", "running"]
+Status = Literal["completed", "stopped", "failed", "running"]  # running: begun and not ended, whether it runs or not
 
 ACCURACIES = (
     "val_accuracy",
@@ -31,109 +32,159 @@ ACCURACIES = (
     "val_accuracy_ensemble",
 )
 MEASURES = (*ACCURACIES, "val_nll", "val_nll_ensemble", "val_ece", "val_ece_ensemble")
+DIVERGED = "diverged: "  # how the error of such a trial begins; tried again it would diverge again
 
 Row = dict[str, Any]
 
 
-class SearchRecorder(tune.Callback):
-    """Keeps trials.csv and best.json up to date in the driver and prints a line for each trial that ends."""
+class EpochResult(NamedTuple):
+    """What the search remembers of one epoch of a trial."""
+
+    value: float  # of the metric searched for
+    seconds: float
+
+
+class SearchRecords:
+    """The trials of a search, in memory and on disk: proposed, measured epoch by epoch, ended."""
 
     def __init__(self, folder: Path, *, parameters: list[str], metric: str, mode: str, epochs: int, seed: int) -> None:
+        """Reads what the folder holds. A damaged trial.json is made good from trials.csv, and trials.csv from them."""
         self.folder = folder
         self.parameters = parameters
         self.metric = metric
         self.mode = mode
         self.epochs = epochs
         self.seed = seed
-        self.num_samples = int(read_json(folder / "search.json")["num_samples"])
-        self.rows: dict[str, Row] = {}
+        self.history: dict[str, dict[int, EpochResult]] = {}  # trial id -> epoch -> result
+        self.notes: list[str] = []  # what was found damaged, one sentence each
+        self.rows = {row["trial_id"]: row for row in self._read_rows()}
 
-    def setup(self, *args: Any, **info: Any) -> None:
-        """Called when a search starts and when it goes on: trials that had ended before keep their rows."""
-        self.rows = {row["trial_id"]: row for row in read_rows(self.folder / "trials.csv")}
+    def _read_rows(self) -> list[Row]:
+        try:
+            table = {row["trial_id"]: row for row in read_rows(self.folder / "trials.csv")}
+        except (ValueError, KeyError, OSError) as error:
+            self.notes.append(f"trials.csv is damaged ({error}) and made anew from the trials' own records")
+            table = {}
+        on_disk = {path.name for path in (self.folder / "trials").glob("t*") if path.is_dir()}
+        rows = []
+        for trial_id in sorted(on_disk | set(table), key=lambda trial_id: (trial_number(trial_id), trial_id)):
+            row = self._read_row(trial_id, table.get(trial_id))
+            if row is not None:
+                self._read_history(row)
+                rows.append(row)
+        return rows
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        before = self.rows.get(trial.trial_id, {})
-        if before.get("status", "running") != "running":
-            return  # it had ended, but Ray's last snapshot before a kill did not know: the same epochs come again
-        self.rows[trial.trial_id] = {
-            **before,
-            "trial_id": trial.trial_id,
-            "role": trial.config["role"],
+    def _read_row(self, trial_id: str, in_table: Row | None) -> Row | None:
+        path = self.trial_folder(trial_id) / "trial.json"
+        try:
+            row = read_json(path)
+            missing = set(table_columns(self.parameters)) - set(row)
+            if not missing:
+                return row
+            reason = f"{path} lacks {', '.join(sorted(missing))}"
+        except ValueError as error:
+            reason = str(error)
+        if in_table is not None:
+            self.notes.append(f"{reason}: trial {trial_id} is taken from trials.csv")
+            write_json(path, in_table)
+            return in_table
+        self.notes.append(f"{reason}, nor does trials.csv know it: trial {trial_id} is left out")
+        shutil.move(path.parent, path.parent.with_name(f"damaged-{trial_id}-{datetime.now():%Y%m%d-%H%M%S-%f}"))
+        return None
+
+    def _read_history(self, row: Row) -> None:
+        lines = read_json_lines(self.trial_folder(row["trial_id"]) / "metrics.jsonl")
+        self.history[row["trial_id"]] = {
+            line["epoch"]: EpochResult(line[self.metric], line["elapsed_s"])
+            for line in lines
+            if line.keys() >= {"epoch", self.metric, "elapsed_s"} and line[self.metric] is not None
+        }
+        if row["status"] == "running" and lines:
+            self._update(row, lines[-1])
+
+    def trial_folder(self, trial_id: str) -> Path:
+        return self.folder / "trials" / trial_id
+
+    @property
+    def ended(self) -> list[Row]:
+        return [row for row in self.rows.values() if row["status"] != "running"]
+
+    @property
+    def unfinished(self) -> list[Row]:
+        return [row for row in self.rows.values() if row["status"] == "running"]
+
+    def curve(self, trial_id: str) -> dict[int, float]:
+        """Epoch -> value of the metric."""
+        return {epoch: result.value for epoch, result in self.history[trial_id].items()}
+
+    def begin(self, role: Role, params: dict[str, float]) -> Row:
+        """Record a trial that is proposed, before anything of it is done."""
+        number = max(map(trial_number, self.rows), default=-1) + 1
+        row: Row = {
+            "trial_id": f"t{number:04d}",  # no spreadsheet takes it for a number
+            "role": role,
             "status": "running",
-            "epochs_done": before.get("epochs_done", 0),
-            **trial.config["params"],
-            "seconds": before.get("seconds", 0.0),
+            "epochs_done": 0,
+            **params,
+            **dict.fromkeys(MEASURES),
+            "seconds": 0.0,
             "seed": self.seed,
             "error": "",
         }
-        self._write()
+        write_json(self.trial_folder(row["trial_id"]) / "trial.json", row)
+        self.rows[row["trial_id"]] = row
+        self.history[row["trial_id"]] = {}
+        self.write_table()
+        return row
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
-    ) -> None:
-        row = self._running_row(trial)
-        if row is None:
-            return
-        if "diverged" in result:
-            row["error"] = f"diverged: {result['diverged']}"
-        else:
-            row["epochs_done"] = result["epoch"]
-            row["seconds"] += result["elapsed_s"]
-            row |= {name: result[name] for name in MEASURES}
+    def add_epoch(self, trial_id: str, record: dict[str, Any]) -> None:
+        """Take in what a trial reported; an epoch reported again counts once."""
+        self.history[trial_id][record["epoch"]] = EpochResult(record[self.metric], record["elapsed_s"])
+        self._update(self.rows[trial_id], record)
 
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        row = self._running_row(trial)
-        if row is None:
-            return
-        if row["error"]:
-            status: Status = "failed"
-        else:
-            status = "completed" if row["epochs_done"] >= self.epochs else "stopped"
-        self._end(row, status)
+    def _update(self, row: Row, record: dict[str, Any]) -> None:
+        row["epochs_done"] = record["epoch"]
+        row["seconds"] = sum(result.seconds for result in self.history[row["trial_id"]].values())
+        row |= {name: record[name] for name in MEASURES if name in record}
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        row = self._running_row(trial)
-        if row is None:
-            return
-        row["error"] = row["error"] or _last_line(trial)
-        self._end(row, "failed")
-
-    def _running_row(self, trial: Trial) -> Row | None:
-        row = self.rows[trial.trial_id]
-        return row if row["status"] == "running" else None
-
-    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        """Drop trials that had only begun when the driver was killed and that Ray, knowing nothing of them, began
-        again under another id."""
-        known = {trial.trial_id for trial in trials}
-        self.rows = {i: row for i, row in self.rows.items() if i in known or row["status"] != "running"}
-        self._write()
-
-    def _end(self, row: Row, status: Status) -> None:
-        row["status"] = status
-        self._write()
+    def end(self, trial_id: str, status: Status, error: str = "") -> Row:
+        """Record how a trial ended. The checkpoints of one that will not go on are removed."""
+        row = self.rows[trial_id] | {"status": status, "error": error}
+        write_json(self.trial_folder(trial_id) / "trial.json", row)
+        self.rows[trial_id] = row
+        if status == "stopped" or error.startswith(DIVERGED):
+            shutil.rmtree(self.trial_folder(trial_id) / "checkpoints", ignore_errors=True)
+        self.write_table()
         if status == "completed":
-            self._write_best()
-        best = best_row(self.rows.values(), self.metric, self.mode)
-        ended = sum(r["status"] != "running" for r in self.rows.values())
-        line = f"{ended:>3}/{self.num_samples}  {row['trial_id']}  {status:<9}  {row['epochs_done']:>3} epochs"
-        line += f"  {self.metric} {_number(row.get(self.metric))}"
-        line += "".join(f"  {name} {row[name]:.3g}" for name in self.parameters)
-        line += f"  {row['seconds']:.0f} s"
-        if row["error"]:
-            line += f"  {row['error']}"
-        elif best is not None:
-            line += f"  best {_number(best[self.metric])}"
-        print(line, file=sys.__stdout__, flush=True)  # sys.stdout goes to the log while Ray runs
+            self.write_best()
+        return row
 
-    def _write(self) -> None:
+    def retry_failed(self) -> int:
+        """Set the failed trials that may do better another time to running; returns how many."""
+        failed = [r for r in self.ended if r["status"] == "failed" and not r["error"].startswith(DIVERGED)]
+        for row in failed:
+            row |= {"status": "running", "error": ""}
+            write_json(self.trial_folder(row["trial_id"]) / "trial.json", row)
+        return len(failed)
+
+    def to_text(self) -> str:
+        return trials_table(self.rows.values(), self.parameters, self.metric, self.mode)
+
+    def best(self) -> Row | None:
+        return best_row(self.rows.values(), self.metric, self.mode)
+
+    def write_table(self) -> None:
         write_rows(self.folder / "trials.csv", self.rows.values(), self.parameters)
 
-    def _write_best(self) -> None:
-        best = best_row(self.rows.values(), self.metric, self.mode)
+    def write_best(self) -> None:
+        best = self.best()
         if best is not None:
             write_best(self.folder, best, list(self.rows.values()), self.parameters)
+
+
+def trial_number(trial_id: str) -> int:
+    """The place of a trial in the order of proposals; -1 for an id that another version gave."""
+    return int(trial_id[1:]) if trial_id[:1] == "t" and trial_id[1:].isdecimal() else -1
 
 
 def best_row(rows: Iterable[Row], metric: str, mode: str) -> Row | None:
@@ -146,14 +197,14 @@ def best_row(rows: Iterable[Row], metric: str, mode: str) -> Row | None:
 
 def write_best(folder: Path, best: Row, rows: list[Row], parameters: list[str]) -> None:
     """Write best.json: the settings with which byot/train.py --best trains, and what they are compared with."""
-    search = read_json(folder / "search.json")
+    search = load_search(folder)
     metric = search["metric"]
     params = {name: best[name] for name in parameters}
     compared = [r for r in rows if r["role"] != "sampled" and r["status"] == "completed"]
     write_json(
         folder / "best.json",
         {
-            "search": search["name"],
+            "search": folder.name,
             "trial_id": best["trial_id"],
             "role": best["role"],
             "metric": metric,
@@ -173,6 +224,28 @@ def write_best(folder: Path, best: Row, rows: list[Row], parameters: list[str]) 
     )
 
 
+# ---------------------------------------------------------------- search.json
+
+
+def load_search(folder: Path) -> dict[str, Any]:
+    """The record of a search, from its copy if it is damaged. Raises ValueError if both are or there is none."""
+    try:
+        return read_json(folder / "search.json")
+    except ValueError as error:
+        try:
+            return read_json(folder / "state" / "search.json")
+        except ValueError:
+            raise error from None
+
+
+def save_search(folder: Path, record: dict[str, Any]) -> None:
+    for path in (folder / "search.json", folder / "state" / "search.json"):
+        write_json(path, record)
+
+
+# ---------------------------------------------------------------- trials.csv
+
+
 def table_columns(parameters: list[str]) -> list[str]:
     return ["trial_id", "role", "status", "epochs_done", *parameters, *MEASURES, "seconds", "seed", "error"]
 
@@ -186,11 +259,22 @@ def write_rows(path: Path, rows: Iterable[Row], parameters: list[str]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a trials.csv with their numbers as numbers; none if there is no file."""
+    """The rows of a trials.csv with their numbers as numbers; none if there is no file.
+
+    Raises ValueError if a row is damaged.
+    """
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
-        return [{name: _parse(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        reader = csv.DictReader(file, strict=True)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
+        for number, row in enumerate(rows, start=2):
+            if None in row or None in row.values():  # csv's sign for too many cells and for too few
+                raise ValueError(f"row {number} does not have as many cells as the header")
+        return [{name: _parse(name, cell) for name, cell in row.items()} for row in rows]
 
 
 TEXT_COLUMNS = ("trial_id", "role", "status", "error")
@@ -205,7 +289,7 @@ def _parse(column: str, cell: str) -> Any:
     return int(cell) if column in WHOLE_COLUMNS else float(cell)
 
 
-def trials_table(rows: list[Row], parameters: list[str], metric: str, mode: str) -> str:
+def trials_table(rows: Iterable[Row], parameters: list[str], metric: str, mode: str) -> str:
     """The trials as text, those that reached their last epoch first and best first."""
     sign = -1 if mode == "max" else 1
     order = {"completed": 0, "stopped": 1, "running": 2, "failed": 3}
@@ -213,7 +297,7 @@ def trials_table(rows: list[Row], parameters: list[str], metric: str, mode: str)
     def rank(row: Row) -> tuple[int, float, float]:
         value = row.get(metric)
         depth = -row["epochs_done"] if row["status"] == "stopped" else 0
-        return order[row["status"]], depth, sign * value if value is not None else 0.0
+        return order[row["status"]], depth, sign * value if value is not None else math.inf
 
     # val_accuracy is the deepest classifier's, which the numbered columns show already.
     shown = [name for name in dict.fromkeys((metric, *ACCURACIES)) if name != "val_accuracy"]
@@ -227,7 +311,7 @@ def trials_table(rows: list[Row], parameters: list[str], metric: str, mode: str)
                 row["status"],
                 str(row["epochs_done"]),
                 *(f"{row[name]:.3g}" for name in parameters),
-                *(_number(row.get(name)) for name in shown),
+                *(format_value(row.get(name)) for name in shown),
                 f"{row['seconds']:.0f}",
             ]
         )
@@ -239,20 +323,9 @@ def trials_table(rows: list[Row], parameters: list[str], metric: str, mode: str)
     return "\n".join(line.rstrip() for line in aligned)
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _number(value: float | None) -> str:
+def format_value(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _last_line(trial: Trial) -> str:
-    """The last line of a trial's traceback: the exception and its message."""
-    path = trial.error_file
-    lines = Path(path).read_text(errors="replace").strip().splitlines() if path and Path(path).is_file() else []
-    return lines[-1].strip() if lines else "the worker died"
-
-
-def update_search(folder: Path, **changes: Any) -> None:
-    write_json(folder / "search.json", {**read_json(folder / "search.json"), **changes})
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

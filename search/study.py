@@ -1,148 +1,188 @@
-"""The searcher and the scheduler: Optuna's TPE through Ray's OptunaSearch, Ray's ASHA, each mended where it errs."""
+"""The searcher and the scheduler: Optuna's TPE and Ray's ASHA, each told what it needs to judge by budgets.
+
+Both are made from the search's own records, whether it starts or goes on: there is no other state to restore.
+"""
 
 import math
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import optuna
-from optuna.distributions import FloatDistribution
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search import Searcher
 
-from byot.files import read_json, write_json
+from search.records import DIVERGED, Row, SearchRecords
 from search.settings import REDUCTION_FACTOR, grace_epochs
 from search.space import FirstPoint, Space
 
 MAX_STARTUP_TRIALS = 10  # Optuna's default number of random trials before TPE models anything
 
 
-class BudgetAwareOptunaSearch(OptunaSearch):
-    """OptunaSearch that knows at which epoch each value was measured.
+def study_direction(records: SearchRecords) -> StudyDirection:
+    return StudyDirection.MAXIMIZE if records.mode == "max" else StudyDirection.MINIMIZE
 
-    Ray tells Optuna that a trial stopped early is complete, with the value it had when stopped, so that low-epoch
-    values compete with final ones; and a NaN leaves its Optuna trial running for ever. Here a trial that reached its
-    last epoch is COMPLETE, one stopped early or diverged is PRUNED with the epochs it reported (TPE then ranks by epoch
-    first), one that crashed is FAIL. The first points are run before anything is sampled, and those outside the space
-    never enter the study.
+
+def make_distributions(space: Space) -> dict[str, BaseDistribution]:
+    return {name: FloatDistribution(r.low, r.high, log=r.log) for name, r in space.items()}
+
+
+def is_told(row: Row, space: Space) -> bool:
+    """Whether the sampler learns of a trial: deep supervision alone is another method, and often outside the space."""
+    return row["role"] != "control" and all(bounds.holds(row[name]) for name, bounds in space.items())
+
+
+def describe_end(row: Row, curve: dict[int, float]) -> tuple[TrialState, dict[int, float]]:
+    """What Optuna is to know of a trial that has ended: its state and its values by epoch.
+
+    Ray would call a trial stopped early complete, with the value it had then, so that low-epoch values compete with
+    final ones. Here it is pruned, with its epochs: TPE then ranks by epochs first. A diverged one is pruned without
+    any value, which ranks last; as failed its region would look unexplored. A crash says nothing of the region.
+    """
+    if row["status"] == "failed":
+        return (TrialState.PRUNED if row["error"].startswith(DIVERGED) else TrialState.FAIL), {}
+    return (TrialState.COMPLETE if row["status"] == "completed" else TrialState.PRUNED), curve
+
+
+def to_optuna(row: Row, records: SearchRecords, space: Space) -> FrozenTrial:
+    """A trial that has ended as Optuna keeps it; one outside the space has no parameters there, only attributes."""
+    state, curve = describe_end(row, records.curve(row["trial_id"]))
+    told = is_told(row, space)
+    return optuna.trial.create_trial(
+        state=state,
+        value=row[records.metric] if state == TrialState.COMPLETE else None,
+        params={name: row[name] for name in space} if told else {},
+        distributions=make_distributions(space) if told else {},
+        intermediate_values=curve,
+        user_attrs={key: row[key] for key in ("trial_id", "role", "status", "error", "seconds")}
+        | ({} if told else {name: row[name] for name in space}),
+    )
+
+
+class BudgetAwareSearch(Searcher):
+    """Proposes what is unfinished, then the first points, then what Optuna's TPE samples.
+
+    What is proposed as number n depends on the seed, on n and on the trials that had ended by then, and on nothing that
+    a restart would lose.
     """
 
     def __init__(
-        self,
-        space: Space,
-        *,
-        metric: str,
-        mode: Literal["max", "min"],
-        epochs: int,
-        first: list[FirstPoint],
-        num_samples: int,
-        seed: int,
+        self, records: SearchRecords, space: Space, *, first: list[FirstPoint], num_samples: int, seed: int
     ) -> None:
-        sampler = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=max(2, min(MAX_STARTUP_TRIALS, num_samples // 4))
-        )
-        super().__init__(
-            {name: FloatDistribution(r.low, r.high, log=r.log) for name, r in space.items()},
-            metric=metric,
-            mode=mode,
-            points_to_evaluate=[point.params for point in first if point.told],
-            sampler=sampler,
-        )
-        self._metric_name = metric
-        self._epochs = epochs
-        self._waiting = list(first)
+        super().__init__(metric=records.metric, mode=records.mode)
+        self._records = records
+        self._space = space
+        self._num_samples = num_samples
+        self._seed = seed
+        self._unfinished = records.unfinished
+        roles = {row["role"] for row in records.rows.values()}
+        self._first = [point for point in first if point.role not in roles]
+        self._trials: dict[str, optuna.Trial] = {}  # by our trial id, those that run and of which the sampler learns
+        self.study = optuna.create_study(direction=study_direction(records), sampler=self._sampler(0))
+        for row in records.rows.values():
+            if is_told(row, space):
+                if row["status"] == "running":
+                    self._ask(row)
+                else:
+                    self.study.add_trial(to_optuna(row, records, space))
 
-    def _study(self) -> optuna.Study:
-        study: Any = self._ot_study  # OptunaSearch made it in __init__, since it was given a space
-        return study
+    def _sampler(self, number: int) -> optuna.samplers.TPESampler:
+        """A sampler of its own for each proposal: a long-lived one has a generator that a restart would lose."""
+        seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
+        startup = max(2, min(MAX_STARTUP_TRIALS, self._num_samples // 4))
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        point = self._waiting.pop(0) if self._waiting else None
-        if point is not None and not point.told:
-            return {"params": point.params, "role": point.role}
-        return {"params": super().suggest(trial_id), "role": "sampled" if point is None else point.role}
+    def _ask(self, row: Row) -> None:
+        """Let the study know that a trial with these parameters runs."""
+        self.study.enqueue_trial({name: row[name] for name in self._space})
+        self._trials[row["trial_id"]] = self.study.ask(make_distributions(self._space))
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        trial = self._ot_trials.get(trial_id)
-        value, epoch = result.get(self._metric_name), result.get("epoch")
-        if trial is None or trial_id in self._completed_trials or value is None or epoch is None:
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        if self._unfinished:
+            row = self._unfinished.pop(0)
+        elif self._first:
+            point = self._first.pop(0)
+            row = self._records.begin(point.role, point.params)
+            if is_told(row, self._space):
+                self._ask(row)
+        else:
+            self.study.sampler = self._sampler(len(self._records.rows))
+            trial = self.study.ask(make_distributions(self._space))
+            row = self._records.begin("sampled", trial.params)
+            self._trials[row["trial_id"]] = trial
+        params = {name: row[name] for name in self._space}
+        return {"trial_id": row["trial_id"], "role": row["role"], "params": params}
+
+    def tell(self, row: Row) -> None:
+        """Let the study know how a trial ended."""
+        trial = self._trials.pop(row["trial_id"], None)
+        if trial is None:
             return
-        # A resumed trial reports epochs again; Optuna warns of a step reported twice.
-        if math.isfinite(value) and epoch not in _reported(trial):
+        state, curve = describe_end(row, self._records.curve(row["trial_id"]))
+        for epoch, value in sorted(curve.items()):
             trial.report(value, epoch)
+        self.study.tell(trial, row[self._records.metric] if state == TrialState.COMPLETE else None, state)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        trial = self._ot_trials.get(trial_id)
-        if trial is None or trial_id in self._completed_trials:
-            return
-        result = result or {}
-        self.on_trial_result(trial_id, result)  # Ray does not pass on the result at which it stopped a trial
-        self._completed_trials.add(trial_id)
-        trial.set_user_attr("ray_trial_id", trial_id)
-        value = result.get(self._metric_name)
-        if error or value is None:
-            self._study().tell(trial, state=TrialState.FAIL)
-        elif math.isfinite(value) and result["epoch"] >= self._epochs:
-            self._study().tell(trial, value)
-        else:
-            self._study().tell(trial, state=TrialState.PRUNED)
+        """Ray's word that a trial ended says not how; `tell` is called for those that really did."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the records are the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search goes on from its own records")
 
 
-def _reported(trial: optuna.Trial) -> dict[int, float]:
-    return trial.study._storage.get_trial(trial._trial_id).intermediate_values
-
-
-class DurableAsha(AsyncHyperBandScheduler):
-    """ASHA by epochs whose rungs are kept in a file, since Ray does not restore them.
+class RecordedAsha(AsyncHyperBandScheduler):
+    """ASHA by epochs whose rungs are filled from the search's records, since Ray does not restore them.
 
     The first points always run to their last epoch and stand outside the rungs: compared with at the end, they must
     not stop whatever learns slower than they do at the start. A trial that diverged ends at once. A trial that goes on
     after a restart never fills rungs it has passed with its later, better values.
     """
 
-    def __init__(self, *, metric: str, mode: Literal["max", "min"], epochs: int, rungs_file: Path) -> None:
+    def __init__(self, records: SearchRecords, *, mode: Literal["max", "min"]) -> None:
         super().__init__(
             time_attr="epoch",
-            metric=metric,
+            metric=records.metric,
             mode=mode,
-            max_t=epochs,
-            grace_period=grace_epochs(epochs),
+            max_t=records.epochs,
+            grace_period=grace_epochs(records.epochs),
             reduction_factor=REDUCTION_FACTOR,
         )
-        self._metric_name = metric
-        self._rungs_file = rungs_file
+        self._metric_name = records.metric
+        self.stopped: set[str] = set()  # trial ids
+        self._sign = 1.0 if mode == "max" else -1.0
+        for row in records.rows.values():
+            for epoch, recorded in self._brackets[0]._rungs:
+                value = records.curve(row["trial_id"]).get(int(epoch))
+                # An unfinished trial reports its last epoch again, and is judged then.
+                undecided = row["status"] == "running" and epoch == row["epochs_done"]
+                if row["role"] == "sampled" and value is not None and not undecided:
+                    recorded[row["trial_id"]] = self._sign * value
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._load_rungs()
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Nothing: there is one bracket for all."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         value = result.get(self._metric_name)
-        if value is not None and not math.isfinite(value):
+        if value is None or not math.isfinite(value) or result["epoch"] >= self._max_t:
             return self.STOP
         if trial.config["role"] != "sampled":
-            return self.CONTINUE if result["epoch"] < self._max_t else self.STOP
-        before = self._num_recorded()
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        if self._num_recorded() != before:
-            self._save_rungs()
+            return self.CONTINUE
+        trial_id = trial.config["trial_id"]  # Ray's own id changes when the search goes on
+        named: Any = SimpleNamespace(trial_id=trial_id)  # all that the bracket looks at
+        decision: str = self._brackets[0].on_result(named, result["epoch"], self._sign * value)
+        if decision == self.STOP:
+            self.stopped.add(trial_id)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        self._trial_info.pop(trial.trial_id, None)
+        """Nothing: a trial that ends must not fill rungs with its last value."""
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        self._trial_info.pop(trial.trial_id, None)
-
-    def _num_recorded(self) -> int:
-        return sum(len(recorded) for bracket in self._brackets for _, recorded in bracket._rungs)
-
-    def _save_rungs(self) -> None:
-        write_json(self._rungs_file, {str(epoch): recorded for epoch, recorded in self._brackets[0]._rungs})
-
-    def _load_rungs(self) -> None:
-        if self._rungs_file.is_file():
-            saved = read_json(self._rungs_file)
-            for epoch, recorded in self._brackets[0]._rungs:
-                recorded.update(saved.get(str(epoch), {}))
+        """Nothing: as above."""

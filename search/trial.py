@@ -1,57 +1,62 @@
-"""One trial, as it runs in a Ray worker: proposed parameters in, a report and a checkpoint out after every epoch."""
+"""One trial, as it runs in a Ray worker: proposed parameters in, a report after every epoch, checkpoints of its own.
+
+Ray is given no checkpoints: after a kill its snapshot may name one that is gone. A trial that starts again, whoever
+starts it, looks into its own folder.
+"""
 
 import math
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from ray import tune
 
-from byot.checkpoint import load_checkpoint, save_checkpoint
 from byot.config import TrainConfig
 from byot.data import LabelledImages
-from byot.files import append_json_line, keep_epochs
-from byot.trainer import DivergedError, Trainer
+from byot.lock import lock_folder
+from byot.runs import restore_trainer, train_saving
+from byot.stopping import DivergedError, TrainingError
+from byot.trainer import Trainer
+from search.records import DIVERGED
 
-CHECKPOINT_FILE = "checkpoint.pt"
+LOCK_WAIT_S = 120.0  # for a worker of a search that was killed, until it has noticed
 STEPS_TIMED = 3
 SPEED_TEST_LR = 1e-6  # so that a search whose lr makes trials diverge can still be timed
+
+# Keys of a report with which a trial ends before its last epoch, beside the metric's NaN.
+FAILED = "failed"  # for good, with the reason
+UNWRITABLE = "unwritable"  # its folder cannot be written to: the trial can go on when it can
 
 
 class TrialSetup(NamedTuple):
     """What all trials of a search have in common."""
 
     base: TrainConfig  # the settings that are not searched
-    trials_folder: Path  # each trial appends to trials_folder/TRIAL_ID/metrics.jsonl
+    trials_folder: Path  # each trial has trials_folder/TRIAL_ID
     metric: str
     threads: int
 
 
 def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledImages, val: LabelledImages) -> None:
-    """Train with the suggested parameters, going on from the trial's checkpoint if Ray brings one.
+    """Train with the suggested parameters, going on from the trial's last checkpoint if it has one.
 
-    A trial whose loss is no longer finite reports NaN with the reason under `diverged` and ends; what to make of that
-    is the scheduler's and the searcher's affair.
+    One that goes on first reports its last epoch again: the search may have ended before it heard of it.
     """
     torch.set_num_threads(setup.threads)
-    trainer = Trainer(setup.base.with_settings(**suggestion["params"]), train, val)
-    checkpoint = tune.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            trainer.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
-    metrics_path = setup.trials_folder / tune.get_context().get_trial_id() / "metrics.jsonl"
-    metrics_path.parent.mkdir(parents=True, exist_ok=True)
-    keep_epochs(metrics_path, trainer.epoch)
+    folder = setup.trials_folder / suggestion["trial_id"]
+    ending = {"epoch": 0, setup.metric: math.nan}
     try:
-        for metrics in trainer:
-            record = metrics.to_record()
-            append_json_line(metrics_path, record)
-            with tempfile.TemporaryDirectory() as folder:
-                save_checkpoint(Path(folder) / CHECKPOINT_FILE, trainer.state_dict())
-                tune.report(record, checkpoint=tune.Checkpoint.from_directory(folder))
-    except DivergedError as error:
-        tune.report({"epoch": trainer.epoch + 1, setup.metric: math.nan, "diverged": str(error)})
+        with lock_folder(folder, wait_s=LOCK_WAIT_S):
+            config = setup.base.with_settings(**suggestion["params"])
+            trainer, resumed_from = restore_trainer(config, train, val, folder)
+            if resumed_from is not None and trainer.history:
+                tune.report(trainer.history[-1])
+            for _ in train_saving(trainer, folder):
+                tune.report(trainer.history[-1])
+    except TrainingError as error:
+        tune.report(ending | {FAILED: f"{DIVERGED if isinstance(error, DivergedError) else ''}{error}"})
+    except OSError as error:
+        tune.report(ending | {UNWRITABLE: f"{error.filename or folder} cannot be written ({error.strerror})"})
 
 
 def measure_images_per_s(setup: TrialSetup, train: LabelledImages) -> float:

@@ -2,31 +2,41 @@
 
   python search/tune.py --model resnet18                    on CIFAR-100, on every GPU there is
   python search/tune.py --model resnet18 --dataset digits --width 16 --epochs 20
-  python search/tune.py --model resnet18 --resume           go on after a stop or a crash
+  python search/tune.py --model resnet18 --resume           go on after a stop or a crash, or with more --num-samples
 
 The search sees the training images only: a tenth of them, stratified, is held out to compare trials. The setting of
 the reference implementation is always tried first and deep supervision alone (alpha = beta = 0) second.
-Everything is left in outputs/searches/NAME.
+Everything is left in outputs/searches/NAME. The same command goes on with its own search, --fresh starts it anew.
 """
 
 import argparse
-from datetime import datetime
+import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from byot.config import TrainConfig, absolute_path, check_name, check_writable, outputs_folder
-from byot.files import read_json
+from byot.files import set_aside
 from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
+from byot.lock import lock_folder
+from search.records import load_search
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE, Space, read_space, space_from_dict, space_to_dict
 
 SEARCHED = ("alpha", "temperature", "beta")
+# What may change from one part of a search to the next.
+FREE = ("data_dir", "device", "num_samples", "time_budget", "max_concurrent", "gpus_per_trial", "cpus_per_trial")
 VAL_FRACTION = 0.1
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="tune.py", description=__doc__)
-    parser.add_argument("--name", help="folder of the search (default: made from model, data set and time)")
-    parser.add_argument("--resume", action="store_true", help="go on with the named search, else the newest unfinished")
+    parser.add_argument("--name", help="folder of the search (default: made from model, width, data set and epochs)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on with the named search, else the newest unfinished")
+    start_anew = "start anew; what the search's folder held is moved to searches/replaced/"
+    start.add_argument("--fresh", action="store_true", help=start_anew)
+    parser.add_argument("--retry-failed", action="store_true", help="going on, try again what failed but diverged not")
     parser.add_argument(
         "--space",
         type=Path,
@@ -41,52 +51,77 @@ def build_parser() -> Parser:
     return parser
 
 
-def plan_new(arguments: argparse.Namespace, searches: Path) -> tuple[Path, TrainConfig, SearchSettings, Space]:
-    """The folder, the trials' settings, the search's settings and the space of a search that is to start."""
+def plan_search(arguments: argparse.Namespace, searches: Path) -> tuple[Path, TrainConfig, SearchSettings, Space]:
+    """The folder, the trials' settings, the search's settings and the space.
+
+    A search that is there already goes on as it was started; a flag that says otherwise raises ValueError.
+    """
     given = given_settings(arguments, TrainConfig)
+    if given.get("data_dir"):
+        given["data_dir"] = str(absolute_path(given["data_dir"]))
     base = TrainConfig(**{"val_fraction": VAL_FRACTION, **given})
     if base.val_fraction == 0:
         raise ValueError("val_fraction must be above 0 in a search: trials are compared on the images held out")
-    if base.data_dir:
-        base = base.with_settings(data_dir=str(absolute_path(base.data_dir)))
-    settings = SearchSettings(**given_settings(arguments, SearchSettings))
+    given_search = given_settings(arguments, SearchSettings)
+    settings = SearchSettings(**given_search)
     space = read_space(absolute_path(arguments.space)) if arguments.space else DEFAULT_SPACE
-    default_name = f"{base.model}-w{base.width}-{base.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = searches / check_name(arguments.name or default_name)
-    if folder.exists():
-        raise ValueError(f"{folder} exists already: go on with it by --resume, or choose another --name")
-    return folder, base, settings, space
+    if arguments.resume:
+        folder = _find_resumable(searches, arguments.name, given)
+        search = load_search(folder)
+        asked = {**given, **given_search, **({"space": space_to_dict(space)} if arguments.space else {})}
+    else:
+        default_name = f"{base.model}-w{base.width}-{base.dataset}-e{base.epochs}"
+        folder = searches / check_name(arguments.name or default_name)
+        if arguments.fresh or not folder.exists():
+            return folder, base, settings, space
+        if not any((folder / name).exists() for name in ("search.json", "state/search.json", "trials")):
+            raise ValueError(f"{folder} exists and holds no search: choose another --name")
+        try:
+            search = load_search(folder)
+        except ValueError as error:
+            print(f"tune.py: {error}: its settings are taken from this command", file=sys.stderr)
+            return folder, base, settings, space
+        asked = {**base.to_dict(), **settings.to_dict(), "space": space_to_dict(space)}
+    return folder, *_as_recorded(folder, search, asked, {**given, **given_search})
 
 
-def plan_resumed(arguments: argparse.Namespace, searches: Path) -> tuple[Path, TrainConfig, SearchSettings, Space]:
-    """The same of a search that is to go on: as recorded, and no flag may say otherwise but where it runs."""
-    given = given_settings(arguments, TrainConfig)
-    folder = _find_unfinished(searches, arguments.name, given)
-    search = read_json(folder / "search.json")
-    base = TrainConfig.from_dict(search["config"])
-    recorded = {**base.to_dict(), **search["settings"], "space": search["space"]}
-    asked = {**given, **given_settings(arguments, SearchSettings)}
-    if arguments.space:
-        asked["space"] = space_to_dict(read_space(absolute_path(arguments.space)))
-    free = ("data_dir", "device", "time_budget")
-    changed = [name for name, value in asked.items() if name not in free and value != recorded[name]]
+def _as_recorded(
+    folder: Path, search: dict[str, Any], asked: dict[str, Any], given: dict[str, Any]
+) -> tuple[TrainConfig, SearchSettings, Space]:
+    """The settings a search was started with, but for the flags that are given and may change."""
+    recorded_base = TrainConfig.from_dict(search["config"])
+    recorded = {**recorded_base.to_dict(), **search["settings"], "space": search["space"]}
+    changed = [name for name, value in asked.items() if name not in FREE and value != recorded[name]]
     if changed:
         said = ", ".join(f"{flag_name(name)} {recorded[name]}" for name in changed)
-        raise ValueError(f"the search {folder.name} was started with {said} and can only go on so")
-    if "data_dir" in given:
-        base = base.with_settings(data_dir=str(absolute_path(given["data_dir"])))
-    settings = SearchSettings(**{**search["settings"], "time_budget": asked.get("time_budget")})
-    return folder, base, settings, space_from_dict(search["space"])
+        raise ValueError(
+            f"the search {folder.name} was started with {said} and can only go on so: "
+            "another --name or --fresh starts another search"
+        )
+    free = {name: value for name, value in given.items() if name in FREE}
+    base = recorded_base.with_settings(**{n: v for n, v in free.items() if hasattr(recorded_base, n)})
+    kept = {**search["settings"], "time_budget": None}
+    settings = SearchSettings(**{**kept, **{n: v for n, v in free.items() if n in kept}})
+    if settings.num_samples < search["settings"]["num_samples"]:
+        raise ValueError(
+            f"the search {folder.name} was started with --num-samples {search['settings']['num_samples']}, "
+            f"which can grow but not shrink to {settings.num_samples}"
+        )
+    return base, settings, space_from_dict(search["space"])
 
 
-def _find_unfinished(searches: Path, name: str | None, given: dict[str, object]) -> Path:
+def _find_resumable(searches: Path, name: str | None, given: dict[str, object]) -> Path:
+    """The named search, else the newest unfinished one of this model and data set."""
     if name is not None:
-        if not (searches / name / "search.json").is_file():
+        if not (searches / check_name(name)).is_dir():
             raise ValueError(f"there is no search {name} in {searches}")
         return searches / name
     found = []
     for path in searches.glob("*/search.json"):
-        search = read_json(path)
+        try:
+            search = load_search(path.parent)
+        except ValueError:  # damaged past repair; naming it says so
+            continue
         same = all(search["config"][k] == given[k] for k in ("model", "dataset") if k in given)
         if search["status"] != "finished" and same:
             found.append((search["started_at"], path.parent))
@@ -97,27 +132,30 @@ def _find_unfinished(searches: Path, name: str | None, given: dict[str, object])
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    with one_sentence_errors("tune.py"):
-        if arguments.storage_path and "://" in arguments.storage_path:
-            raise ValueError("--storage-path must be a folder (on a cluster one that every node shares), not a URL")
-        searches = outputs_folder(arguments.outputs) / "searches"
-        if arguments.storage_path:
-            searches = check_writable(Path(arguments.storage_path))
-        plan = plan_resumed if arguments.resume else plan_new
-        folder, base, settings, space = plan(arguments, searches)
+    with ExitStack() as held:
+        with one_sentence_errors("tune.py"):
+            if arguments.storage_path and "://" in arguments.storage_path:
+                raise ValueError("--storage-path must be a folder (on a cluster one that every node shares), not a URL")
+            searches = outputs_folder(arguments.outputs) / "searches"
+            if arguments.storage_path:
+                searches = check_writable(Path(arguments.storage_path))
+            folder, base, settings, space = plan_search(arguments, searches)
 
-        from search.cluster import Share, share_machine
-        from search.driver import load_search_data, run_search
+            from search.cluster import Share, share_machine
+            from search.driver import SearchPlan, check_same_data, load_search_data, run_search
 
-        # A cluster's resources are known only once Ray has connected to it.
-        asked = Share(settings.cpus_per_trial, settings.gpus_per_trial, settings.max_concurrent)
-        slots = share_machine(asked, base.device) if arguments.address is None else None
-        data = load_search_data(base)
-    raise SystemExit(
-        run_search(
-            folder, base, settings, space, data, slots or asked, address=arguments.address, resume=arguments.resume
-        )
-    )
+            # A cluster's resources are known only once Ray has connected to it.
+            asked = Share(settings.cpus_per_trial, settings.gpus_per_trial, settings.max_concurrent)
+            slots = share_machine(asked, base.device) if arguments.address is None else None
+            data = load_search_data(base)
+            plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed)
+            if arguments.fresh and folder.exists():
+                with lock_folder(folder):
+                    print(f"what was in {folder} is now in {set_aside(folder)}")
+            held.enter_context(lock_folder(folder))
+            if not plan.is_new:
+                check_same_data(folder, data)
+        raise SystemExit(run_search(plan, data, slots or asked))
 
 
 if __name__ == "__main__":

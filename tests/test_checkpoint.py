@@ -16,14 +16,14 @@ import torch
 
 from byot import checkpoint, files
 from byot.checkpoint import (
-    epoch_checkpoint,
+    checkpoint_path,
     list_checkpoints,
     load_checkpoint,
     load_latest,
     remove_old_checkpoints,
     save_checkpoint,
 )
-from byot.files import append_json_line, keep_epochs, read_json, read_json_lines, write_json
+from byot.files import append_json_line, read_json, read_json_lines, set_aside, write_json, write_json_lines
 from tests.helpers import assert_same_state, command_environment
 
 STATE: dict[str, Any] = {
@@ -118,10 +118,10 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_what_killed_processes_left_is_swept_up(tmp_path: Path) -> None:
     """Half-written checkpoints of killed runs are as large as whole ones."""
-    save_checkpoint(epoch_checkpoint(tmp_path, 1), STATE)
+    save_checkpoint(checkpoint_path(tmp_path, 1), STATE)
     left = tmp_path / ".epoch-0002.pt.999999999.tmp"  # no process has this number
     left.write_bytes(b"half")
-    save_checkpoint(epoch_checkpoint(tmp_path, 2), STATE)
+    save_checkpoint(checkpoint_path(tmp_path, 2), STATE)
     remove_old_checkpoints(tmp_path)
     assert not left.exists()
 
@@ -203,19 +203,19 @@ def test_the_latest_is_the_one_of_the_highest_epoch(tmp_path: Path) -> None:
     assert load_latest(tmp_path) is None
     assert load_latest(tmp_path / "nowhere") is None
     for epoch in (10, 9, 100):  # not in the order they were written
-        save_checkpoint(epoch_checkpoint(tmp_path, epoch), STATE | {"epoch": epoch})
+        save_checkpoint(checkpoint_path(tmp_path, epoch), STATE | {"epoch": epoch})
     found = load_latest(tmp_path)
     assert found is not None
-    assert found[0] == epoch_checkpoint(tmp_path, 100)
+    assert found[0] == checkpoint_path(tmp_path, 100)
     assert found[1]["epoch"] == 100
     assert [p.name for p in list_checkpoints(tmp_path)] == ["epoch-0100.pt", "epoch-0010.pt", "epoch-0009.pt"]
 
 
 def test_a_damaged_latest_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
-        save_checkpoint(epoch_checkpoint(tmp_path, epoch), STATE | {"epoch": epoch})
+        save_checkpoint(checkpoint_path(tmp_path, epoch), STATE | {"epoch": epoch})
     for epoch in (2, 3):
-        path = epoch_checkpoint(tmp_path, epoch)
+        path = checkpoint_path(tmp_path, epoch)
         path.write_bytes(path.read_bytes()[:-50])
     with pytest.warns(UserWarning, match="damaged") as caught:
         found = load_latest(tmp_path)
@@ -225,16 +225,16 @@ def test_a_damaged_latest_is_passed_over_with_a_warning(tmp_path: Path) -> None:
 
 
 def test_nothing_whole_is_nothing(tmp_path: Path) -> None:
-    epoch_checkpoint(tmp_path, 1).write_bytes(b"")
+    checkpoint_path(tmp_path, 1).write_bytes(b"")
     with pytest.warns(UserWarning, match="epoch-0001"):
         assert load_latest(tmp_path) is None
 
 
 def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     for epoch in range(1, 6):
-        save_checkpoint(epoch_checkpoint(tmp_path, epoch), {"epoch": epoch})
+        save_checkpoint(checkpoint_path(tmp_path, epoch), {"epoch": epoch})
         remove_old_checkpoints(tmp_path)
-        expected = [epoch_checkpoint(tmp_path, e) for e in (epoch, epoch - 1) if e > 0]
+        expected = [checkpoint_path(tmp_path, e) for e in (epoch, epoch - 1) if e > 0]
         assert list_checkpoints(tmp_path) == expected
     assert checkpoint.KEEP == 2
 
@@ -283,24 +283,31 @@ def test_missing_json_is_told_in_one_sentence(tmp_path: Path) -> None:
         read_json(tmp_path / "nothing.json")
 
 
-def test_a_torn_line_is_left_out_and_cut_off(tmp_path: Path) -> None:
+def test_a_torn_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_json_lines(path) == []
-    assert keep_epochs(path, 3) == []
-    assert not path.exists()
-    for epoch in (1, 2, 3):
-        append_json_line(path, {"epoch": epoch, "loss": epoch / 2})
+    records: list[dict[str, Any]] = [{"epoch": epoch, "loss": epoch / 2} for epoch in (1, 2, 3)]
+    write_json_lines(path, records[:1])
+    for record in records[1:]:
+        append_json_line(path, record)
     with path.open("a") as file:
         file.write('{"epoch": 4, "lo')
-    assert [r["epoch"] for r in read_json_lines(path)] == [1, 2, 3]
-    assert [r["epoch"] for r in keep_epochs(path, 2)] == [1, 2]
-    append_json_line(path, {"epoch": 3, "loss": 9.0})
-    assert read_json_lines(path) == [
-        {"epoch": 1, "loss": 0.5},
-        {"epoch": 2, "loss": 1.0},
-        {"epoch": 3, "loss": 9.0},
-    ]
-    assert path.read_text().count("\n") == 3
+    assert read_json_lines(path) == records
+    write_json_lines(path, records[:2])
+    assert path.read_text().count("\n") == 2
+    assert read_json_lines(path) == records[:2]
+
+
+def test_what_is_set_aside_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    for content in ("first", "second"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(content)
+        aside = set_aside(folder)
+        assert (aside / "file").read_text() == content
+        assert aside.parent == tmp_path / "runs" / "replaced"
+    assert not folder.exists()
+    assert len(list((tmp_path / "runs" / "replaced").iterdir())) == 2
 
 
 def test_reading_a_good_checkpoint_warns_of_nothing(small: tuple[Path, dict[str, Any], bytes]) -> None:

@@ -1,4 +1,4 @@
-"""The searcher and the scheduler do right what Ray's own do wrong: budgets, NaN, rungs across a restart."""
+"""The searcher and the scheduler do right what Ray's own do wrong: budgets, NaN, rungs and proposals after a restart."""
 
 import math
 import pickle
@@ -11,150 +11,212 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from byot.config import TrainConfig
+from byot.files import append_json_line
+from search.records import DIVERGED, MEASURES, SearchRecords
 from search.space import DEFAULT_SPACE, first_points
-from search.study import BudgetAwareOptunaSearch, DurableAsha
+from search.study import BudgetAwareSearch, RecordedAsha
 
-EPOCHS = 9
+EPOCHS = 18
 CONTROLLER: Any = None  # the scheduler does without
 
 
-def make_searcher(mode: Any = "max", num_samples: int = 40) -> BudgetAwareOptunaSearch:
-    return BudgetAwareOptunaSearch(
-        DEFAULT_SPACE,
-        metric="val_accuracy",
-        mode=mode,
-        epochs=EPOCHS,
-        first=first_points(DEFAULT_SPACE, TrainConfig()),
-        num_samples=num_samples,
-        seed=0,
+def open_records(folder: Path, mode: str = "max") -> SearchRecords:
+    return SearchRecords(
+        folder, parameters=list(DEFAULT_SPACE), metric="val_accuracy", mode=mode, epochs=EPOCHS, seed=0
     )
 
 
-def past_first_points(searcher: BudgetAwareOptunaSearch) -> BudgetAwareOptunaSearch:
-    for name in ("reference", "control"):
-        searcher.suggest(name)
-        searcher.on_trial_complete(name, {"epoch": EPOCHS, "val_accuracy": 50.0})
-    return searcher
+def make_searcher(records: SearchRecords, num_samples: int = 40) -> BudgetAwareSearch:
+    first = first_points(DEFAULT_SPACE, TrainConfig())
+    return BudgetAwareSearch(records, DEFAULT_SPACE, first=first, num_samples=num_samples, seed=0)
 
 
-def states(searcher: BudgetAwareOptunaSearch) -> list[TrialState]:
-    return [trial.state for trial in searcher._study().trials]
+class MadeUpSearch:
+    """A search on disk whose trials report made-up values; `restart` throws away all that is not on the disk."""
+
+    def __init__(self, folder: Path, mode: Any = "max") -> None:
+        self.folder, self.mode = folder, mode
+        (folder / "search.json").write_text("{}")
+        self.restart()
+
+    def restart(self) -> None:
+        self.records = open_records(self.folder, self.mode)
+        self.records.write_best = lambda: None  # type: ignore[method-assign]  # there is no search.json to speak of
+        self.searcher = make_searcher(self.records)
+        self.scheduler = RecordedAsha(self.records, mode=self.mode)
+
+    def suggest(self) -> dict[str, Any]:
+        return self.searcher.suggest("an id that Ray gave")
+
+    def report(self, suggestion: dict[str, Any], epoch: int, value: float) -> str:
+        record = {"epoch": epoch, "elapsed_s": 1.0, **dict.fromkeys(MEASURES, value)}
+        append_json_line(self.records.trial_folder(suggestion["trial_id"]) / "metrics.jsonl", record)
+        trial: Any = SimpleNamespace(trial_id="an id that Ray gave", config=suggestion)
+        decision: str = self.scheduler.on_trial_result(CONTROLLER, trial, record)
+        self.records.add_epoch(suggestion["trial_id"], record)
+        return decision
+
+    def end(self, suggestion: dict[str, Any], status: Any, error: str = "") -> None:
+        self.searcher.tell(self.records.end(suggestion["trial_id"], status, error))
+
+    def complete(self, value: float) -> dict[str, Any]:
+        suggestion = self.suggest()
+        self.report(suggestion, EPOCHS, value)
+        self.end(suggestion, "completed")
+        return suggestion
+
+    def states(self) -> list[TrialState]:
+        return [trial.state for trial in self.searcher.study.trials]
 
 
-def test_first_trials_and_what_the_study_knows_of_them():
-    searcher = make_searcher()
-    first, second, third = (searcher.suggest(str(i)) for i in range(3))
-    assert first == {"params": {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6}, "role": "reference"}
-    assert second == {"params": {"alpha": 0.0, "temperature": 3.0, "beta": 0.0}, "role": "control"}
-    assert third is not None
+@pytest.fixture
+def search(tmp_path: Path) -> MadeUpSearch:
+    return MadeUpSearch(tmp_path)
+
+
+@pytest.fixture
+def begun(search: MadeUpSearch) -> MadeUpSearch:
+    """A search past its two first points."""
+    search.complete(50.0)
+    search.complete(50.0)
+    return search
+
+
+def test_first_trials_and_what_the_study_knows_of_them(search: MadeUpSearch):
+    first, second, third = (search.suggest() for _ in range(3))
+    assert (first["role"], first["params"]) == ("reference", {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6})
+    assert (second["role"], second["params"]) == ("control", {"alpha": 0.0, "temperature": 3.0, "beta": 0.0})
     assert third["role"] == "sampled"
-    for trial_id in ("0", "1", "2"):
-        searcher.on_trial_result(trial_id, {"epoch": 1, "val_accuracy": 10.0})
-        searcher.on_trial_complete(trial_id, {"epoch": EPOCHS, "val_accuracy": 50.0})
-    told = [trial.params for trial in searcher._study().trials]
-    assert told == [first["params"], third["params"]]
+    assert all(DEFAULT_SPACE[name].holds(value) for name, value in third["params"].items())
+    assert [one["trial_id"] for one in (first, second, third)] == ["t0000", "t0001", "t0002"]
+    told = search.searcher.study.trials
+    assert [trial.params for trial in told] == [first["params"], third["params"]], "never of the control"
 
 
-def test_a_trial_stopped_early_is_pruned_with_its_epochs_and_never_the_best():
-    searcher = past_first_points(make_searcher())
-    searcher.suggest("stopped")
-    searcher.on_trial_result("stopped", {"epoch": 1, "val_accuracy": 80.0})
-    searcher.on_trial_complete("stopped", {"epoch": 3, "val_accuracy": 99.0})  # what stopped it comes only here
-    trial = searcher._study().trials[-1]
+def test_budgets_reach_the_study(begun: MadeUpSearch):
+    complete, stopped = begun.complete(60.0), begun.suggest()
+    begun.report(stopped, 1, 80.0)
+    begun.report(stopped, 3, 99.0)
+    begun.end(stopped, "stopped")
+    assert complete["trial_id"] != stopped["trial_id"]
+    trial = begun.searcher.study.trials[-1]
     assert trial.state == TrialState.PRUNED
     assert trial.intermediate_values == {1: 80.0, 3: 99.0}
-    assert searcher._study().best_trial.user_attrs["ray_trial_id"] == "reference"
+    assert begun.searcher.study.best_value == 60.0
 
 
-def test_nan_and_crashes_end_their_optuna_trial():
-    searcher = past_first_points(make_searcher())
-    for trial_id in ("nan at once", "nan later", "crash", "dead worker"):
-        searcher.suggest(trial_id)
-    searcher.on_trial_complete("nan at once", {"epoch": 1, "val_accuracy": math.nan})
-    searcher.on_trial_result("nan later", {"epoch": 1, "val_accuracy": 5.0})
-    searcher.on_trial_complete("nan later", {"epoch": 2, "val_accuracy": math.nan})
-    searcher.on_trial_complete("crash", {"epoch": 1, "val_accuracy": 5.0}, error=True)
-    searcher.on_trial_complete("dead worker", None, error=True)
-    assert states(searcher)[1:] == [TrialState.PRUNED, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL]
-    assert searcher.suggest("next") is not None
+def test_nan_and_crashes_end_their_optuna_trial(begun: MadeUpSearch):
+    at_once, later, crash = begun.suggest(), begun.suggest(), begun.suggest()
+    assert (
+        begun.scheduler.on_trial_result(
+            CONTROLLER, SimpleNamespace(config=at_once), {"epoch": 1, "val_accuracy": math.nan}
+        )
+        == TrialScheduler.STOP
+    )
+    begun.end(at_once, "failed", f"{DIVERGED}the loss became nan")
+    begun.report(later, 5, 90.0)
+    begun.end(later, "failed", f"{DIVERGED}the loss became nan")
+    begun.report(crash, 1, 5.0)
+    begun.end(crash, "failed", "the worker died")
+    expected = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED, TrialState.FAIL]
+    assert begun.states() == expected
+    assert begun.searcher.study.trials[2].intermediate_values == {}, "however well it did before, it ranks last"
+    begun.suggest()
+    begun.restart()
+    assert begun.states()[:4] == expected
 
 
-def test_a_minimised_metric():
-    searcher = make_searcher(mode="min")
-    for trial_id, value in (("0", 2.0), ("1", 0.1), ("2", 1.0)):
-        searcher.suggest(trial_id)
-        searcher.on_trial_complete(trial_id, {"epoch": EPOCHS, "val_accuracy": value})
-    assert searcher._study().best_value == 1.0  # the control's 0.1 was not told
+def test_a_minimised_metric(tmp_path: Path):
+    search = MadeUpSearch(tmp_path, mode="min")
+    for value in (2.0, 0.1, 1.0):
+        search.complete(value)
+    assert search.searcher.study.best_value == 1.0  # the control's 0.1 was not told
 
 
-def test_searcher_goes_on_after_saving(tmp_path: Path):
-    whole, broken = past_first_points(make_searcher()), past_first_points(make_searcher())
-    for trial_id in map(str, range(14)):
-        for searcher in (whole, broken):
-            assert searcher.suggest(trial_id) is not None
-            searcher.on_trial_complete(trial_id, {"epoch": EPOCHS, "val_accuracy": float(trial_id)})
-    broken.save(str(tmp_path / "searcher"))
-    restored = make_searcher()
-    restored.restore(str(tmp_path / "searcher"))
-    assert restored.suggest("next") == whole.suggest("next")
+def test_a_restart_changes_no_proposal(tmp_path: Path):
+    """Whether the driver lived through or was started anew before every proposal."""
+    proposals = []
+    for name, restarts in (("whole", False), ("broken", True)):
+        (tmp_path / name).mkdir()
+        search = MadeUpSearch(tmp_path / name)
+        running = search.suggest()
+        for value in range(14):
+            if restarts:
+                search.restart()
+                assert search.suggest() == running, "what is unfinished goes on first"
+            search.complete(float(value))
+        proposals.append([{k: row[k] for k in ("role", *DEFAULT_SPACE)} for row in search.records.rows.values()])
+    assert proposals[0] == proposals[1]
 
 
-class Trials:
-    """Feeds a scheduler the results of made-up trials."""
-
-    def __init__(self, scheduler: DurableAsha) -> None:
-        self.scheduler = scheduler
-
-    def report(self, trial_id: str, epoch: int, value: float, role: str = "sampled") -> str:
-        trial: Any = SimpleNamespace(trial_id=trial_id, config={"role": role})
-        if trial_id not in self.scheduler._trial_info:
-            self.scheduler.on_trial_add(CONTROLLER, trial)
-        return self.scheduler.on_trial_result(CONTROLLER, trial, {"epoch": epoch, "val_accuracy": value})
-
-
-def make_scheduler(folder: Path) -> DurableAsha:
-    return DurableAsha(metric="val_accuracy", mode="max", epochs=18, rungs_file=folder / "state" / "rungs.json")
+def test_no_trial_of_the_study_stays_running(begun: MadeUpSearch):
+    running = begun.suggest()
+    begun.report(running, 1, 10.0)
+    begun.restart()
+    assert begun.states()[-1] == TrialState.RUNNING
+    assert begun.suggest() == running
+    begun.end(running, "stopped")
+    assert begun.states() == [TrialState.COMPLETE, TrialState.PRUNED]
+    begun.restart()
+    assert begun.states() == [TrialState.COMPLETE, TrialState.PRUNED]
 
 
-def test_asha_stops_the_worse(tmp_path: Path):
-    trials = Trials(make_scheduler(tmp_path))
-    assert trials.report("a", 1, 1.0) == TrialScheduler.CONTINUE
-    assert trials.report("a", 2, 50.0) == TrialScheduler.CONTINUE
-    assert trials.report("b", 2, 40.0) == TrialScheduler.STOP
-    assert trials.report("c", 2, 60.0) == TrialScheduler.CONTINUE
+def test_searcher_and_scheduler_can_be_pickled(begun: MadeUpSearch):
+    """Ray writes them into its own folder, whether it is ever read or not."""
+    del begun.records.write_best
+    assert pickle.loads(pickle.dumps(begun.searcher)).suggest("x")["trial_id"] == "t0002"
+    pickle.dumps(begun.scheduler)
 
 
-def test_first_points_run_whole_and_stop_no_other(tmp_path: Path):
-    trials = Trials(make_scheduler(tmp_path))
-    assert trials.report("control", 2, 99.0, role="control") == TrialScheduler.CONTINUE
-    assert trials.report("reference", 2, 98.0, role="reference") == TrialScheduler.CONTINUE
-    assert trials.report("a", 2, 50.0) == TrialScheduler.CONTINUE
-    assert trials.report("b", 2, 60.0) == TrialScheduler.CONTINUE
-    assert trials.report("reference", 6, 1.0, role="reference") == TrialScheduler.CONTINUE
-    assert trials.report("reference", 18, 1.0, role="reference") == TrialScheduler.STOP
+def test_asha_stops_the_worse(begun: MadeUpSearch):
+    a, b, c = (begun.suggest() for _ in range(3))
+    assert begun.report(a, 1, 1.0) == TrialScheduler.CONTINUE
+    assert begun.report(a, 2, 50.0) == TrialScheduler.CONTINUE
+    assert begun.report(b, 2, 40.0) == TrialScheduler.STOP
+    assert begun.report(c, 2, 60.0) == TrialScheduler.CONTINUE
+    assert begun.scheduler.stopped == {b["trial_id"]}
 
 
-def test_asha_stops_a_trial_that_diverged(tmp_path: Path):
-    trials = Trials(make_scheduler(tmp_path))
-    assert trials.report("a", 1, math.nan) == TrialScheduler.STOP
-    assert trials.report("b", 1, math.inf, role="control") == TrialScheduler.STOP
+def test_first_points_run_whole_and_stop_no_other(search: MadeUpSearch):
+    reference, control, a, b = (search.suggest() for _ in range(4))
+    assert search.report(control, 2, 99.0) == TrialScheduler.CONTINUE
+    assert search.report(reference, 2, 98.0) == TrialScheduler.CONTINUE
+    assert search.report(a, 2, 50.0) == TrialScheduler.CONTINUE
+    assert search.report(b, 2, 60.0) == TrialScheduler.CONTINUE
+    assert search.report(reference, 6, 1.0) == TrialScheduler.CONTINUE
+    assert search.report(reference, EPOCHS, 1.0) == TrialScheduler.STOP
 
 
-def test_rungs_survive_a_restart_though_the_pickle_is_older(tmp_path: Path):
-    scheduler = make_scheduler(tmp_path)
-    saved_at_the_start = pickle.dumps(scheduler)
-    trials = Trials(scheduler)
-    for trial_id, value in (("a", 50.0), ("b", 60.0), ("c", 70.0)):
-        trials.report(trial_id, 2, value)
-    restored = Trials(pickle.loads(saved_at_the_start))
-    assert restored.report("d", 2, 55.0) == TrialScheduler.STOP
+def test_rungs_survive_a_restart(begun: MadeUpSearch):
+    a, b, c, d = (begun.suggest() for _ in range(4))
+    for trial, value in ((a, 50.0), (b, 60.0), (c, 70.0)):
+        begun.report(trial, 2, value)
+    begun.end(a, "completed")  # for it not to be among the unfinished
+    begun.end(b, "stopped")
+    begun.report(c, 3, 71.0)
+    begun.restart()
+    assert dict(begun.scheduler._brackets[0]._rungs)[2] == {"t0002": 50.0, "t0003": 60.0, "t0004": 70.0}
+    assert begun.suggest() == c
+    assert begun.report(c, 3, 71.0) == TrialScheduler.CONTINUE, "what it reports again"
+    assert begun.report(d, 2, 55.0) == TrialScheduler.STOP
     # A trial that resumes past a rung, or ends, must not fill that rung with its late value.
-    late: Any = SimpleNamespace(trial_id="c", config={"role": "sampled"})
-    restored.scheduler.on_trial_complete(None, late, {"epoch": 17, "val_accuracy": 99.0})
-    assert restored.scheduler._brackets[0]._rungs[-1][1]["c"] == 70.0
+    ended: Any = SimpleNamespace(trial_id="x", config=c)
+    begun.scheduler.on_trial_complete(CONTROLLER, ended, {"epoch": 17, "val_accuracy": 99.0})
+    assert dict(begun.scheduler._brackets[0]._rungs)[2]["t0004"] == 70.0
+
+
+def test_a_trial_killed_before_its_judgement_is_judged_when_it_reports_again(begun: MadeUpSearch):
+    a, b = begun.suggest(), begun.suggest()
+    begun.report(a, 2, 50.0)
+    begun.report(a, 3, 51.0)
+    begun.report(b, 2, 40.0)  # the driver dies before it acts on the answer
+    begun.restart()
+    assert begun.suggest() == a
+    assert begun.suggest() == b
+    assert begun.report(b, 2, 40.0) == TrialScheduler.STOP
 
 
 @pytest.mark.parametrize(("num_samples", "startup"), [(4, 2), (24, 6), (400, 10)])
-def test_few_trials_are_not_all_random(num_samples: int, startup: int):
-    sampler: Any = make_searcher(num_samples=num_samples)._study().sampler
+def test_few_trials_are_not_all_random(tmp_path: Path, num_samples: int, startup: int):
+    sampler: Any = make_searcher(open_records(tmp_path), num_samples).study.sampler
     assert sampler._n_startup_trials == startup

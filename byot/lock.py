@@ -1,0 +1,41 @@
+"""One process at a time in a folder: the lock is the operating system's and ends with the process that holds it."""
+
+import errno
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK_FILE = ".lock"
+NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # some network file systems have none
+
+
+@contextmanager
+def lock_folder(folder: Path, wait_s: float = 0) -> Iterator[None]:
+    """Make the folder if it is missing and hold its lock. Of one in which nothing was then written nothing is left.
+
+    Raises ValueError if another process still holds the lock after `wait_s` seconds.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=wait_s)
+    except Timeout as error:
+        raise ValueError(f"another process is writing to {folder}; wait for it or stop it first") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise
+        warnings.warn(f"{folder} lies where no file can be locked: run one process at a time there", stacklevel=3)
+    try:
+        yield
+    finally:
+        if made and [path.name for path in folder.iterdir()] in ([LOCK_FILE], []):
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            for path in made:
+                if any(path.iterdir()):
+                    break
+                path.rmdir()
+        lock.release()

@@ -1,0 +1,135 @@
+"""What happens in the driver while Ray runs a search: every event is recorded, told, and may end the search."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from byot.files import write_text
+from search.mirror import OptunaMirror
+from search.records import DIVERGED, Row, SearchRecords, Status, format_value
+from search.study import BudgetAwareSearch, RecordedAsha
+from search.trial import FAILED, UNWRITABLE
+
+MAX_FAILURES = 5  # of the first trials, or crashes one after another, before the search gives up
+
+
+class SearchWatch(tune.Callback):
+    """Records each trial that ends, once, and prints a line for it; knows when the whole search has to stop.
+
+    A trial has ended when it reached its last epoch, when ASHA stopped it or when it failed. One that is cut off with
+    the search has not: it goes on with the search.
+    """
+
+    def __init__(
+        self,
+        records: SearchRecords,
+        searcher: BudgetAwareSearch,
+        scheduler: RecordedAsha,
+        mirror: OptunaMirror,
+        *,
+        num_samples: int,
+        time_budget_s: float | None,
+        stop_asked: Callable[[], int],
+    ) -> None:
+        self.records = records
+        self.searcher = searcher
+        self.scheduler = scheduler
+        self.mirror = mirror
+        self.num_samples = num_samples
+        self.deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+        self.stop_asked = stop_asked
+        self.trouble = ""  # why the search cannot go on
+        self.crashes_in_a_row = 0
+
+    # ------------------------------------------------------------ what Ray tells
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        if UNWRITABLE in result:
+            self.trouble = result[UNWRITABLE]
+        elif FAILED not in result:
+            self.records.add_epoch(trial.config["trial_id"], result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        trial_id, last = trial.config["trial_id"], trial.last_result
+        if FAILED in last:
+            self._end(trial_id, "failed", last[FAILED])
+        elif self.records.rows[trial_id]["epochs_done"] >= self.records.epochs:
+            self._end(trial_id, "completed")
+        elif trial_id in self.scheduler.stopped:
+            self._end(trial_id, "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        trial_id, path = trial.config["trial_id"], trial.error_file
+        text = Path(path).read_text(errors="replace").strip() if path and Path(path).is_file() else "the worker died"
+        reason = text.splitlines()[-1].strip()
+        if "OutOfMemoryError" in text or "running low on memory" in text:
+            reason = f"out of memory, as Ray's memory monitor saw it; fewer trials at once would help ({reason})"
+        self._write(lambda: write_text(self.records.trial_folder(trial_id) / "error.txt", text + "\n"))
+        self._end(trial_id, "failed", reason)
+
+    # ------------------------------------------------------------ what is made of it
+
+    def _write(self, write: Callable[[], Any]) -> Any:
+        """Write a record; where that cannot be, what was to be recorded is as if it had not happened yet."""
+        try:
+            return write()
+        except OSError as error:
+            self.trouble = f"{error.filename or self.records.folder} cannot be written ({error.strerror})"
+            return None
+
+    def _end(self, trial_id: str, status: Status, error: str = "") -> None:
+        if self.trouble or self.records.rows[trial_id]["status"] != "running":
+            return
+        row = self._write(lambda: self.records.end(trial_id, status, error))
+        if row is None:
+            return
+        self.searcher.tell(row)
+        self._write(lambda: self.mirror.add(row))
+        self._print(row)
+        self.crashes_in_a_row = self.crashes_in_a_row + 1 if status == "failed" and not _diverged(row) else 0
+        ended = self.records.ended
+        none_worked = len(ended) == MAX_FAILURES and all(r["status"] == "failed" for r in ended)
+        if none_worked or self.crashes_in_a_row >= MAX_FAILURES:
+            self.trouble = f"{MAX_FAILURES} trials failed one after another, the last one so: {error}"
+
+    def has_to_stop(self) -> bool:
+        return bool(self.trouble or self.stop_asked()) or self.out_of_time()
+
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _print(self, row: Row) -> None:
+        metric, best = self.records.metric, self.records.best()
+        line = f"{len(self.records.ended):>3}/{self.num_samples}  {row['trial_id']}  {row['status']:<9}"
+        line += f"  {row['epochs_done']:>3} epochs  {metric} {format_value(row[metric])}"
+        line += "".join(f"  {name} {row[name]:.3g}" for name in self.records.parameters)
+        line += f"  {row['seconds']:.0f} s"
+        if row["error"]:
+            line += f"  {row['error']}"
+        elif best is not None:
+            line += f"  best {format_value(best[metric])}"
+        print(line, file=sys.__stdout__, flush=True)  # sys.stdout goes to the log while Ray runs
+
+
+class StopWatch(tune.Stopper):
+    """Ends the search when its watch says so."""
+
+    def __init__(self, watch: SearchWatch) -> None:
+        self.watch = watch
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False  # single trials are stopped by the scheduler
+
+    def stop_all(self) -> bool:
+        return self.watch.has_to_stop()
+
+
+def _diverged(row: Row) -> bool:
+    return bool(row["error"].startswith(DIVERGED))

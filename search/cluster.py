@@ -14,6 +14,7 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # with Ray's 15, any other process on a busy machine would starve the trials
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial keeps its own metrics.jsonl
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # search/driver.py has one for SIGINT and SIGTERM alike
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # with the default of 2 s reused workers can deadlock
 }
 

@@ -93,9 +93,6 @@ def open_records(plan: SearchPlan) -> SearchRecords:
         print(f"tune.py: {note}", file=sys.stderr)
     if plan.retry_failed:
         print(f"{records.retry_failed()} failed trials are tried again")
-    if records.rows:
-        records.write_table()
-        records.write_best()
     return records
 
 
@@ -109,7 +106,8 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
 
     try:
         records = open_records(plan)
-        if len(records.ended) >= plan.settings.num_samples:
+        if len(records.ended) >= plan.settings.num_samples and not plan.is_new:
+            records.write_tables()
             print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
             return tell_result(plan, records)
         start_ray(room if isinstance(room, Slots) else None, plan.address)
@@ -161,6 +159,7 @@ def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecord
     else:
         record |= {"commit": find_commit(), "versions": find_versions()}
     save_search(folder, record)
+    records.write_tables()
     print(f"search {folder.name}: {settings.num_samples} trials of {base.model} width {base.width} on {base.dataset}")
     print(f"{len(data.train.labels)} images to train on, {len(data.val.labels)} to compare on, {folder}", flush=True)
     if is_new:
@@ -225,6 +224,9 @@ def _fit(
         time_budget_s=settings.time_budget_s(),
         stop_asked=stop_asked,
     )
+    to_run = settings.num_samples - len(records.ended)
+    if to_run == 0:  # only search.json was missing
+        return watch
     ray_folder = plan.folder / "ray"
     shutil.rmtree(ray_folder, ignore_errors=True)
     tuner = tune.Tuner(
@@ -235,7 +237,7 @@ def _fit(
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
-            num_samples=settings.num_samples - len(records.ended),
+            num_samples=to_run,
             max_concurrent_trials=slots.max_concurrent,
             reuse_actors=True,
         ),

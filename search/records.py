@@ -173,6 +173,11 @@ class SearchRecords:
     def best(self) -> Row | None:
         return best_row(self.rows.values(), self.metric, self.mode)
 
+    def write_tables(self) -> None:
+        """Bring trials.csv and best.json in line with the trials' own records."""
+        self.write_table()
+        self.write_best()
+
     def write_table(self) -> None:
         write_rows(self.folder / "trials.csv", self.rows.values(), self.parameters)
 

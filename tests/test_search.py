@@ -2,9 +2,7 @@
 
 import os
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,13 @@ import pytest
 from byot.checkpoint import load_checkpoint
 from byot.config import TrainConfig
 from byot.files import read_json, read_json_lines
+from byot.lock import lock_folder
 from search.records import Row, read_rows
 from tests.helpers import (
     PROJECT,
     ParquetMaker,
     assert_one_sentence,
     assert_same_state,
-    command_environment,
-    command_line,
     picture_of,
     run_command,
 )
@@ -110,85 +107,108 @@ def test_train_takes_the_best_of_the_newest_finished_search(finished: tuple[Path
     assert config == {**best["config"], "epochs": 2}
 
 
-def test_an_existing_name_is_not_overwritten(finished: tuple[Path, subprocess.CompletedProcess[str]]):
-    outputs, _ = finished
+def search_again(outputs: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_command([*arguments, "--outputs", outputs], cwd=outputs, script=TUNE)
+
+
+def test_the_same_command_changes_nothing_of_a_finished_search(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+):
+    outputs, first = finished
     before = picture_of(outputs / "searches")
-    result = run_command([*SMALL, "--name", "small", "--outputs", outputs], cwd=outputs, script=TUNE)
-    assert result.returncode == 2
-    assert_one_sentence(result.stderr, "exists already", "--resume")
+    for arguments in ((*SMALL, "--name", "small"), ("--resume", "--name", "small")):
+        result = search_again(outputs, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert "finished already" in result.stdout
+        assert first.stdout.rpartition("best: ")[2] == result.stdout.rpartition("best: ")[2]
     assert picture_of(outputs / "searches") == before
 
 
-def start_search(outputs: Path, *arguments: object) -> subprocess.Popen[str]:
-    command = command_line(TUNE, *SMALL, *arguments, "--outputs", outputs)
-    with open(outputs / "driver.log", "w") as log:
-        return subprocess.Popen(command, cwd=outputs, env=command_environment(), stdout=log, stderr=log, text=True)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--lr", 0.05), ["--lr 0.1", "--fresh"]),
+        (("--model", "resnet34"), ["--model resnet18"]),
+        (("--dataset", "cifar10", "--data-dir", "."), ["--dataset digits"]),
+        (("--loss-form", "paper"), ["--loss-form reference"]),
+        (("--metric", "val_nll"), ["--metric val_accuracy"]),
+        (("--space", "space.toml"), ["--space"]),
+        (("--seed", 1), ["--seed 0"]),
+        (("--num-samples", 3), ["--num-samples 6", "shrink to 3"]),
+        (("--resume", "--fresh"), ["--resume", "--fresh"]),
+    ],
+)
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_search_goes_on_as_it_was_started_or_not_at_all(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], arguments: tuple[Any, ...], words: list[str], resume: bool
+):
+    outputs, _ = finished
+    (outputs / "space.toml").write_text("[alpha]\nlow = 0.0\nhigh = 0.5\n")
+    before = picture_of(outputs / "searches")
+    start = ("--resume",) if resume else SMALL
+    result = search_again(outputs, *start, *arguments, "--name", "small")
+    assert result.returncode == 2
+    assert_one_sentence(result.stderr, *words)
+    assert picture_of(outputs / "searches") == before
 
 
-def wait_for_ended(folder: Path, count: int, process: subprocess.Popen[str]) -> list[Row]:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        ended = [row for row in rows_of(folder) if row["status"] != "running"]
-        if len(ended) >= count:
-            return ended
-        assert process.poll() is None, "the search ended before it could be disturbed"
-        time.sleep(0.1)
-    raise AssertionError(f"{count} trials had not ended after 240 s")
-
-
-def check_whole(folder: Path, ended_before: list[Row]) -> None:
+@pytest.mark.slow
+def test_more_trials_fresh_start_and_one_process_at_a_time(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+):
+    folder = tmp_path / "searches" / "small"
+    shutil.copytree(finished[0] / "searches" / "small", folder)
+    ended = rows_of(folder)
+    more = search_again(tmp_path, "--resume", "--name", "small", "--num-samples", NUM_SAMPLES + 2)
+    assert more.returncode == 0, more.stderr
     rows = rows_of(folder)
-    assert len({row["trial_id"] for row in rows}) == len(rows) == NUM_SAMPLES
-    assert {row["status"] for row in rows} <= {"completed", "stopped"}
-    assert [row for row in rows if row["trial_id"] in {r["trial_id"] for r in ended_before}] == ended_before
-    for row in rows:
-        lines = read_json_lines(folder / "trials" / row["trial_id"] / "metrics.jsonl")
-        assert [line["epoch"] for line in lines] == list(range(1, row["epochs_done"] + 1))
+    assert rows[:NUM_SAMPLES] == ended
+    assert [row["trial_id"] for row in rows] == [f"t{i:04d}" for i in range(NUM_SAMPLES + 2)]
+    assert read_json(folder / "search.json")["settings"]["num_samples"] == NUM_SAMPLES + 2
+
+    with lock_folder(folder):
+        before = picture_of(folder)
+        for arguments in (("--resume",), ("--fresh", *SMALL)):
+            refused = search_again(tmp_path, *arguments, "--name", "small")
+            assert refused.returncode == 2
+            assert_one_sentence(refused.stderr, "another process", str(folder))
+        assert picture_of(folder) == before
+
+    fresh = search_again(tmp_path, "--fresh", *SMALL[:-1], 2, "--name", "small")
+    assert fresh.returncode == 0, fresh.stderr
+    assert len(rows_of(folder)) == 2
+    (aside,) = (tmp_path / "searches" / "replaced").iterdir()
+    assert rows_of(aside) == rows
+    assert str(aside) in fresh.stdout
 
 
 @pytest.mark.slow
-def test_killed_driver_resumes_with_nothing_lost(tmp_path: Path):
-    process = start_search(tmp_path, "--name", "killed")
-    folder = tmp_path / "searches" / "killed"
-    ended = wait_for_ended(folder, 2, process)
-    process.kill()
-    process.wait()
-    ended = [row for row in rows_of(folder) if row["status"] != "running"]
-    result = run_command(["--resume", "--name", "killed", "--outputs", tmp_path], cwd=tmp_path, script=TUNE)
-    assert result.returncode == 0, result.stderr
-    check_whole(folder, ended)
+def test_a_time_budget_cuts_trials_off_and_they_go_on(tmp_path: Path):
+    arguments = ("--dataset", "digits", "--width", 4, "--epochs", 400, "--num-samples", 2, "--name", "s")
+    result = search_again(tmp_path, *arguments, "--time-budget", "6s")
+    folder = tmp_path / "searches" / "s"
+    assert "6s are over with 2 trials to end; go on with: " in result.stdout
     assert read_json(folder / "search.json")["status"] == "finished"
+    rows = rows_of(folder)
+    assert [row["status"] for row in rows] == ["running", "running"]
+    assert all(0 < row["epochs_done"] < 400 for row in rows)
+    again = search_again(tmp_path, *arguments, "--time-budget", "1s")
+    assert "2 go on from their checkpoints, 0 are to come" in again.stdout
+    after = {row["trial_id"]: row["epochs_done"] for row in rows_of(folder)}
+    assert all(after[row["trial_id"]] >= row["epochs_done"] for row in rows)
 
 
 @pytest.mark.slow
-def test_interrupted_search_tells_how_to_go_on_and_does(tmp_path: Path):
-    process = start_search(tmp_path, "--name", "interrupted")
-    folder = tmp_path / "searches" / "interrupted"
-    wait_for_ended(folder, 2, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 130
-    printed = (tmp_path / "driver.log").read_text()
-    assert "--name interrupted --resume" in printed
-    assert "Traceback" not in printed
-    assert read_json(folder / "search.json")["status"] == "interrupted"
-    ended = [row for row in rows_of(folder) if row["status"] == "completed"]
-    refused = run_command(["--resume", "--num-samples", 9, "--outputs", tmp_path], cwd=tmp_path, script=TUNE)
-    assert refused.returncode == 2
-    assert_one_sentence(refused.stderr, "--num-samples 6")
-    result = run_command(["--resume", "--outputs", tmp_path], cwd=tmp_path, script=TUNE)
-    assert result.returncode == 0, result.stderr
-    check_whole(folder, ended)
-
-
-@pytest.mark.slow
-def test_diverging_trials_fail_and_the_search_ends(tmp_path: Path):
-    arguments = [*SMALL[:-1], 3, "--lr", 1e18, "--name", "diverging", "--outputs", tmp_path]
-    result = run_command(arguments, cwd=tmp_path, script=TUNE)
+def test_a_search_in_which_every_trial_diverges_gives_up(tmp_path: Path):
+    result = search_again(tmp_path, *SMALL[:-1], 9, "--lr", 1e18, "--name", "s")
     assert result.returncode == 1, result.stdout + result.stderr
-    rows = rows_of(tmp_path / "searches" / "diverging")
-    assert [row["status"] for row in rows] == ["failed"] * 3
-    assert all("diverged" in row["error"] for row in rows)
-    assert not (tmp_path / "searches" / "diverging" / "best.json").exists()
+    assert_one_sentence(result.stderr, "5 trials failed", "diverged", "go on with: ", "--name s")
+    rows = rows_of(tmp_path / "searches" / "s")
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert len(failed) == 5
+    assert all("diverged" in row["error"] for row in failed)
+    assert all(row["status"] == "running" for row in rows if row not in failed), "cut off with the search"
+    assert not (tmp_path / "searches" / "s" / "best.json").exists()
 
 
 @pytest.mark.slow

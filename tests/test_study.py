@@ -1,4 +1,4 @@
-"""The searcher and the scheduler do right what Ray's own do wrong: budgets, NaN, rungs and proposals after a restart."""
+"""The searcher and the scheduler do right what Ray's own do wrong: budgets, NaN, and a restart that changes nothing."""
 
 import math
 import pickle
@@ -107,10 +107,9 @@ def test_budgets_reach_the_study(begun: MadeUpSearch):
 
 def test_nan_and_crashes_end_their_optuna_trial(begun: MadeUpSearch):
     at_once, later, crash = begun.suggest(), begun.suggest(), begun.suggest()
+    trial: Any = SimpleNamespace(config=at_once)
     assert (
-        begun.scheduler.on_trial_result(
-            CONTROLLER, SimpleNamespace(config=at_once), {"epoch": 1, "val_accuracy": math.nan}
-        )
+        begun.scheduler.on_trial_result(CONTROLLER, trial, {"epoch": 1, "val_accuracy": math.nan})
         == TrialScheduler.STOP
     )
     begun.end(at_once, "failed", f"{DIVERGED}the loss became nan")

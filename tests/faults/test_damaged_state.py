@@ -1,0 +1,137 @@
+"""Every state file of a search truncated at ten places: it goes on all the same, and keeps what had ended."""
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from search.mirror import OptunaMirror
+from search.records import SearchRecords, load_search
+from search.space import DEFAULT_SPACE
+from tests.faults.conftest import LONG
+from tests.faults.searches import EPOCHS, Search, load_mirror
+from tests.faults.tally import TALLY
+from tests.helpers import run_command
+
+pytestmark = pytest.mark.slow
+
+PLACES = range(10)
+RESUMED = PLACES if LONG else PLACES[4:6]
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Search:
+    """A search that was stopped with some trials ended, one on its way and some to come."""
+    search = Search(tmp_path_factory.mktemp("half") / "outputs")
+    process = search.start()
+    while len(search.ended()) < 4:
+        search.wait_for_work(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    search.note_ended()
+    return search
+
+
+@pytest.fixture
+def copy(half: Search, tmp_path: Path) -> Search:
+    """A copy of it in another place: nothing it needs is named by its old one."""
+    shutil.copytree(half.outputs, tmp_path / "outputs")
+    search = Search(tmp_path / "outputs")
+    search.note_ended()
+    assert search.ended_before == half.ended_before
+    return search
+
+
+def truncate(path: Path, place: int) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * place // len(PLACES)])
+
+
+def open_records(folder: Path) -> SearchRecords:
+    return SearchRecords(
+        folder, parameters=list(DEFAULT_SPACE), metric="val_accuracy", mode="max", epochs=EPOCHS, seed=0
+    )
+
+
+def trial_files(name: str) -> Callable[[Search], list[Path]]:
+    return lambda search: sorted(search.folder.glob(f"trials/t*/{name}"))
+
+
+FILES: dict[str, Callable[[Search], list[Path]]] = {
+    "search.json": lambda search: [search.folder / "search.json"],
+    "state/search.json": lambda search: [search.folder / "state" / "search.json"],
+    "trials.csv": lambda search: [search.folder / "trials.csv"],
+    "best.json": lambda search: [search.folder / "best.json"],
+    "optuna.log": lambda search: [search.folder / "optuna.log"],
+    "trial.json": trial_files("trial.json"),
+    "metrics.jsonl": trial_files("metrics.jsonl"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", FILES)
+def test_one_kind_of_file(copy: Search, name: str, place: int) -> None:
+    """What is read back is what was there, whichever kind of file is damaged, all of its kind at once."""
+    with TALLY.attempt(f"{name} truncated, the search read again"):
+        before = open_records(copy.folder).rows
+        files = FILES[name](copy)
+        assert files
+        for path in files:
+            truncate(path, place)
+        assert load_search(copy.folder)["num_samples"] == 12
+        records = open_records(copy.folder)
+        if name == "metrics.jsonl":  # the trials write them anew from their checkpoints
+            assert {row["trial_id"]: row for row in records.ended} == copy.ended_before
+        else:
+            assert records.rows == before
+        records.write_tables()
+        assert open_records(copy.folder).notes == []
+        for _ in range(2):
+            OptunaMirror(records, DEFAULT_SPACE)
+            mirrored = [trial.user_attrs["trial_id"] for trial in load_mirror(copy.folder)]
+            assert sorted(mirrored) == sorted(copy.ended_before)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("place", RESUMED)
+def test_all_at_once(copy: Search, place: int) -> None:
+    """Ray's files too, the newest checkpoint of each trial, and of the two places for each fact one."""
+    with TALLY.attempt("all state files truncated at once, the search finished"):
+        redundant = ("search.json", "trials.csv") if place % 2 else ("state/search.json", "trial.json")
+        checkpoints = [sorted(path.iterdir())[-1] for path in copy.folder.glob("trials/t*/checkpoints")]
+        unfinished = [path.parent for path in FILES["trial.json"](copy) if path.parent.name not in copy.ended_before]
+        files = [path for name in (*redundant, "best.json", "optuna.log") for path in FILES[name](copy)]
+        files += [path / "metrics.jsonl" for path in unfinished if (path / "metrics.jsonl").exists()]
+        files += [path for path in (copy.folder / "ray").rglob("*") if path.is_file()]
+        for path in (*files, *checkpoints):
+            truncate(path, place)
+        copy.finish()
+
+
+@pytest.mark.timeout(600)
+def test_the_same_command_finds_its_way_without_search_json(copy: Search) -> None:
+    with TALLY.attempt("search.json and its copy truncated, the search finished"):
+        for name in ("search.json", "state/search.json"):
+            truncate(copy.folder / name, 5)
+        refused = run_command(
+            ["--resume", "--name", "s", "--outputs", copy.outputs], cwd=copy.outputs, script="search/tune.py"
+        )
+        assert refused.returncode == 2
+        assert "search.json" in refused.stderr
+        copy.finish()
+
+
+@pytest.mark.timeout(600)
+def test_moved_and_renamed(copy: Search, tmp_path: Path) -> None:
+    """It goes on where it lies now, and the old place stays as it is."""
+    with TALLY.attempt("a search moved and renamed, then gone on with"):
+        copy.folder.rename(copy.folder.with_name("moved"))
+        copy.folder = copy.folder.with_name("moved")
+        result = run_command(
+            ["--resume", "--name", "moved", "--outputs", copy.outputs], cwd=tmp_path, script="search/tune.py"
+        )
+        assert result.returncode == 0, result.stderr
+        copy.check_whole()
+        assert [path.name for path in copy.folder.parent.iterdir()] == ["moved"]

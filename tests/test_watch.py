@@ -1,0 +1,179 @@
+"""What the driver makes of what Ray tells it: how trials end, when a search gives up, what a full disk leaves."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from byot.config import TrainConfig
+from byot.files import read_json
+from search import records as records_module
+from search.mirror import OptunaMirror
+from search.records import DIVERGED, MEASURES, SearchRecords, read_rows, save_search
+from search.space import DEFAULT_SPACE, first_points
+from search.study import BudgetAwareSearch, RecordedAsha
+from search.trial import FAILED, UNWRITABLE
+from search.watch import MAX_FAILURES, SearchWatch, StopWatch
+from tests.faults.searches import load_mirror
+
+EPOCHS = 4
+
+
+class Driver:
+    """A search's driver without Ray: trials are made up, and end as they are told to."""
+
+    def __init__(self, folder: Path, time_budget_s: float | None = None) -> None:
+        if not (folder / "search.json").exists():
+            found: dict[str, Any] = {"commit": None, "versions": {}, "hardware": {}, "num_val_images": 100}
+            config = TrainConfig(val_fraction=0.1).to_dict()
+            save_search(folder, {"metric": "val_accuracy", "mode": "max", "config": config, **found})
+        self.folder = folder
+        self.asked_to_stop = 0
+        self.records = SearchRecords(
+            folder, parameters=list(DEFAULT_SPACE), metric="val_accuracy", mode="max", epochs=EPOCHS, seed=0
+        )
+        self.searcher = BudgetAwareSearch(
+            self.records, DEFAULT_SPACE, first=first_points(DEFAULT_SPACE, TrainConfig()), num_samples=20, seed=0
+        )
+        self.watch = SearchWatch(
+            self.records,
+            self.searcher,
+            RecordedAsha(self.records, mode="max"),
+            OptunaMirror(self.records, DEFAULT_SPACE),
+            num_samples=20,
+            time_budget_s=time_budget_s,
+            stop_asked=lambda: self.asked_to_stop,
+        )
+
+    def start(self) -> Any:
+        return SimpleNamespace(
+            trial_id="of Ray", config=self.searcher.suggest("of Ray"), last_result={}, error_file=None
+        )
+
+    def report(self, trial: Any, **result: Any) -> None:
+        trial.last_result = {"epoch": 0, "val_accuracy": math.nan, **result}
+        self.watch.scheduler.on_trial_result(None, trial, trial.last_result)
+        self.watch.on_trial_result(0, [], trial, trial.last_result)
+
+    def epoch(self, trial: Any, epoch: int, value: float = 50.0) -> None:
+        self.report(trial, **dict.fromkeys(MEASURES, value), epoch=epoch, elapsed_s=1.0)
+
+    def complete(self, trial: Any) -> str:
+        self.watch.on_trial_complete(0, [], trial)
+        return self.status(trial)
+
+    def crash(self, trial: Any, traceback: str) -> str:
+        trial.error_file = str(self.folder / "error of ray.txt")
+        Path(trial.error_file).write_text(traceback)
+        self.watch.on_trial_error(0, [], trial)
+        return self.status(trial)
+
+    def status(self, trial: Any) -> str:
+        row = read_json(self.folder / "trials" / trial.config["trial_id"] / "trial.json")
+        assert row in read_rows(self.folder / "trials.csv")
+        return f"{row['status']} {row['error']}".strip()
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Driver:
+    return Driver(tmp_path)
+
+
+def test_how_trials_end(driver: Driver):
+    completed, control, stopped, diverged, cut_off = (driver.start() for _ in range(5))
+    driver.epoch(completed, EPOCHS)
+    assert driver.complete(completed) == "completed"
+    driver.watch.scheduler.stopped.add(stopped.config["trial_id"])
+    driver.epoch(stopped, 2)
+    assert driver.complete(stopped) == "stopped"
+    driver.report(diverged, **{FAILED: f"{DIVERGED}the loss became nan"})
+    assert driver.complete(diverged) == "failed diverged: the loss became nan"
+    driver.epoch(cut_off, 3)
+    assert driver.complete(cut_off) == "running", "with the search, which goes on with it"
+    assert driver.crash(control, "Traceback\n  line\nKeyError: 7\n") == "failed KeyError: 7"
+    error = driver.folder / "trials" / control.config["trial_id"] / "error.txt"
+    assert error.read_text() == "Traceback\n  line\nKeyError: 7\n"
+    assert not driver.watch.has_to_stop()
+    assert [t.user_attrs["status"] for t in load_mirror(driver.folder)] == ["completed", "stopped", "failed", "failed"]
+    assert len(driver.records.unfinished) == 1
+
+
+def test_an_epoch_reported_again_counts_once(driver: Driver):
+    trial = driver.start()
+    for epoch in (1, 2, 2, 3, 3, 4):
+        driver.epoch(trial, epoch)
+    assert driver.complete(trial) == "completed"
+    assert driver.records.ended[0]["seconds"] == 4.0
+    driver.complete(trial)
+    assert len(driver.records.ended) == len(load_mirror(driver.folder)) == 1
+
+
+def test_memory_comes_with_advice(driver: Driver):
+    text = "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.\n"
+    said = driver.crash(driver.start(), text)
+    assert said.startswith("failed out of memory")
+    assert "fewer trials at once" in said
+
+
+def test_it_gives_up_when_nothing_works(driver: Driver):
+    for number in range(1, MAX_FAILURES + 1):
+        assert not driver.watch.has_to_stop()
+        trial = driver.start()
+        driver.report(trial, **{FAILED: f"{DIVERGED}nan number {number}"})
+        driver.complete(trial)
+    assert StopWatch(driver.watch).stop_all()
+    assert "nan number 5" in driver.watch.trouble
+
+
+def test_it_gives_up_when_all_begins_to_crash_but_not_over_a_hard_space(driver: Driver):
+    works = driver.start()
+    driver.epoch(works, EPOCHS)
+    driver.complete(works)
+    for _ in range(3 * MAX_FAILURES):
+        trial = driver.start()
+        driver.report(trial, **{FAILED: f"{DIVERGED}nan"})
+        driver.complete(trial)
+    assert not driver.watch.has_to_stop(), "diverging is the trial's fault"
+    for _ in range(MAX_FAILURES):
+        assert not driver.watch.has_to_stop()
+        driver.crash(driver.start(), "cuda error")
+    assert driver.watch.has_to_stop()
+    assert driver.records.retry_failed() == MAX_FAILURES, "those that diverged would do so again"
+    again = Driver(driver.folder)
+    assert len(again.records.unfinished) == MAX_FAILURES
+    assert all(t.user_attrs["error"] != "cuda error" for t in load_mirror(driver.folder))
+
+
+def test_a_disk_that_cannot_be_written_loses_nothing(driver: Driver, monkeypatch: pytest.MonkeyPatch):
+    by_trial, by_driver = driver.start(), driver.start()
+    driver.report(by_trial, **{UNWRITABLE: "trials/t0000 cannot be written (No space left on device)"})
+    assert StopWatch(driver.watch).stop_all()
+    assert driver.complete(by_trial) == "running"
+
+    other = Driver(driver.folder)
+    again = other.start(), other.start()
+    other.epoch(again[1], EPOCHS)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "trial.json")
+
+    monkeypatch.setattr(records_module, "write_json", full)
+    other.watch.on_trial_complete(0, [], again[1])
+    assert other.watch.trouble == "trial.json cannot be written (No space left on device)"
+    monkeypatch.undo()
+    assert other.status(again[1]) == "running"
+    assert again[1].config["trial_id"] == by_driver.config["trial_id"]
+
+
+def test_it_stops_when_asked_and_when_time_is_over(tmp_path: Path):
+    driver = Driver(tmp_path, time_budget_s=1000)
+    stopper = StopWatch(driver.watch)
+    assert not stopper.stop_all()
+    driver.asked_to_stop = 15
+    assert stopper.stop_all()
+    assert not driver.watch.out_of_time()
+    late = Driver(tmp_path, time_budget_s=-1)
+    assert StopWatch(late.watch).stop_all()
+    assert late.watch.out_of_time()

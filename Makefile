@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 
 SEARCH_NAME ?= digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: search test
+.PHONY: search test faults
 
 # A real search on scikit-learn's handwritten digits, its best configuration retrained, a report.
 search: $(INSTALLED)
@@ -21,6 +21,10 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The fault tests of `make test` many times over: kills, full disks, lost nodes, damaged files.
+faults: $(INSTALLED)
+	BYOT_FAULTS=long $(BIN)/python -m pytest tests/faults
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \

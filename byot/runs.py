@@ -27,7 +27,7 @@ from byot.checkpoint import (
 from byot.config import TrainConfig
 from byot.data import DeviceImages, LabelledImages, Normalisation, check_dataset, load_images, split_validation
 from byot.files import append_json_line, read_json, write_json, write_json_lines
-from byot.lock import lock_folder
+from byot.lock import WORKER_WAIT_S, lock_folder
 from byot.metrics import EpochMetrics, Evaluation, evaluate
 from byot.provenance import provenance
 from byot.stopping import StoppedError
@@ -169,7 +169,7 @@ def train_run(config: TrainConfig, folder: Path, threads: int | None = None) -> 
     """Do a whole run, or the rest of it, and return its result; of a finished run, the result alone."""
     if threads is not None:
         torch.set_num_threads(threads)
-    with lock_folder(folder):
+    with lock_folder(folder, wait_s=WORKER_WAIT_S):
         result = read_result(config, folder)
         return result if result is not None else finish_run(open_run(config, folder))
 

@@ -258,7 +258,8 @@ def _fit(
 def _go_on(plan: SearchPlan, *more: str) -> str:
     place = ["--storage-path", str(plan.folder.parent)] if plan.folder.parent.name != "searches" else []
     outputs = ["--outputs", str(plan.folder.parents[1])] if not place else []
-    command = [sys.executable, *sys.argv[:1], "--name", plan.folder.name, *place, *outputs, "--resume", *more]
+    address = ["--address", plan.address] if plan.address else []
+    command = [sys.executable, *sys.argv[:1], "--name", plan.folder.name, *place, *outputs, *address, "--resume", *more]
     return f"go on with: {shlex.join(command)}"
 
 

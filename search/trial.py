@@ -13,13 +13,12 @@ from ray import tune
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages
-from byot.lock import lock_folder
+from byot.lock import WORKER_WAIT_S, lock_folder
 from byot.runs import restore_trainer, train_saving
 from byot.stopping import DivergedError, TrainingError
 from byot.trainer import Trainer
 from search.records import DIVERGED
 
-LOCK_WAIT_S = 120.0  # for a worker of a search that was killed, until it has noticed
 STEPS_TIMED = 3
 SPEED_TEST_LR = 1e-6  # so that a search whose lr makes trials diverge can still be timed
 
@@ -46,7 +45,7 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
     folder = setup.trials_folder / suggestion["trial_id"]
     ending = {"epoch": 0, setup.metric: math.nan}
     try:
-        with lock_folder(folder, wait_s=LOCK_WAIT_S):
+        with lock_folder(folder, wait_s=WORKER_WAIT_S):
             config = setup.base.with_settings(**suggestion["params"])
             trainer, resumed_from = restore_trainer(config, train, val, folder)
             if resumed_from is not None and trainer.history:

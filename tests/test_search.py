@@ -183,19 +183,14 @@ def test_more_trials_fresh_start_and_one_process_at_a_time(
 
 
 @pytest.mark.slow
-def test_a_time_budget_cuts_trials_off_and_they_go_on(tmp_path: Path):
-    arguments = ("--dataset", "digits", "--width", 4, "--epochs", 400, "--num-samples", 2, "--name", "s")
-    result = search_again(tmp_path, *arguments, "--time-budget", "6s")
+def test_a_time_budget_cuts_trials_off(tmp_path: Path):
+    arguments = ("--dataset", "digits", "--width", 4, "--epochs", 2000, "--num-samples", 2, "--name", "s")
+    result = search_again(tmp_path, *arguments, "--time-budget", "10s")
+    assert result.returncode == 1, "no trial has reached its last epoch"
+    assert "10s are over with 2 trials to end; go on with: " in result.stdout
     folder = tmp_path / "searches" / "s"
-    assert "6s are over with 2 trials to end; go on with: " in result.stdout
     assert read_json(folder / "search.json")["status"] == "finished"
-    rows = rows_of(folder)
-    assert [row["status"] for row in rows] == ["running", "running"]
-    assert all(0 < row["epochs_done"] < 400 for row in rows)
-    again = search_again(tmp_path, *arguments, "--time-budget", "1s")
-    assert "2 go on from their checkpoints, 0 are to come" in again.stdout
-    after = {row["trial_id"]: row["epochs_done"] for row in rows_of(folder)}
-    assert all(after[row["trial_id"]] >= row["epochs_done"] for row in rows)
+    assert [row["status"] for row in rows_of(folder)] == ["running", "running"]
 
 
 @pytest.mark.slow

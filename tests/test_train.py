@@ -24,11 +24,13 @@ from byot.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, 
 from byot.config import RECIPES, TrainConfig, learning_rate
 from byot.data import LabelledImages, draw_epoch, load_images, split_validation
 from byot.files import read_json, read_json_lines, write_json
+from byot.lock import lock_folder
 from byot.loss import self_distillation_loss
 from byot.metrics import EpochMetrics
 from byot.provenance import find_commit
-from byot.runs import finish_run, open_run, train_run
-from byot.trainer import DivergedError, Trainer, build_model, choose_autocast_dtype, choose_device
+from byot.runs import finish_run, open_run, train_run, train_saving
+from byot.stopping import DivergedError, OutOfMemoryError, StoppedError
+from byot.trainer import Trainer, build_model, choose_autocast_dtype, choose_device
 from tests.helpers import (
     TIMES,
     ParquetMaker,
@@ -166,6 +168,38 @@ def test_resume_is_bit_exact(tmp_path: Path, few_digits: LabelledImages, recipe:
         )
 
 
+def stop_in_the_middle(trainer: Trainer, epoch: int, step: int) -> None:
+    """Break training off after some whole epochs and steps."""
+
+    def on_batch(done: int, images: int) -> None:
+        if (trainer.epoch, trainer.step) == (epoch, step):
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        list(trainer.epochs(on_batch))
+
+
+@pytest.mark.parametrize("step", [1, 3, 8])
+def test_resume_within_an_epoch_is_bit_exact(tmp_path: Path, few_digits: LabelledImages, step: int) -> None:
+    """Of eight steps an epoch: after the last one only the validation is missing."""
+    config = SMALL.with_settings(epochs=3, val_fraction=0.2, batch_size=30)
+    train_part, val = split_validation(few_digits, fraction=0.2, seed=0)
+    straight = Trainer(config, train_part, val)
+    list(straight)
+    first = Trainer(config, train_part, val)
+    stop_in_the_middle(first, 1, step)
+    assert first.train_images.batches_per_epoch(30) == 8
+    path = checkpoint_path(tmp_path, first.epoch, first.step)
+    assert path.name == f"epoch-0001-step-{step:06d}.pt"
+    save_checkpoint(path, first.state_dict())
+    second = Trainer(config, train_part, val)
+    second.load_state_dict(load_checkpoint(path))
+    list(second)
+    assert_same_state(second.state_dict(), straight.state_dict())
+    assert second.history[1]["elapsed_s"] > 0
+    assert [record["epoch"] for record in second.history] == [1, 2, 3]
+
+
 def test_validating_does_not_change_what_is_learned(few_digits: LabelledImages) -> None:
     _, val = split_validation(few_digits, fraction=0.2, seed=0)
     config = SMALL.with_settings(epochs=2)
@@ -187,6 +221,49 @@ def test_a_huge_learning_rate_diverges_with_a_sentence(few_digits: LabelledImage
     config = SMALL.with_settings(lr=1e30, batch_size=32)
     with pytest.raises(DivergedError, match="in epoch 1: a smaller lr or beta would help"):
         list(Trainer(config, few_digits))
+
+
+def test_divergence_is_seen_at_the_step_and_not_at_the_end_of_the_epoch(few_digits: LabelledImages) -> None:
+    trainer = Trainer(SMALL.with_settings(lr=1e30, batch_size=10), few_digits)
+    with pytest.raises(DivergedError):
+        list(trainer)
+    assert trainer.step < 5, "of thirty"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 999 bytes"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_running_out_of_memory_comes_with_advice(
+    few_digits: LabelledImages, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    trainer = Trainer(SMALL, few_digits)
+
+    def fail(batch: torch.Tensor) -> Any:
+        raise error
+
+    monkeypatch.setattr(trainer.model, "forward", fail)
+    with pytest.raises(OutOfMemoryError, match=r"batch_size 128 and width 4: a smaller --batch-size or --width"):
+        list(trainer)
+
+
+def test_other_errors_stay_what_they_are(few_digits: LabelledImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(SMALL, few_digits)
+    monkeypatch.setattr(trainer.model, "forward", lambda batch: torch.zeros(2, 3) @ torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        list(trainer)
+
+
+def test_a_state_of_another_number_of_images_is_refused(few_digits: LabelledImages) -> None:
+    state = Trainer(SMALL, few_digits).state_dict()
+    fewer = LabelledImages(few_digits.images[:-1], few_digits.labels[:-1])
+    with pytest.raises(ValueError, match=r"300 training images, the data set has 299 now"):
+        Trainer(SMALL, fewer).load_state_dict(state)
 
 
 @pytest.mark.parametrize("lr", [1e10, 1e30])
@@ -376,6 +453,46 @@ def test_going_on_from_an_older_checkpoint_forgets_the_newer_ones(tmp_path: Path
         finish_run(open_run(config, tmp_path, older), on_epoch=stop_after(4))
     train_run(config, tmp_path)
     assert epochs_in(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("few_files")
+def test_long_epochs_are_saved_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SMALL.with_settings(epochs=2, batch_size=30)
+    straight = train_run(config, tmp_path / "straight")
+    monkeypatch.setattr(runs, "SAVE_EVERY_S", 0.0)
+    run = open_run(config, tmp_path / "saved")
+    seen = []
+    for _ in train_saving(
+        run.trainer, run.folder, lambda *_: seen.append(list_checkpoints(run.folder / "checkpoints"))
+    ):
+        break
+    assert [path.name for path in seen[2]] == ["epoch-0000-step-000002.pt", "epoch-0000-step-000001.pt"]
+    assert [path.name for path in seen[9]] == ["epoch-0000-step-000009.pt", "epoch-0000-step-000008.pt"]
+    names = [path.name for path in list_checkpoints(run.folder / "checkpoints")]
+    assert names == ["epoch-0001.pt", "epoch-0000-step-000010.pt"]
+    result = train_run(config, run.folder)
+    assert {k: v for k, v in result.items() if k not in TIMES} == {k: v for k, v in straight.items() if k not in TIMES}
+
+
+@pytest.mark.usefixtures("few_files")
+def test_asked_to_stop_it_saves_the_step_at_hand(tmp_path: Path) -> None:
+    config = SMALL.with_settings(epochs=2, batch_size=30)
+    run = open_run(config, tmp_path)
+    with pytest.raises(StoppedError):
+        finish_run(run, stop_asked=lambda: run.trainer.step == 7)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["epoch-0000-step-000007.pt"]
+    again = open_run(config, tmp_path)
+    assert (again.trainer.epoch, again.trainer.step) == (0, 7)
+
+
+@pytest.mark.usefixtures("few_files")
+def test_metrics_are_made_good_from_the_checkpoint(tmp_path: Path) -> None:
+    config = SMALL.with_settings(epochs=4)
+    start_and_stop(config, tmp_path, 3)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(lines[:100])
+    open_run(config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
 
 
 # ---------------------------------------------------------------- command lines
@@ -618,6 +735,36 @@ def test_control_c_says_how_to_go_on(
     assert code == 130
     assert err == f"\nstopped; go on with: {sys.executable} script --resume {tmp_path}/runs/run\n"
     assert epochs_in(tmp_path / "runs" / "run") == [1]
+
+
+@pytest.mark.usefixtures("few_files")
+def test_one_process_at_a_time_in_a_folder(
+    half: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = picture_of(half)
+    with lock_folder(half):
+        for arguments in (("--resume", half), (*FLAGS, "--name", "half", "--fresh", "--outputs", half.parents[1])):
+            code, _, err = run_main(train, arguments, monkeypatch, capsys)
+            assert code == 2
+            assert_one_sentence(err, "another process is writing to", str(half))
+    assert picture_of(half) == before | {".lock": picture_of(half)[".lock"]}
+
+
+@pytest.mark.usefixtures("few_files")
+def test_fresh_sets_aside_what_was_there(
+    half: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = epochs_in(half)
+    arguments = (*FLAGS, "--seed", 5, "--name", "half", "--outputs", half.parents[1])
+    code, _, err = run_main(train, arguments, monkeypatch, capsys)
+    assert code == 2
+    assert_one_sentence(err, "seed 0 (asked for: 5)")
+    code, out, _ = run_main(train, (*arguments, "--fresh"), monkeypatch, capsys)
+    assert code == 0
+    (aside,) = (half.parent / "replaced").iterdir()
+    assert str(aside) in out
+    assert epochs_in(aside) == before
+    assert read_json(half / "config.json")["seed"] == 5
 
 
 @pytest.mark.usefixtures("few_files")

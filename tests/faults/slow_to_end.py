@@ -1,0 +1,35 @@
+"""A small search of Ray's own whose trials take 4 s to end after they are stopped: FOLDER. Prints the trials' epochs."""
+
+import sys
+import time
+from typing import Any
+
+from search.cluster import Share, share_machine, start_ray
+
+SECONDS_TO_END = 4
+
+
+def trial(config: dict[str, Any]) -> None:
+    from ray import tune
+
+    try:
+        for epoch in range(1, 100):
+            tune.report({"epoch": epoch})
+    finally:
+        time.sleep(SECONDS_TO_END)
+
+
+def main() -> None:
+    start_ray(share_machine(Share(), "cpu"))
+    from ray import tune
+
+    tuner = tune.Tuner(
+        trial,
+        tune_config=tune.TuneConfig(num_samples=3, max_concurrent_trials=1, reuse_actors=True),
+        run_config=tune.RunConfig(name="ray", storage_path=sys.argv[1], stop={"epoch": 2}, verbose=0),
+    )
+    print([result.metrics["epoch"] for result in tuner.fit()])
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ import io
 import logging
 import shlex
 import shutil
+import signal
 import sys
 import warnings
 from contextlib import redirect_stdout
@@ -102,8 +103,6 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
     0: finished; 1: it cannot go on, or no trial finished; 128 and the signal's number: stopped on the way. `room` is
     what is asked for where the resources are known only once Ray has joined the cluster.
     """
-    import ray
-
     try:
         records = open_records(plan)
         if len(records.ended) >= plan.settings.num_samples and not plan.is_new:
@@ -111,6 +110,22 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
             print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
             return tell_result(plan, records)
         start_ray(room if isinstance(room, Slots) else None, plan.address)
+        return _run_on_ray(plan, data, room, records)
+    except RayStartError as error:
+        print(f"tune.py: Ray did not start ({error})", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\nstopped; {_go_on(plan)}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        place = error.filename or plan.folder
+        print(f"tune.py: {place} cannot be written ({error.strerror}); once it can, {_go_on(plan)}", file=sys.stderr)
+    return 1
+
+
+def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records: SearchRecords) -> int:
+    import ray  # once it is started, with its settings in the environment
+
+    try:
         if isinstance(room, Slots):
             slots = room
         else:
@@ -120,13 +135,6 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
             plan = plan._replace(base=plan.base.with_settings(device="cpu"))  # asked for none, Ray hides the GPUs
         with catch_stop_signals() as stop_asked:  # after ray.init, which has a handler of its own
             return _run(plan, data, slots, records, stop_asked)
-    except RayStartError as error:
-        print(f"tune.py: Ray did not start ({error})", file=sys.stderr)
-        return 1
-    except OSError as error:
-        place = error.filename or plan.folder
-        print(f"tune.py: {place} cannot be written ({error.strerror}); once it can, {_go_on(plan)}", file=sys.stderr)
-        return 1
     finally:
         ray.shutdown()
 

@@ -16,6 +16,7 @@ import torch
 from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
 from byot.files import read_json
+from byot.flags import one_sentence_errors
 from byot.provenance import find_commit, find_versions, provenance
 from byot.runs import StopAsked
 from byot.stopping import catch_stop_signals
@@ -130,7 +131,8 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
             slots = room
         else:
             found = ray.cluster_resources()
-            slots = share(room, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
+            with one_sentence_errors("tune.py"):
+                slots = share(room, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
         if slots.gpus == 0 and choose_device(plan.base.device).type == "cuda":
             plan = plan._replace(base=plan.base.with_settings(device="cpu"))  # asked for none, Ray hides the GPUs
         with catch_stop_signals() as stop_asked:  # after ray.init, which has a handler of its own

@@ -80,9 +80,13 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
         try:
             with one_sentence_errors("train.py"):
                 from byot.console import show_progress
+                from byot.data import check_dataset
                 from byot.runs import finish_run, open_run, read_result
+                from byot.trainer import choose_device
 
                 if fresh and folder.exists():
+                    choose_device(config.device)  # before anything is moved: with these no run could start
+                    check_dataset(config.dataset, config.data_dir)
                     with lock_folder(folder):
                         print(f"what was in {folder} is now in {set_aside(folder)}")
                 result = read_result(config, folder)

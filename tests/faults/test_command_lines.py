@@ -437,6 +437,13 @@ def test_a_resumed_run_keeps_its_settings(refuse: Refuse, line: str, part: str) 
     refuse("train.py", ("--resume", "checkpoint.pt", *shlex.split(line)), part)
 
 
+@pytest.mark.parametrize("line", ["--data-dir nowhere", "--data-dir folder", "--dataset digits --device mps"])
+def test_what_cannot_start_anew_moves_nothing_aside(refuse: Refuse, place: Path, line: str) -> None:
+    (place / "outputs" / "runs" / "mine").mkdir(parents=True)
+    (place / "outputs" / "runs" / "mine" / "result.json").write_text("{}")
+    refuse("train.py", (*shlex.split(line), "--name", "mine", "--fresh"))
+
+
 @pytest.mark.parametrize("program", LINES)
 def test_every_flag_of_every_command_is_in_the_tables(programs: dict[str, Any], program: str) -> None:
     typed = {word.partition("=")[0] for line, _ in LINES[program] for word in shlex.split(line)}

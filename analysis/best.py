@@ -6,9 +6,7 @@
 Only trials that reached the last epoch are ranked. Reads files alone, also of a search that still runs.
 """
 
-from pathlib import Path
-
-from byot.config import outputs_folder
+from byot.config import check_writable_file, outputs_folder
 from byot.files import write_text
 from byot.flags import Parser, one_sentence_errors
 
@@ -17,7 +15,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="best.py", description=__doc__)
     parser.add_argument("search", nargs="?", metavar="SEARCH", help="name of a search (default: the newest)")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="configurations shown [5]")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the whole ranking to this file")
+    parser.add_argument("--csv", metavar="FILE", help="also write the whole ranking to this file")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     return parser
 
@@ -28,6 +26,7 @@ def main() -> None:
         if arguments.top < 1:
             raise ValueError(f"--top must be at least 1, not {arguments.top}")
         outputs = outputs_folder(arguments.outputs)
+        target = None if arguments.csv is None else check_writable_file(arguments.csv)
 
         from datetime import UTC, datetime
 
@@ -38,8 +37,8 @@ def main() -> None:
         folder = find_search(outputs, arguments.search)
         search, trials = load_search(folder), load_trials(folder)
         ranked = rank(trials, search["metric"], search["mode"], search["config"]["epochs"])
-        if arguments.csv is not None:
-            target = arguments.csv.expanduser()
+        commands = [] if ranked.empty else next_commands(folder, outputs)
+        if target is not None:
             try:
                 write_text(target, ranked.to_csv(index=False))
             except OSError as error:
@@ -51,9 +50,9 @@ def main() -> None:
     if not ranked.empty:
         print(f"\n{ranking_table(search, trials, arguments.top).to_text()}")
     print(f"\n{bullets(judge_search(search, trials))}")
-    if not ranked.empty:
+    if commands:
         print("\nnext:")
-        print("\n".join(f"  {command}" for command in next_commands(folder, outputs)))
+        print("\n".join(f"  {command}" for command in commands))
 
 
 if __name__ == "__main__":

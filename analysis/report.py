@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from byot.config import TrainConfig, outputs_folder
+from byot.config import TrainConfig, check_writable_file, outputs_folder
 from byot.files import write_text
 from byot.flags import Parser, flag_name, one_sentence_errors
 
@@ -26,7 +26,7 @@ FOLDED_FROM = 40  # trials: a longer table is folded away
 def build_parser() -> Parser:
     parser = Parser(prog="report.py", description=__doc__)
     parser.add_argument("search", nargs="?", metavar="SEARCH", help="name of a search (default: the newest)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the page (default: OUTPUTS/reports/NAME.html)")
+    parser.add_argument("--output", metavar="FILE", help="the page (default: OUTPUTS/reports/NAME.html)")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     return parser
 
@@ -158,13 +158,12 @@ def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("report.py"):
         outputs = outputs_folder(arguments.outputs)
+        page = None if arguments.output is None else check_writable_file(arguments.output)
 
         from analysis.trials import find_search
 
         folder = find_search(outputs, arguments.search)
-        page = (
-            arguments.output.expanduser().resolve() if arguments.output else outputs / "reports" / f"{folder.name}.html"
-        )
+        page = page or check_writable_file(outputs / "reports" / f"{folder.name}.html")
         html = render_page(folder, outputs)
         try:
             write_text(page, html)

@@ -15,15 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from byot.config import TrainConfig, absolute_path, outputs_folder
+from byot.config import TrainConfig, absolute_path, check_writable, outputs_folder
 from byot.files import write_text
-from byot.flags import Parser, one_sentence_errors
+from byot.flags import Parser, flag_name, one_sentence_errors
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from search.cluster import Slots
 
+MOST_SEEDS = 10_000
 MAX_RETRIES = 2  # of a run whose worker died; it goes on from its checkpoint
 
 
@@ -74,7 +75,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("top", "seeds", "epochs", "cpus_per_run", "max_concurrent"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            raise ValueError(f"{flag_name(name)} must be at least 1, not {value}")
+    if arguments.seeds > MOST_SEEDS:
+        raise ValueError(f"--seeds must be at most {MOST_SEEDS}, not {arguments.seeds}")
     gpus = arguments.gpus_per_run
     if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
         raise ValueError(f"--gpus-per-run must be a fraction of 1 or a whole number, not {gpus:g}")
@@ -177,7 +180,7 @@ def main() -> None:
             changes["data_dir"] = str(absolute_path(arguments.data_dir))
         if arguments.gpus_per_run == 0:
             changes["device"] = "cpu"
-        jobs = plan_jobs(configurations, outputs / "runs", arguments.seeds, **changes)
+        jobs = plan_jobs(configurations, check_writable(outputs / "runs"), arguments.seeds, **changes)
 
         from byot.runs import read_result
         from search.cluster import RayStartError, Share, share_machine, start_ray

@@ -13,6 +13,7 @@ A run table has one row a finished run: its folder's name, every setting, the te
 
 import csv
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -21,13 +22,15 @@ from typing import Any
 
 import pandas as pd
 
-from byot.config import NUM_CLASSIFIERS, TrainConfig
-from byot.files import read_json, read_json_lines
+from byot.config import MOST, NUM_CLASSIFIERS, TrainConfig, absolute_path, check_name
+from byot.files import errors_in, read_json, read_json_lines
 
 STATUSES = ("completed", "stopped", "failed", "running")
+ROLES = ("sampled", "reference", "control")
 TEXT_COLUMNS = ("trial_id", "role", "status", "error")
 FIXED_COLUMNS = ("trial_id", "role", "status", "epochs_done", "seconds", "seed", "error")
 SETTINGS = tuple(f.name for f in fields(TrainConfig))
+PARAMETERS = tuple(f.name for f in fields(TrainConfig) if f.type is float)
 
 SUFFIXES = (*(str(i) for i in range(1, NUM_CLASSIFIERS + 1)), "ensemble")  # shallow to deep, then all together
 CLASSIFIER_NAMES = (*(f"{i}/{NUM_CLASSIFIERS}" for i in range(1, NUM_CLASSIFIERS + 1)), "ensemble")
@@ -39,6 +42,13 @@ TEST_MEASURES = tuple(
 
 # In these a retrained run may differ from the trial whose settings it takes up.
 NOT_COMPARED = ("seed", "epochs", "device", "data_dir", "val_fraction", "split_seed", "precision")
+VAL_MEASURES = tuple(name.replace("test_", "val_", 1) for name in TEST_MEASURES)
+RECORD_KINDS: dict[type, tuple[str, ...]] = {  # of what a search.json has, if it has it
+    str: ("name", "status", "commit"),
+    dict: ("config", "space", "settings", "versions", "hardware"),
+    int: ("num_samples", "max_concurrent", "num_train_images", "num_val_images"),
+}
+KIND_NAMES = {str: "a text", dict: "a table", int: "a whole number"}
 SEARCH_KEYS = ("name", "status", "config", "space", "metric", "mode")
 
 
@@ -48,8 +58,8 @@ SEARCH_KEYS = ("name", "status", "config", "space", "metric", "mode")
 def find_search(outputs: Path, name: str | None = None) -> Path:
     """The folder of the named search (or a path to one), else of the one started last. Raises ValueError if none is."""
     searches = outputs / "searches"
-    if name:
-        for folder in (searches / name, Path(name).expanduser().resolve()):
+    if name is not None:
+        for folder in (absolute_path(searches / name), absolute_path(name)):
             if (folder / "search.json").is_file():
                 return folder
         known = sorted(path.parent.name for path in searches.glob("*/search.json"))
@@ -73,15 +83,35 @@ def load_search(path: Path) -> dict[str, Any]:
     missing = [key for key in SEARCH_KEYS if record.get(key) is None]
     if missing:
         raise ValueError(f"{record_path} lacks {', '.join(missing)}")
-    if record["mode"] not in ("max", "min"):
-        raise ValueError(f"{record_path}: mode must be max or min, not {record['mode']!r}")
-    if not isinstance(record["config"], dict) or not isinstance(record["space"], dict):
-        raise ValueError(f"{record_path}: config and space must be tables of settings")
-    try:
+    with errors_in(record_path):
+        if record["mode"] not in ("max", "min"):
+            raise ValueError(f"mode must be max or min, not {record['mode']!r}")
+        if record["metric"] not in VAL_MEASURES:
+            raise ValueError(f"metric must be a measure such as val_accuracy, not {record['metric']!r:.40}")
+        for kind, keys in RECORD_KINDS.items():
+            for key in keys:
+                if record.get(key) is not None and type(record[key]) is not kind:
+                    raise ValueError(f"{key} must be {KIND_NAMES[kind]}, not {record[key]!r:.40}")
+        for key in RECORD_KINDS[int]:
+            if not 0 <= (record.get(key) or 0) < 2**63:
+                raise ValueError(f"{key} must be a count, not {record[key]!r:.40}")
         record["config"] = TrainConfig.from_dict(record["config"]).to_dict()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{record_path}: {error}") from error
+        for name, bounds in record["space"].items():
+            _check_bounds(name, bounds)
     return record
+
+
+def _check_bounds(name: str, bounds: Any) -> None:
+    if name not in PARAMETERS:
+        raise ValueError(f"the space names {name!r}, which is no setting to be searched")
+    if not (isinstance(bounds, dict) and {"low", "high"} <= set(bounds) <= {"low", "high", "log"}):
+        raise ValueError(f"the range of {name} must have low, high and log")
+    if not isinstance(bounds.get("log", False), bool):
+        raise ValueError(f"log of {name} must be true or false")
+    for end in ("low", "high"):
+        TrainConfig.from_dict({name: bounds[end]})
+    if not bounds["low"] < bounds["high"]:
+        raise ValueError(f"low of {name} must be below high, not {bounds['low']:g} and {bounds['high']:g}")
 
 
 def parse_time(text: Any) -> datetime:
@@ -137,10 +167,13 @@ def _read_table(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
             raise ValueError(f"{path} is damaged: row {number} has {len(cells)} cells instead of {len(columns)}")
         try:
             row = {name: _parse_cell(name, cell) for name, cell in zip(columns, cells, strict=True)}
+            TrainConfig(**{name: row[name] for name in columns if name in SETTINGS and row[name] == row[name]})
+            check_name(row["trial_id"])
         except ValueError as error:
             raise ValueError(f"{path} is damaged: row {number}, {error}") from error
-        if row["status"] not in STATUSES:
-            raise ValueError(f"{path} is damaged: row {number} has the status {row['status']!r}")
+        for name, allowed in (("status", STATUSES), ("role", ROLES)):
+            if row[name] not in allowed:
+                raise ValueError(f"{path} is damaged: row {number} has the {name} {row[name]!r}")
         if row["trial_id"] in seen:
             raise ValueError(f"{path} is damaged: row {number} has the trial {row['trial_id']} a second time")
         seen.add(row["trial_id"])
@@ -152,11 +185,19 @@ def _parse_cell(column: str, cell: str) -> Any:
     if column in TEXT_COLUMNS:
         return cell
     if column == "epochs_done":
-        return int(cell or 0)
+        return _within(column, int(cell or 0), MOST)
     if column == "seed":
         return int(cell) if cell else None
     value = float(cell) if cell else math.nan
+    if "_accuracy" in column and math.isfinite(value):
+        _within(column, value, 100)
     return value if math.isfinite(value) else math.nan
+
+
+def _within(column: str, value: float, most: float) -> float:
+    if not 0 <= value <= most:
+        raise ValueError(f"{column} must lie between 0 and {most:g}, not {value:g}")
+    return value
 
 
 def _bring_up_to_date(row: dict[str, Any], metrics_path: Path) -> None:
@@ -173,11 +214,14 @@ def _bring_up_to_date(row: dict[str, Any], metrics_path: Path) -> None:
 
 def _read_epochs(metrics_path: Path) -> dict[int, dict[str, Any]]:
     """The records of a metrics.jsonl by epoch; of an epoch done twice, the later one."""
-    return {r["epoch"]: r for r in read_json_lines(metrics_path) if isinstance(r.get("epoch"), int)}
+    records = read_json_lines(metrics_path)
+    return {r["epoch"]: r for r in records if type(r.get("epoch")) is int and 0 < r["epoch"] <= MOST}
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    """A number read from JSON; NaN for what is none, or is larger than a float holds."""
+    known = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return float(value) if known else math.nan
 
 
 def load_curves(path: Path) -> pd.DataFrame:
@@ -205,7 +249,7 @@ def rank(trials: pd.DataFrame, metric: str, mode: str, full_budget_epochs: int) 
     chooses best.json by the same rule.
     """
     if metric not in trials.columns:
-        raise ValueError(f"the trials have no {metric}; they have {', '.join(_measured(trials))}")
+        raise ValueError(f"the trials have no {metric}; they have {', '.join(_measured(trials))} in trials.csv")
     whole = trials[
         _reached_the_end(trials, full_budget_epochs) & (trials["role"] != "control") & trials[metric].notna()
     ]
@@ -237,10 +281,11 @@ def load_runs(outputs: Path) -> pd.DataFrame:
     for path in sorted((outputs / "runs").glob("*/result.json")):
         try:
             result = read_json(path)
-            config = TrainConfig.from_dict(result.get("config") or {})
-        except (ValueError, TypeError):
+            config = TrainConfig.from_dict(result.get("config"))
+        except ValueError:
             continue
         row = {"run": path.parent.name, **config.to_dict()}
+        row |= {name: _number(result.get(name)) for name in (*TEST_MEASURES, "elapsed_s")}
         rows.append(row | {name: result.get(name) for name in columns if name not in row})
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys((*TEST_MEASURES, "elapsed_s"), "float64"))
 

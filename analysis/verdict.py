@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from analysis.trials import CLASSIFIER_NAMES, STATUSES, SUFFIXES, find_role, parse_time, rank
-from byot.config import outputs_folder
+from byot.config import default_outputs
 
 ROLE_NAMES = {"reference": "the reference setting", "control": "deep supervision alone"}
 NUM_STANDARD_ERRORS = 2
@@ -294,7 +294,7 @@ def format_signed(metric: str, value: float) -> str:
 def next_commands(folder: Path, outputs: Path) -> list[str]:
     """What to run after a search, as typed in the project's folder."""
     name = shlex.quote(folder.name if folder.parent == outputs / "searches" else str(folder))
-    where = "" if outputs == outputs_folder(None) else f" --outputs {shlex.quote(str(outputs))}"
+    where = "" if outputs == default_outputs() else f" --outputs {shlex.quote(str(outputs))}"
     return [
         f"python byot/train.py --best {name}{where}",
         f"python analysis/retrain.py {name} --top 3 --seeds 3{where}",

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -22,6 +21,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+MOST = 1_000_000  # epochs, images a step, trials: more is a slip of the hand
 NUM_CLASSIFIERS = 4  # one after each stage of a ResNet
 
 
@@ -67,6 +67,16 @@ COSINE_WARMUP = 0.025  # share of the run
 def setting(default: Any, help: str) -> Any:
     """A dataclass field whose help text is also that of its command-line flag."""
     return field(default=default, metadata={"help": help})
+
+
+def known_settings(settings_class: Any, values: Any) -> dict[str, Any]:
+    """The values, if they are a dict of settings of this dataclass; raises ValueError where they are not."""
+    if not isinstance(values, dict):
+        raise ValueError(f"the settings must be a table of names and values, not {values!r:.40}")
+    unknown = sorted(str(name) for name in set(values) - {f.name for f in fields(settings_class)})
+    if unknown:
+        raise ValueError(f"unknown setting {', '.join(unknown)}")
+    return values
 
 
 def check_loss_weights(alpha: float, temperature: float, beta: float) -> None:
@@ -119,13 +129,23 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number, not {value!r}")
-            object.__setattr__(self, name, float(value))  # 0 and 0.0 are one setting, and give one run name
+            try:
+                object.__setattr__(self, name, float(value))  # 0 and 0.0 are one setting, and give one run name
+            except OverflowError as error:  # a whole number of hundreds of digits, which JSON allows
+                raise ValueError(f"{name} must be a number that a float holds") from error
+        if not isinstance(self.data_dir, str | None):
+            raise ValueError(f"data_dir must be the path of a folder, not {self.data_dir!r}")
+        if self.data_dir == "":
+            raise ValueError("data_dir must not be empty")
         if not 1 <= self.width <= 1024:
             raise ValueError(f"width must lie between 1 and 1024, not {self.width}")
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, not {self.epochs}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) > MOST:
+                raise ValueError(f"{name} must be at most {MOST}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be a finite number above 0, not {self.lr:g}")
         if not 0 <= self.momentum < 1:
@@ -143,12 +163,9 @@ class TrainConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Any) -> Self:
         """Build from a plain dict; settings it lacks take their defaults, unknown ones raise ValueError."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown setting {', '.join(unknown)}")
-        return cls(**values)
+        return cls(**known_settings(cls, values))
 
     def with_settings(self, **changes: Any) -> Self:
         return replace(self, **changes)
@@ -187,16 +204,33 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 def check_name(name: str) -> str:
     """Raise ValueError for a run or search name that is not one plain folder name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
-        raise ValueError(f"a name is made of letters, digits, '.', '_' and '-', not {name!r}")
+        raise ValueError(
+            f"a name is made of at most 128 letters, digits, '.', '_' and '-', and begins with one of the first two, "
+            f"not {name!r}"
+        )
     return name
 
 
 def absolute_path(given: str | Path) -> Path:
-    """A path as typed, made absolute: Ray's workers run in other folders. Raises ValueError for an unknown ~user."""
+    """A path as typed, made absolute: Ray's workers run in other folders.
+
+    Raises ValueError for what can be no path here, be there a file or not: empty, an unknown ~user, a name too long.
+    """
+    text = str(given)
+    if not text:
+        raise ValueError("a path must not be empty")
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"a path cannot have a NUL or bytes that are not UTF-8 in it, as {text!r} has")
     try:
-        return Path(given).expanduser().resolve()
+        path = Path(os.path.realpath(Path(text).expanduser()))
+        path.stat()
     except RuntimeError as error:
-        raise ValueError(f"{given} names the home of a user who is not known here") from error
+        raise ValueError(f"{text} names the home of a user who is not known here") from error
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it may be made yet; who reads it tells that it is not there
+    except OSError as error:
+        raise ValueError(f"{text} cannot be read or written ({error.strerror})") from error
+    return path
 
 
 def outputs_folder(given: str | None) -> Path:
@@ -204,13 +238,26 @@ def outputs_folder(given: str | None) -> Path:
 
     Raises ValueError where nothing can be written.
     """
-    return check_writable(Path(given or os.environ.get("BYOT_OUTPUTS") or PROJECT_ROOT / "outputs"))
+    return check_writable(default_outputs() if given is None else given)
 
 
-def check_writable(folder: Path) -> Path:
+def default_outputs() -> Path:
+    return absolute_path(os.environ.get("BYOT_OUTPUTS") or PROJECT_ROOT / "outputs")
+
+
+def check_writable(given: str | Path) -> Path:
     """The folder's absolute path. Raises ValueError unless it is a folder to write to, or one that can be made."""
-    folder = absolute_path(folder)
+    folder = absolute_path(given)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ValueError(f"nothing can be written to {folder}: {existing} is not a folder that may be written to")
     return folder
+
+
+def check_writable_file(given: str | Path) -> Path:
+    """The absolute path of a file to be written. Raises ValueError where that cannot be, or a folder is there."""
+    path = absolute_path(given)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file to write to")
+    check_writable(path.parent)
+    return path

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from byot.config import DATASETS, PROJECT_ROOT, RECIPES, TrainConfig
+from byot.config import DATASETS, PROJECT_ROOT, RECIPES, TrainConfig, absolute_path
 
 Split = Literal["train", "test"]
 DEFAULT_DATA_DIR = PROJECT_ROOT / "data"
@@ -25,6 +25,7 @@ DOWNLOAD_TIMEOUT_S = 20
 
 # Hugging Face layout: the label's column; the image's is `img` in both.
 LABEL_COLUMNS = {"cifar100": "fine_label", "cifar10": "label"}
+FORMATS = ("PNG", "JPEG")  # of those images; Pillow would hand others, such as EPS, to another program
 # torchvision's official archives: the folder each unpacks to.
 ARCHIVE_FOLDERS = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}
 
@@ -54,7 +55,7 @@ def load_images(dataset: str, data_dir: str | None, split: Split) -> LabelledIma
     """Read and decode one split. Raises ValueError, in one sentence, for whatever is missing or unreadable."""
     if dataset == "digits":
         return _load_digits(split)
-    folder = Path(data_dir).expanduser() if data_dir else DEFAULT_DATA_DIR
+    folder = DEFAULT_DATA_DIR if data_dir is None else absolute_path(data_dir)
     if files := find_parquet(dataset, data_dir, split):
         return _load_parquet(dataset, files)
     return _load_archive(dataset, folder, split, download=data_dir is None)
@@ -80,9 +81,9 @@ def find_parquet(dataset: str, data_dir: str | None, split: Split) -> list[Path]
     """
     if data_dir is None:
         return []
-    folder = Path(data_dir).expanduser()
+    folder = absolute_path(data_dir)
     if not folder.is_dir():
-        raise ValueError(f"the data folder {folder} does not exist")
+        raise ValueError(f"the data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     for candidate in (folder, folder / dataset, folder / "data", folder / "plain_text"):
         if files := sorted(candidate.glob(f"{split}*.parquet")):
             return files
@@ -100,8 +101,8 @@ def _parquet_errors(file: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(f"{file} cannot be read as parquet ({reason})") from error
 
 
@@ -114,6 +115,8 @@ def _check_parquet(file: Path, dataset: str) -> None:
     for column in ("img", LABEL_COLUMNS[dataset]):
         if column not in schema.names:
             raise ValueError(f"{file} lacks the column {column!r}; it has {', '.join(schema.names) or 'none'}")
+        if schema.names.count(column) > 1:
+            raise ValueError(f"{file} has a column twice: {column!r}")
     if num_rows == 0:
         raise ValueError(f"{file} has no rows")
     if not pyarrow.types.is_integer(schema.field(LABEL_COLUMNS[dataset]).type):
@@ -145,21 +148,30 @@ def _load_parquet(dataset: str, files: list[Path]) -> LabelledImages:
 def _decode(column: Any, image_size: int, file: Path) -> np.ndarray:
     from PIL import Image
 
-    pixels = np.empty((len(column), image_size, image_size, 3), dtype=np.uint8)
-    for i, cell in enumerate(column.to_pylist()):
-        encoded = cell.get("bytes") if isinstance(cell, dict) else None
-        if not isinstance(encoded, bytes):
-            raise ValueError(f"{file}: row {i} of column 'img' has no bytes")
-        try:
-            image = Image.open(io.BytesIO(encoded))
-            if image.size != (image_size, image_size):
-                raise ValueError(
-                    f"{file}: row {i} is {image.size[0]}x{image.size[1]} pixels, not {image_size}x{image_size}"
-                )
-            pixels[i] = np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file}: row {i} of column 'img' is not an image") from error
+    with _parquet_errors(file):
+        cells = column.to_pylist()
+    pixels = np.empty((len(cells), image_size, image_size, 3), dtype=np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of an image that its size refuses anyway
+        for i, cell in enumerate(cells):
+            pixels[i] = _decode_cell(cell, image_size, f"{file}: row {i}")
     return pixels
+
+
+def _decode_cell(cell: Any, image_size: int, where: str) -> np.ndarray:
+    from PIL import Image
+
+    encoded = cell.get("bytes") if isinstance(cell, dict) else None
+    if not isinstance(encoded, bytes):
+        raise ValueError(f"{where} of column 'img' has no bytes")
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        decoded = np.asarray(image.convert("RGB")) if image.size == (image_size, image_size) else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where} of column 'img' is not an image, as PNG or JPEG") from error
+    if decoded is None:
+        raise ValueError(f"{where} is {image.size[0]}x{image.size[1]} pixels, not {image_size}x{image_size}")
+    return decoded
 
 
 def _load_archive(dataset: str, folder: Path, split: Split, *, download: bool) -> LabelledImages:
@@ -181,7 +193,7 @@ def _load_archive(dataset: str, folder: Path, split: Split, *, download: bool) -
                 "or try --dataset digits, which needs no download"
             )
         else:
-            message = f"the archive of {dataset} in {folder} is incomplete or damaged ({error})"
+            message = f"the archive of {dataset} in {folder} is incomplete or damaged: it lacks the published checksums"
         raise ValueError(message) from error
     finally:
         socket.setdefaulttimeout(timeout)

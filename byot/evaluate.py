@@ -6,15 +6,13 @@
 Reads the test set; prints only.
 """
 
-from pathlib import Path
-
 from byot.config import absolute_path
 from byot.flags import Parser, one_sentence_errors
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run's folder or one checkpoint file")
+    parser.add_argument("run", help="a run's folder or one checkpoint file")
     parser.add_argument("--data-dir", metavar="DIR", help="where the data set is, if not where it was trained from")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to compute")
     return parser
@@ -28,7 +26,7 @@ def main() -> None:
         from byot.runs import evaluate_checkpoint, find_checkpoint
 
         _, config, checkpoint = find_checkpoint(absolute_path(arguments.run))
-        data_dir = str(absolute_path(arguments.data_dir)) if arguments.data_dir else config.data_dir
+        data_dir = config.data_dir if arguments.data_dir is None else str(absolute_path(arguments.data_dir))
         config = config.with_settings(device=arguments.device, data_dir=data_dir)
         test = load_images(config.dataset, config.data_dir, "test")
         evaluation, epoch = evaluate_checkpoint(config, checkpoint, test)

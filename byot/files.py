@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,22 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
+@contextmanager
+def errors_in(path: Path) -> Iterator[None]:
+    """Put the name of the file before what is wrong in it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError, in one sentence, if there is none at `path` or it is damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # too deeply nested
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} does not hold a JSON object")
@@ -76,7 +87,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             records.append(json.loads(line))
-        except ValueError:  # torn: the process died while writing it
+        except (ValueError, RecursionError):  # torn: the process died while writing it
             continue
     return [record for record in records if isinstance(record, dict)]
 

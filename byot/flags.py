@@ -8,11 +8,15 @@ import argparse
 import signal
 import sys
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+# A full or broken disk is none of these: that is not the command line's fault.
+REFUSED = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +26,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+
+def one_line(message: str) -> str:
+    """The message with line breaks, and all else that a terminal would obey and not print, written as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
 
 
 def flag_name(setting: str) -> str:
@@ -72,14 +81,28 @@ def given_settings(arguments: argparse.Namespace, settings_class: Any) -> dict[s
 def one_sentence_errors(program: str) -> Iterator[None]:
     """Turn what a user got wrong (ValueError) into one sentence on standard error and exit code 2.
 
+    So too what the system refuses: a folder that may not be read, a file where a folder is to be.
     Wrapped around the reading of arguments and inputs only: a ValueError later on is a defect and keeps its traceback.
     Ctrl-C meanwhile ends the program at once; nothing has been begun.
+    A warning meanwhile, as of a damaged checkpoint that is passed over, is a line for a person as well.
     """
+
+    def as_one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+        return f"{program}: {one_line(str(message))}\n"
+
+    formatted, warnings.formatwarning = warnings.formatwarning, as_one_line
     try:
         yield
     except KeyboardInterrupt:
         print(f"{program}: stopped before it began", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except ValueError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message = str(error)
+    except REFUSED as error:
+        message = f"{error.filename} cannot be read or written ({error.strerror})"
+    else:
+        return
+    finally:
+        warnings.formatwarning = formatted
+    print(f"{program}: {one_line(message)}", file=sys.stderr)
+    raise SystemExit(2)

@@ -24,12 +24,13 @@ from byot.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from byot.config import TrainConfig
+from byot.config import NUM_CLASSIFIERS, TrainConfig
 from byot.data import DeviceImages, LabelledImages, Normalisation, check_dataset, load_images, split_validation
-from byot.files import append_json_line, read_json, write_json, write_json_lines
+from byot.files import append_json_line, errors_in, read_json, write_json, write_json_lines
 from byot.lock import WORKER_WAIT_S, lock_folder
 from byot.metrics import EpochMetrics, Evaluation, evaluate
 from byot.provenance import provenance
+from byot.state import check_buffers, check_state, check_weights
 from byot.stopping import StoppedError
 from byot.trainer import (
     EVAL_BATCH_SIZE,
@@ -47,6 +48,17 @@ SAVE_EVERY_S = 600.0  # within an epoch that takes longer
 OnEpoch = Callable[[EpochMetrics], None]
 StopAsked = Callable[[], int]  # anything but 0 asks to stop
 
+# Of a result.json: what is printed of a finished run.
+RESULT_NUMBERS = (
+    "num_test_images",
+    "elapsed_s",
+    *(
+        f"test_{measure}{suffix}"
+        for measure in ("accuracy", "nll", "ece")
+        for suffix in ("", *(f"_{i}" for i in range(1, NUM_CLASSIFIERS + 1)), "_ensemble")
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -59,9 +71,27 @@ class Run:
 
 def read_result(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     """The result of a finished run, None if it is not finished. Raises ValueError if the folder is another run's."""
-    if (folder / "config.json").is_file():
-        check_same_run(config, TrainConfig.from_dict(read_json(folder / "config.json")))
-    return read_json(folder / "result.json") if (folder / "result.json").is_file() else None
+    config_path, result_path = folder / "config.json", folder / "result.json"
+    try:
+        if config_path.is_file():
+            recorded = read_json(config_path)
+            with errors_in(config_path):
+                found = TrainConfig.from_dict(recorded)
+        else:
+            found = config
+        result = _read_figures(result_path) if result_path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{error}; without this file the run goes on from its last checkpoint") from error
+    check_same_run(config, found)
+    return result
+
+
+def _read_figures(path: Path) -> dict[str, Any]:
+    result = read_json(path)
+    for name in RESULT_NUMBERS:
+        if not isinstance(result.get(name), int | float):
+            raise ValueError(f"{path} has no number as {name}")
+    return result
 
 
 def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None) -> Run:
@@ -91,10 +121,14 @@ def restore_trainer(
     What the folder has from later than that is removed: it is damaged, or left behind by going back, and made again.
     """
     found = (checkpoint, load_checkpoint(checkpoint)) if checkpoint else load_latest(folder / "checkpoints")
+    if found:
+        check_same_run(config, check_state(*found))
     with explain_out_of_memory(config):
         normalisation = Normalisation(**found[1]["normalisation"]) if found else None
         trainer = Trainer(config, train, val, normalisation)
         if found:
+            check_weights(*found, trainer.model)
+            check_buffers(*found, trainer.optimizer)
             trainer.load_state_dict(found[1])
     for path in list_checkpoints(folder / "checkpoints"):
         if checkpoint_position(path) > (trainer.epoch, trainer.step):
@@ -177,8 +211,10 @@ def train_run(config: TrainConfig, folder: Path, threads: int | None = None) -> 
 def evaluate_checkpoint(config: TrainConfig, checkpoint: Path, test: LabelledImages) -> tuple[Evaluation, int]:
     """Evaluate the weights of a checkpoint; returns the figures and the epochs it was trained."""
     state = load_checkpoint(checkpoint)
+    check_state(checkpoint, state)
     device = choose_device(config.device)
     model = build_model(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    check_weights(checkpoint, state, model)
     model.load_state_dict(state["model"])
     batches = DeviceImages(test, Normalisation(**state["normalisation"]), device).in_order(EVAL_BATCH_SIZE[device.type])
     dtype = choose_autocast_dtype(config.precision, device)
@@ -192,6 +228,8 @@ def find_checkpoint(path: Path) -> tuple[Path, TrainConfig, Path]:
     """
     if not path.exists():
         raise ValueError(f"there is no run or checkpoint at {path}")
+    if not (path.is_dir() or path.is_file()):
+        raise ValueError(f"{path} is neither a folder nor a file")
     if path.is_dir():
         found = load_latest(path / "checkpoints")
         if found is None:
@@ -201,8 +239,4 @@ def find_checkpoint(path: Path) -> tuple[Path, TrainConfig, Path]:
     else:
         checkpoint, state = path, load_checkpoint(path)
         folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    try:
-        config = TrainConfig.from_dict(state["config"])
-    except KeyError as error:
-        raise ValueError(f"the checkpoint {checkpoint} was not written by this project") from error
-    return folder, config, checkpoint
+    return folder, check_state(checkpoint, state), checkpoint

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from byot.config import PROJECT_ROOT
-from byot.files import read_json
+from byot.config import PROJECT_ROOT, TrainConfig, absolute_path
+from byot.files import errors_in, read_json
 
 SHIPPED_FOLDER = PROJECT_ROOT / "results" / "best"
 
@@ -21,7 +21,9 @@ def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedC
     is empty; else the shipped one. Raises ValueError where there is none."""
     searches = outputs / "searches"
     if search:
-        folder = Path(search) if (Path(search) / "best.json").is_file() else searches / search
+        named, folder = absolute_path(search), absolute_path(searches / search)
+        if (named / "best.json").is_file():
+            folder = named
         if not (folder / "best.json").is_file():
             raise ValueError(f"the search {search} has no best.json: no trial of it has reached its last epoch yet")
         return _read_choice(folder / "best.json", f"the search {folder.name}")
@@ -31,11 +33,13 @@ def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedC
             record = read_json(record_path)
         except ValueError:  # a damaged record is no finished search
             continue
-        settings = record.get("config", {})
-        if record.get("status") != "finished" or not record_path.with_name("best.json").is_file():
+        settings = record.get("config")
+        if not isinstance(settings, dict) or record.get("status") != "finished":
+            continue
+        if not record_path.with_name("best.json").is_file():
             continue
         if settings.get("model") == model and settings.get("dataset") == dataset:
-            finished.append((record.get("finished_at", ""), record_path.parent))
+            finished.append((str(record.get("finished_at")), record_path.parent))
     if finished:
         folder = max(finished)[1]
         return _read_choice(folder / "best.json", f"the newest finished search, {folder.name}")
@@ -53,5 +57,7 @@ def _read_choice(path: Path, source: str) -> SearchedChoice:
     settings = record.get("config")
     if not isinstance(settings, dict):
         raise ValueError(f"{path} has no configuration")
+    with errors_in(path):
+        TrainConfig.from_dict(settings)
     found = record.get("found_with")
     return SearchedChoice(settings, f"{source} ({found})" if found else source)

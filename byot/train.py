@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from byot.config import TrainConfig, absolute_path, check_name, outputs_folder
+from byot.config import TrainConfig, absolute_path, check_name, check_writable, outputs_folder
 from byot.files import set_aside
 from byot.flags import Parser, add_settings, given_settings, one_sentence_errors
 from byot.lock import lock_folder
@@ -34,7 +34,7 @@ def build_parser() -> Parser:
         metavar="SEARCH",
         help="take the settings a search found best (default: the newest finished one); other flags go over them",
     )
-    start.add_argument("--resume", type=Path, metavar="PATH", help="go on from this run folder or checkpoint file")
+    start.add_argument("--resume", metavar="PATH", help="go on from this run folder or checkpoint file")
     start_anew = "start anew; what the run's folder held is moved to runs/replaced/"
     parser.add_argument("--fresh", action="store_true", help=start_anew)
     parser.add_argument("--name", help="folder of the run under outputs/runs (default: made from the settings)")
@@ -46,11 +46,12 @@ def build_parser() -> Parser:
 def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | None]:
     """From the command line: the settings, the run's folder, and the checkpoint where one was named."""
     given = given_settings(arguments, TrainConfig)
-    if given.get("data_dir"):
+    if "data_dir" in given:
         given["data_dir"] = str(absolute_path(given["data_dir"]))
     outputs = outputs_folder(arguments.outputs)
+    name = None if arguments.name is None else check_name(arguments.name)
     if arguments.resume is not None:
-        if arguments.name is not None:
+        if name is not None:
             raise ValueError("--name is for a new run; a resumed one keeps its folder")
         if arguments.fresh:
             raise ValueError("--fresh starts a run anew and --resume goes on with one; give one of them")
@@ -69,7 +70,7 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
         )
     else:
         config = TrainConfig(**given)
-    return config, outputs / "runs" / check_name(arguments.name or config.run_name()), None
+    return config, check_writable(outputs / "runs" / (name or config.run_name())), None
 
 
 def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: bool) -> dict[str, Any]:
@@ -79,9 +80,13 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
         try:
             with one_sentence_errors("train.py"):
                 from byot.console import show_progress
+                from byot.data import check_dataset
                 from byot.runs import finish_run, open_run, read_result
+                from byot.trainer import choose_device
 
                 if fresh and folder.exists():
+                    choose_device(config.device)  # before anything is moved: with these no run could start
+                    check_dataset(config.dataset, config.data_dir)
                     with lock_folder(folder):
                         print(f"what was in {folder} is now in {set_aside(folder)}")
                 result = read_result(config, folder)

@@ -3,9 +3,9 @@
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from byot.config import setting
+from byot.config import MOST, setting
 
 Metric = Literal[
     "val_accuracy",
@@ -37,8 +37,20 @@ class SearchSettings:
     metric: Metric = setting("val_accuracy", "what is searched for; val_accuracy is the deepest classifier's")
 
     def __post_init__(self) -> None:
+        for name in ("num_samples", "max_concurrent", "cpus_per_trial", "gpus_per_trial"):
+            value, whole = getattr(self, name), name != "gpus_per_trial"
+            kinds = int if whole else int | float
+            optional = value is None and name != "num_samples"
+            if not optional and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r:.40}")
+        if self.metric not in get_args(Metric):
+            raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, not {self.metric!r:.40}")
+        if not isinstance(self.time_budget, str | None):
+            raise ValueError(f"time_budget must be a time such as 90s, 30m, 8h or 2d, not {self.time_budget!r:.40}")
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {self.num_samples}")
+        if self.num_samples > MOST:
+            raise ValueError(f"num_samples must be at most {MOST}")
         if self.max_concurrent is not None and self.max_concurrent < 1:
             raise ValueError(f"max_concurrent must be at least 1, not {self.max_concurrent}")
         if self.cpus_per_trial is not None and self.cpus_per_trial < 1:
@@ -56,7 +68,7 @@ class SearchSettings:
         if self.time_budget is None:
             return None
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", self.time_budget)
-        if not match or float(match[1]) == 0:
+        if not match or not 0 < float(match[1]) < math.inf:
             raise ValueError(f"time_budget must be a time such as 90s, 30m, 8h or 2d, not {self.time_budget!r}")
         return float(match[1]) * SECONDS[match[2] or "s"]
 

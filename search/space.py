@@ -1,12 +1,12 @@
 """The search space and the settings that are tried first, whatever the sampler would propose."""
 
-import math
+import sys
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from byot.config import TrainConfig
+from byot.files import errors_in
 
 Role = Literal["sampled", "reference", "control"]
 
@@ -29,6 +29,7 @@ DEFAULT_SPACE: Space = {
     "temperature": Range(1.0, 10.0),
     "beta": Range(1e-8, 1e-3, log=True),
 }
+LARGEST = sys.float_info.max  # a file's whole numbers may be larger than any float
 SEARCHABLE = ("alpha", "temperature", "beta", "lr", "weight_decay")
 
 
@@ -70,9 +71,10 @@ def read_space(path: Path) -> Space:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"the search space {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # too deeply nested
         raise ValueError(f"the search space {path} is not valid TOML ({error})") from error
-    return {**DEFAULT_SPACE, **{name: _read_range(name, table) for name, table in tables.items()}}
+    with errors_in(path):
+        return {**DEFAULT_SPACE, **space_from_dict(tables)}
 
 
 def _read_range(name: str, table: Any) -> Range:
@@ -81,7 +83,7 @@ def _read_range(name: str, table: Any) -> Range:
     if not isinstance(table, dict) or not {"low", "high"} <= set(table) or set(table) - {"low", "high", "log"}:
         raise ValueError(f"the range of {name} needs low and high, and may have log = true, nothing else")
     low, high, log = table["low"], table["high"], table.get("log", False)
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in (low, high)):
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= LARGEST for v in (low, high)):
         raise ValueError(f"low and high of {name} must be finite numbers")
     if not isinstance(log, bool):
         raise ValueError(f"log of {name} must be true or false")
@@ -98,5 +100,8 @@ def space_to_dict(space: Space) -> dict[str, dict[str, Any]]:
     return {name: bounds._asdict() for name, bounds in space.items()}
 
 
-def space_from_dict(tables: Mapping[str, Mapping[str, Any]]) -> Space:
-    return {name: Range(**table) for name, table in tables.items()}
+def space_from_dict(tables: Any) -> Space:
+    """The ranges in tables of low, high and log. Raises ValueError for one that makes no sense."""
+    if not isinstance(tables, dict):
+        raise ValueError(f"a search space must be tables of low, high and log, not {tables!r:.40}")
+    return {name: _read_range(name, table) for name, table in tables.items()}

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from byot.config import TrainConfig, absolute_path, check_name, check_writable, outputs_folder
-from byot.files import set_aside
+from byot.config import TrainConfig, absolute_path, check_name, check_writable, known_settings, outputs_folder
+from byot.files import errors_in, set_aside
 from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
 from byot.lock import lock_folder
 from search.records import load_search
@@ -39,7 +39,6 @@ def build_parser() -> Parser:
     parser.add_argument("--retry-failed", action="store_true", help="going on, try again what failed but diverged not")
     parser.add_argument(
         "--space",
-        type=Path,
         metavar="FILE",
         help="TOML file: a table with low, high and log for each of alpha, temperature, beta, lr, weight_decay",
     )
@@ -57,21 +56,21 @@ def plan_search(arguments: argparse.Namespace, searches: Path) -> tuple[Path, Tr
     A search that is there already goes on as it was started; a flag that says otherwise raises ValueError.
     """
     given = given_settings(arguments, TrainConfig)
-    if given.get("data_dir"):
+    if "data_dir" in given:
         given["data_dir"] = str(absolute_path(given["data_dir"]))
     base = TrainConfig(**{"val_fraction": VAL_FRACTION, **given})
     if base.val_fraction == 0:
         raise ValueError("val_fraction must be above 0 in a search: trials are compared on the images held out")
     given_search = given_settings(arguments, SearchSettings)
     settings = SearchSettings(**given_search)
-    space = read_space(absolute_path(arguments.space)) if arguments.space else DEFAULT_SPACE
+    space = DEFAULT_SPACE if arguments.space is None else read_space(absolute_path(arguments.space))
     if arguments.resume:
         folder = _find_resumable(searches, arguments.name, given)
         search = load_search(folder)
-        asked = {**given, **given_search, **({"space": space_to_dict(space)} if arguments.space else {})}
+        asked = {**given, **given_search, **({} if arguments.space is None else {"space": space_to_dict(space)})}
     else:
         default_name = f"{base.model}-w{base.width}-{base.dataset}-e{base.epochs}"
-        folder = searches / check_name(arguments.name or default_name)
+        folder = searches / check_name(default_name if arguments.name is None else arguments.name)
         if arguments.fresh or not folder.exists():
             return folder, base, settings, space
         if not any((folder / name).exists() for name in ("search.json", "state/search.json", "trials")):
@@ -89,8 +88,11 @@ def _as_recorded(
     folder: Path, search: dict[str, Any], asked: dict[str, Any], given: dict[str, Any]
 ) -> tuple[TrainConfig, SearchSettings, Space]:
     """The settings a search was started with, but for the flags that are given and may change."""
-    recorded_base = TrainConfig.from_dict(search["config"])
-    recorded = {**recorded_base.to_dict(), **search["settings"], "space": search["space"]}
+    with errors_in(folder / "search.json"):
+        recorded_base = TrainConfig.from_dict(search.get("config"))
+        recorded_settings = SearchSettings(**known_settings(SearchSettings, search.get("settings")))
+        space = space_from_dict(search.get("space"))
+    recorded = {**recorded_base.to_dict(), **recorded_settings.to_dict(), "space": space_to_dict(space)}
     changed = [name for name, value in asked.items() if name not in FREE and value != recorded[name]]
     if changed:
         said = ", ".join(f"{flag_name(name)} {recorded[name]}" for name in changed)
@@ -100,14 +102,14 @@ def _as_recorded(
         )
     free = {name: value for name, value in given.items() if name in FREE}
     base = recorded_base.with_settings(**{n: v for n, v in free.items() if hasattr(recorded_base, n)})
-    kept = {**search["settings"], "time_budget": None}
+    kept = {**recorded_settings.to_dict(), "time_budget": None}
     settings = SearchSettings(**{**kept, **{n: v for n, v in free.items() if n in kept}})
-    if settings.num_samples < search["settings"]["num_samples"]:
+    if settings.num_samples < recorded_settings.num_samples:
         raise ValueError(
-            f"the search {folder.name} was started with --num-samples {search['settings']['num_samples']}, "
+            f"the search {folder.name} was started with --num-samples {recorded_settings.num_samples}, "
             f"which can grow but not shrink to {settings.num_samples}"
         )
-    return base, settings, space_from_dict(search["space"])
+    return base, settings, space
 
 
 def _find_resumable(searches: Path, name: str | None, given: dict[str, object]) -> Path:
@@ -122,9 +124,10 @@ def _find_resumable(searches: Path, name: str | None, given: dict[str, object]) 
             search = load_search(path.parent)
         except ValueError:  # damaged past repair; naming it says so
             continue
-        same = all(search["config"][k] == given[k] for k in ("model", "dataset") if k in given)
-        if search["status"] != "finished" and same:
-            found.append((search["started_at"], path.parent))
+        config = search.get("config")
+        same = isinstance(config, dict) and all(config.get(k) == given[k] for k in ("model", "dataset") if k in given)
+        if search.get("status") != "finished" and same:
+            found.append((str(search.get("started_at")), path.parent))
     if not found:
         raise ValueError(f"no unfinished search is in {searches}; name one with --name, or start one without --resume")
     return max(found)[1]
@@ -134,12 +137,14 @@ def main() -> None:
     arguments = build_parser().parse_args()
     with ExitStack() as held:
         with one_sentence_errors("tune.py"):
-            if arguments.storage_path and "://" in arguments.storage_path:
+            if arguments.address is not None and not arguments.address.strip():
+                raise ValueError("--address must be auto or the address of a Ray cluster, such as 10.0.0.1:6379")
+            if arguments.storage_path is not None and "://" in arguments.storage_path:
                 raise ValueError("--storage-path must be a folder (on a cluster one that every node shares), not a URL")
-            searches = outputs_folder(arguments.outputs) / "searches"
-            if arguments.storage_path:
-                searches = check_writable(Path(arguments.storage_path))
-            folder, base, settings, space = plan_search(arguments, searches)
+            searches: str | Path = outputs_folder(arguments.outputs) / "searches"
+            if arguments.storage_path is not None:
+                searches = arguments.storage_path
+            folder, base, settings, space = plan_search(arguments, check_writable(searches))
 
             from search.cluster import Share, share_machine
             from search.driver import SearchPlan, check_same_data, load_search_data, run_search

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import torch
 from PIL import Image
 
 PROJECT = Path(__file__).resolve().parents[1]
 ParquetMaker = Callable[..., Path]
+Refuse = Callable[..., None]  # of the program, its arguments as a tuple, and words its sentence must have
 LABEL_COLUMN = {"cifar100": "fine_label", "cifar10": "label"}
 TIMES = {"elapsed_s", "images_per_s"}
 NUM_CLASSES = {"cifar100": 100, "cifar10": 10}
@@ -49,6 +51,25 @@ def run_command(
         timeout=300,
         check=False,
     )
+
+
+def call_main(
+    module: Any,
+    program: str,
+    arguments: Sequence[object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[int, str, str]:
+    """Call an entry point's main() in this process: (exit code, stdout, stderr). Any other exception is a defect."""
+    monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+    capsys.readouterr()
+    code = 0
+    try:
+        module.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
 
 
 def picture_of(folder: Path) -> dict[str, str]:

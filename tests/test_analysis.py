@@ -327,7 +327,7 @@ def test_the_newest_search_is_found_and_damaged_ones_passed_over(outputs, folder
         ({"mode": "maximum"}, "mode must be max or min"),
         ({"config": {"epochs": 0}}, "epochs must be at least 1"),
         ({"config": {"depth": 3}}, "unknown setting depth"),
-        ({"space": ["alpha"]}, "must be tables of settings"),
+        ({"space": ["alpha"]}, "space must be a table"),
     ],
 )
 def test_an_incomplete_record_is_told_in_one_sentence(outputs, changes, message):

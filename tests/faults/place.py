@@ -1,0 +1,113 @@
+"""A place to be wrong in: an empty folder with a finished search, no network, and no work that could start."""
+
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import analysis.best
+import analysis.report
+import analysis.retrain
+import byot.data
+import byot.evaluate
+import byot.runs
+import byot.train
+import search.cluster
+import search.driver
+import search.tune
+from byot.checkpoint import save_checkpoint
+from byot.config import PROJECT_ROOT, TrainConfig
+from byot.data import LabelledImages, load_images
+from byot.lock import LOCK_FILE
+from byot.trainer import Trainer
+from tests.helpers import Refuse, assert_one_sentence, call_main, picture_of, random_pixels, write_parquet
+
+
+@pytest.fixture(scope="session")
+def programs() -> dict[str, Any]:
+    """The module of each command."""
+    return {
+        "train.py": byot.train,
+        "evaluate.py": byot.evaluate,
+        "tune.py": search.tune,
+        "best.py": analysis.best,
+        "retrain.py": analysis.retrain,
+        "report.py": analysis.report,
+    }
+
+
+@pytest.fixture(scope="session")
+def trained() -> dict[str, Any]:
+    """The state of a small run on digits after one step in one epoch of two."""
+    config = TrainConfig(dataset="digits", width=1, epochs=2, batch_size=64, device="cpu")
+    data = load_images("digits", None, "train")
+    trainer = Trainer(config, data._replace(images=data.images[:64], labels=data.labels[:64]))
+    next(iter(trainer))
+    return trainer.state_dict()
+
+
+@pytest.fixture(scope="session")
+def belongings(tmp_path_factory: pytest.TempPathFactory, trained: dict[str, Any]) -> Path:
+    """What lies in the current folder of every test here."""
+    folder = tmp_path_factory.mktemp("belongings")
+    save_checkpoint(folder / "checkpoint.pt", trained)
+    cifar = LabelledImages(random_pixels(2), np.arange(2))
+    save_checkpoint(folder / "cifar.pt", Trainer(TrainConfig(width=1, device="cpu"), cifar).state_dict())
+    for split in ("train", "test"):
+        write_parquet(folder / "images" / f"{split}.parquet", 2)
+    (folder / "folder").mkdir()
+    (folder / "file").write_text("neither TOML nor JSON {", encoding="utf-8")
+    shipped = PROJECT_ROOT / "results" / "searches" / "cifar100-w16"
+    shutil.copytree(shipped, folder / "outputs" / "searches" / "done")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, belongings: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, its outputs/ beside it; whatever would start work fails the test at once."""
+    shutil.copytree(belongings, tmp_path, dirs_exist_ok=True)
+
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("work has started")
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(byot.runs, "finish_run", work)
+    monkeypatch.setattr(search.driver, "run_search", work)
+    monkeypatch.setattr(search.cluster, "start_ray", work)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(byot.data, "DEFAULT_DATA_DIR", tmp_path / "data")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("BYOT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refuse(
+    place: Path, programs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refuse:
+    """Run a command here and hold it to one sentence that has these words, exit code 2, and nothing written."""
+
+    def check(program: str, arguments: tuple[Any, ...], *words: str) -> None:
+        before = picture(place)
+        code, out, err = call_main(programs[program], program, arguments, monkeypatch, capsys)
+        assert (code, out) == (2, ""), err
+        assert_one_sentence(err, *words)
+        assert err.startswith(f"{program}: ")
+        assert err[:-1].isprintable(), "nothing a terminal would obey"
+        assert picture(place) == before, "something was written"
+
+    return check
+
+
+def picture(folder: Path) -> dict[str, str]:
+    """What lies in a folder but for locks: those stay, empty, in a folder that was there before."""
+    return {path: content for path, content in picture_of(folder).items() if Path(path).name != LOCK_FILE}

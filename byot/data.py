@@ -25,7 +25,7 @@ DOWNLOAD_TIMEOUT_S = 20
 
 # Hugging Face layout: the label's column; the image's is `img` in both.
 LABEL_COLUMNS = {"cifar100": "fine_label", "cifar10": "label"}
-FORMATS = ("PNG", "JPEG")  # of those images; Pillow would hand others, such as EPS, to another program
+FORMATS = ("PNG", "JPEG", "WEBP")  # of those images; Pillow would hand others, such as EPS, to another program
 # torchvision's official archives: the folder each unpacks to.
 ARCHIVE_FOLDERS = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}
 
@@ -168,7 +168,7 @@ def _decode_cell(cell: Any, image_size: int, where: str) -> np.ndarray:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         decoded = np.asarray(image.convert("RGB")) if image.size == (image_size, image_size) else None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where} of column 'img' is not an image, as PNG or JPEG") from error
+        raise ValueError(f"{where} of column 'img' is not an image, as PNG, JPEG or WebP") from error
     if decoded is None:
         raise ValueError(f"{where} is {image.size[0]}x{image.size[1]} pixels, not {image_size}x{image_size}")
     return decoded

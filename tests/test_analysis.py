@@ -650,7 +650,7 @@ def test_the_commands_of_the_page_are_understood_by_the_search(outputs, folder, 
     assert tomllib.loads(path.read_text()) == SPACE
     words = shlex.split(report.tune_command(search))[2:]
     words[1] = str(path)
-    _, base, settings, _ = tune.plan_new(tune.build_parser().parse_args(words), outputs / "searches")
+    _, base, settings, _ = tune.plan_search(tune.build_parser().parse_args(words), outputs / "searches")
     assert base.to_dict() == search["config"]
     assert settings.num_samples == 8
 

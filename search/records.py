@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from byot.config import NUM_CLASSIFIERS
 from byot.files import read_json, read_json_lines, write_json, write_text
@@ -61,8 +61,11 @@ class SearchRecords:
 
     def _read_rows(self) -> list[Row]:
         try:
-            table = {row["trial_id"]: row for row in read_rows(self.folder / "trials.csv")}
-        except (ValueError, KeyError, OSError) as error:
+            rows = read_rows(self.folder / "trials.csv")
+            if not all(_is_cell(name, row.get(name, row)) for row in rows for name in table_columns(self.parameters)):
+                raise ValueError("a cell is not what a search writes there")
+            table = {row["trial_id"]: row for row in rows}
+        except (ValueError, OSError) as error:
             self.notes.append(f"trials.csv is damaged ({error}) and made anew from the trials' own records")
             table = {}
         on_disk = {path.name for path in (self.folder / "trials").glob("t*") if path.is_dir()}
@@ -78,10 +81,10 @@ class SearchRecords:
         path = self.trial_folder(trial_id) / "trial.json"
         try:
             row = read_json(path)
-            missing = set(table_columns(self.parameters)) - set(row)
-            if not missing:
+            wrong = [name for name in table_columns(self.parameters) if not _is_cell(name, row.get(name, row))]
+            if not wrong:
                 return row
-            reason = f"{path} lacks {', '.join(sorted(missing))}"
+            reason = f"{path} has no {', no '.join(wrong)} as a search writes them"
         except ValueError as error:
             reason = str(error)
         if in_table is not None:
@@ -93,11 +96,11 @@ class SearchRecords:
         return None
 
     def _read_history(self, row: Row) -> None:
-        lines = read_json_lines(self.trial_folder(row["trial_id"]) / "metrics.jsonl")
+        path = self.trial_folder(row["trial_id"]) / "metrics.jsonl"
+        needed = ("epoch", self.metric, "elapsed_s")
+        lines = [line for line in read_json_lines(path) if all(_is_number(line.get(name)) for name in needed)]
         self.history[row["trial_id"]] = {
-            line["epoch"]: EpochResult(line[self.metric], line["elapsed_s"])
-            for line in lines
-            if line.keys() >= {"epoch", self.metric, "elapsed_s"} and line[self.metric] is not None
+            line["epoch"]: EpochResult(line[self.metric], line["elapsed_s"]) for line in lines
         }
         if row["status"] == "running" and lines:
             self._update(row, lines[-1])
@@ -190,6 +193,23 @@ class SearchRecords:
 def trial_number(trial_id: str) -> int:
     """The place of a trial in the order of proposals; -1 for an id that another version gave."""
     return int(trial_id[1:]) if trial_id[:1] == "t" and trial_id[1:].isdecimal() else -1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_cell(column: str, value: Any) -> bool:
+    """Whether a row may have this value in this column."""
+    if column == "status":
+        return value in get_args(Status)
+    if column == "role":
+        return value in get_args(Role)
+    if column in TEXT_COLUMNS:
+        return isinstance(value, str)
+    if column in MEASURES:
+        return value is None or _is_number(value)
+    return isinstance(value, int) if column in WHOLE_COLUMNS else _is_number(value)
 
 
 def best_row(rows: Iterable[Row], metric: str, mode: str) -> Row | None:

@@ -1,5 +1,6 @@
 """Every state file of a search truncated at ten places: it goes on all the same, and keeps what had ended."""
 
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -92,6 +93,34 @@ def test_one_kind_of_file(copy: Search, name: str, place: int) -> None:
             OptunaMirror(records, DEFAULT_SPACE)
             mirrored = [trial.user_attrs["trial_id"] for trial in load_mirror(copy.folder)]
             assert sorted(mirrored) == sorted(copy.ended_before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "",
+        "[]",
+        "null",
+        '{"trial_id": 3}',
+        '{"status": "lost"}',
+        '{"epochs_done": "many"}',
+        '{"alpha": null}',
+        "\0" * 90,
+    ],
+)
+def test_records_of_another_kind(copy: Search, wrong: str) -> None:
+    """What JSON can hold and no search writes, in place of a trial's record or among its epochs."""
+    with TALLY.attempt("trial.json or metrics.jsonl of another kind, the search read again"):
+        before = open_records(copy.folder).rows
+        trial = copy.folder / "trials" / "t0000"
+        row = json.loads((trial / "trial.json").read_text())
+        is_table = wrong.startswith("{")
+        (trial / "trial.json").write_text(json.dumps(row | json.loads(wrong)) if is_table else wrong)
+        with (trial / "metrics.jsonl").open("a") as file:
+            file.write(wrong + '\n{"epoch": "x"}\n{"epoch": 3, "val_accuracy": true, "elapsed_s": null}\n')
+        records = open_records(copy.folder)
+        assert records.rows == before
+        assert "t0000 is taken from trials.csv" in records.notes[0]
 
 
 @pytest.mark.timeout(900)

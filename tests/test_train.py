@@ -36,6 +36,7 @@ from tests.helpers import (
     ParquetMaker,
     assert_one_sentence,
     assert_same_state,
+    call_main,
     command_environment,
     command_line,
     picture_of,
@@ -498,21 +499,6 @@ def test_metrics_are_made_good_from_the_checkpoint(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- command lines
 
 
-def run_main(
-    module: Any, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    """Call an entry point's main() here: (exit code, stdout, stderr). For cases that would each import torch again."""
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-    capsys.readouterr()
-    code = 0
-    try:
-        module.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A run of six epochs never stopped, started from another folder: (its folder, what the command said)."""
@@ -579,7 +565,7 @@ def test_finished_run_prints_its_result_without_training(
     monkeypatch.chdir(tmp_path)
     outputs = folder.parents[1]
     for arguments in ((*FLAGS, "--outputs", outputs, "--name", "straight"), ("--resume", folder)):
-        code, out, err = run_main(train, arguments, monkeypatch, capsys)
+        code, out, err = call_main(train, "script", arguments, monkeypatch, capsys)
         assert (code, err) == (0, "")
         assert "is finished already" in out
         assert "epoch 1/6" not in out
@@ -601,7 +587,7 @@ def test_evaluate_prints_the_accuracies_of_the_result(
     assert accuracies_in(by_folder.stdout) == accuracies_in(done.stdout)
     assert "359 test images, after epoch 6/6" in by_folder.stdout
 
-    code, out, err = run_main(evaluate, (checkpoint_path(folder / "checkpoints", 5),), monkeypatch, capsys)
+    code, out, err = call_main(evaluate, "script", (checkpoint_path(folder / "checkpoints", 5),), monkeypatch, capsys)
     assert (code, err) == (0, "")
     assert "after epoch 5/6" in out
     assert accuracies_in(out).keys() == accuracies_in(done.stdout).keys()
@@ -690,7 +676,7 @@ def test_resume_of_a_folder(
 ) -> None:
     """Stopped in this process and gone on with, against never stopped in another."""
     monkeypatch.chdir(half.parents[2])
-    code, out, err = run_main(train, ("--resume", "outputs/runs/half"), monkeypatch, capsys)
+    code, out, err = call_main(train, "script", ("--resume", "outputs/runs/half"), monkeypatch, capsys)
     assert (code, err) == (0, "")
     assert re.findall(r"^epoch (\d)/6 ", out, re.MULTILINE) == list("456")
     assert accuracies_in(out) == accuracies_in(finished[1].stdout)
@@ -707,7 +693,7 @@ def test_resume_of_a_file(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     checkpoint = checkpoint_path(half / "checkpoints", 2)
-    code, out, err = run_main(train, ("--resume", checkpoint, *FLAGS), monkeypatch, capsys)
+    code, out, err = call_main(train, "script", ("--resume", checkpoint, *FLAGS), monkeypatch, capsys)
     assert (code, err) == (0, "")
     assert re.findall(r"^epoch (\d)/6 ", out, re.MULTILINE) == list("3456")
     assert epochs_in(half) == [1, 2, 3, 4, 5, 6]
@@ -720,7 +706,7 @@ def test_resume_warns_of_a_damaged_checkpoint(
     last = checkpoint_path(half / "checkpoints", 3)
     last.write_bytes(last.read_bytes()[:-1000])
     with pytest.warns(UserWarning, match=r"epoch-0003\.pt is damaged"):
-        code, out, _ = run_main(train, ("--resume", half), monkeypatch, capsys)
+        code, out, _ = call_main(train, "script", ("--resume", half), monkeypatch, capsys)
     assert code == 0
     assert re.findall(r"^epoch (\d)/6 ", out, re.MULTILINE) == list("3456")
 
@@ -731,7 +717,7 @@ def test_control_c_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr(runs, "finish_run", lambda run, on_batch, *_: finish_run(run, on_batch, stop_after(1)))
     arguments = ("--dataset", "digits", "--width", 4, "--epochs", 2, "--outputs", tmp_path, "--name", "run")
-    code, _, err = run_main(train, arguments, monkeypatch, capsys)
+    code, _, err = call_main(train, "script", arguments, monkeypatch, capsys)
     assert code == 130
     assert err == f"\nstopped; go on with: {sys.executable} script --resume {tmp_path}/runs/run\n"
     assert epochs_in(tmp_path / "runs" / "run") == [1]
@@ -744,7 +730,7 @@ def test_one_process_at_a_time_in_a_folder(
     before = picture_of(half)
     with lock_folder(half):
         for arguments in (("--resume", half), (*FLAGS, "--name", "half", "--fresh", "--outputs", half.parents[1])):
-            code, _, err = run_main(train, arguments, monkeypatch, capsys)
+            code, _, err = call_main(train, "script", arguments, monkeypatch, capsys)
             assert code == 2
             assert_one_sentence(err, "another process is writing to", str(half))
     assert picture_of(half) == before | {".lock": picture_of(half)[".lock"]}
@@ -756,10 +742,10 @@ def test_fresh_sets_aside_what_was_there(
 ) -> None:
     before = epochs_in(half)
     arguments = (*FLAGS, "--seed", 5, "--name", "half", "--outputs", half.parents[1])
-    code, _, err = run_main(train, arguments, monkeypatch, capsys)
+    code, _, err = call_main(train, "script", arguments, monkeypatch, capsys)
     assert code == 2
     assert_one_sentence(err, "seed 0 (asked for: 5)")
-    code, out, _ = run_main(train, (*arguments, "--fresh"), monkeypatch, capsys)
+    code, out, _ = call_main(train, "script", (*arguments, "--fresh"), monkeypatch, capsys)
     assert code == 0
     (aside,) = (half.parent / "replaced").iterdir()
     assert str(aside) in out
@@ -772,7 +758,7 @@ def test_divergence_is_one_sentence_and_exit_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--dataset", "digits", "--width", 4, "--lr", 1e30, "--batch-size", 32, "--outputs", tmp_path)
-    code, _, err = run_main(train, arguments, monkeypatch, capsys)
+    code, _, err = call_main(train, "script", arguments, monkeypatch, capsys)
     assert code == 1
     assert_one_sentence(err, "train.py: ", "smaller lr")
     (folder,) = (tmp_path / "runs").iterdir()
@@ -786,7 +772,7 @@ def test_parquet_from_a_relative_folder_trains_to_a_result(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BYOT_OUTPUTS", str(tmp_path / "elsewhere"))
     arguments = ("--dataset", "cifar10", "--data-dir", "my data", "--width", 2, "--epochs", 1, "--batch-size", 4)
-    code, out, err = run_main(train, arguments, monkeypatch, capsys)
+    code, out, err = call_main(train, "script", arguments, monkeypatch, capsys)
     assert (code, err) == (0, "")
     assert "test set, 6 images" in out
     (folder,) = (tmp_path / "elsewhere" / "runs").iterdir()
@@ -927,7 +913,7 @@ def test_wrong_inputs_are_one_sentence(
     if "--resume" not in arguments:
         arguments = (*arguments, "--width", 1, "--epochs", 1)  # soon over if it is let through
     before = picture_of(tmp_path)
-    code, out, err = run_main(train, arguments, monkeypatch, capsys)
+    code, out, err = call_main(train, "script", arguments, monkeypatch, capsys)
     assert (code, out) == (2, "")
     assert_one_sentence(err, "train.py: ", *words)
     assert picture_of(tmp_path) == before, "nothing was written"
@@ -956,7 +942,7 @@ def test_a_changed_setting_is_named(
         "--resume folder": ("--resume", half),
         "--resume file": ("--resume", checkpoint_path(half / "checkpoints", 3)),
     }
-    code, out, err = run_main(train, (*start[way], *flags), monkeypatch, capsys)
+    code, out, err = call_main(train, "script", (*start[way], *flags), monkeypatch, capsys)
     assert (code, out) == (2, "")
     assert_one_sentence(err, words)
     assert picture_of(half.parents[1]) == before, "nothing was written"
@@ -965,7 +951,7 @@ def test_a_changed_setting_is_named(
 def test_what_does_not_change_a_run_may_change_on_the_way(
     half: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = run_main(train, ("--resume", half, "--device", "cpu"), monkeypatch, capsys)
+    code, out, err = call_main(train, "script", ("--resume", half, "--device", "cpu"), monkeypatch, capsys)
     assert (code, err) == (0, "")
     assert re.findall(r"^epoch (\d)/6 ", out, re.MULTILINE) == list("456")
 
@@ -975,7 +961,7 @@ def test_evaluate_tells_a_wrong_path_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: str
 ) -> None:
     (tmp_path / "file.pt").write_text("x")
-    code, out, err = run_main(evaluate, (tmp_path / path,), monkeypatch, capsys)
+    code, out, err = call_main(evaluate, "script", (tmp_path / path,), monkeypatch, capsys)
     assert (code, out) == (2, "")
     assert_one_sentence(err, "evaluate.py: ", path)
 
@@ -1051,6 +1037,6 @@ def test_a_damaged_best_is_told_in_one_sentence(
 ) -> None:
     (tmp_path / "searches" / "mine").mkdir(parents=True)
     (tmp_path / "searches" / "mine" / "best.json").write_text(content)
-    code, out, err = run_main(train, ("--best", "mine", "--outputs", tmp_path), monkeypatch, capsys)
+    code, out, err = call_main(train, "script", ("--best", "mine", "--outputs", tmp_path), monkeypatch, capsys)
     assert (code, out) == (2, "")
     assert_one_sentence(err, "train.py: ")

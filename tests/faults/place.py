@@ -24,7 +24,10 @@ from byot.config import PROJECT_ROOT, TrainConfig
 from byot.data import LabelledImages, load_images
 from byot.lock import LOCK_FILE
 from byot.trainer import Trainer
+from tests.faults.tally import TALLY
 from tests.helpers import Refuse, assert_one_sentence, call_main, picture_of, random_pixels, write_parquet
+
+FAULTS = {"test_command_lines": "a bad command line", "test_hostile_files": "a damaged or hostile file to read"}
 
 
 @pytest.fixture(scope="session")
@@ -92,18 +95,24 @@ def place(tmp_path: Path, belongings: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def refuse(
-    place: Path, programs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    request: pytest.FixtureRequest,
+    place: Path,
+    programs: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Refuse:
     """Run a command here and hold it to one sentence that has these words, exit code 2, and nothing written."""
+    fault = FAULTS[request.module.__name__.rpartition(".")[2]]
 
     def check(program: str, arguments: tuple[Any, ...], *words: str) -> None:
-        before = picture(place)
-        code, out, err = call_main(programs[program], program, arguments, monkeypatch, capsys)
-        assert (code, out) == (2, ""), err
-        assert_one_sentence(err, *words)
-        assert err.startswith(f"{program}: ")
-        assert err[:-1].isprintable(), "nothing a terminal would obey"
-        assert picture(place) == before, "something was written"
+        with TALLY.attempt(fault):
+            before = picture(place)
+            code, out, err = call_main(programs[program], program, arguments, monkeypatch, capsys)
+            assert (code, out) == (2, ""), err
+            assert_one_sentence(err, *words)
+            assert err.startswith(f"{program}: ")
+            assert err[:-1].isprintable(), "nothing a terminal would obey"
+            assert picture(place) == before, "something was written"
 
     return check
 

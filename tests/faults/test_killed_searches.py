@@ -47,7 +47,7 @@ def test_killed_workers(tmp_path: Path, moments: random.Random) -> None:
         search.check_whole()
 
 
-@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM] if LONG else [signal.SIGINT])
 def test_a_search_asked_to_stop_says_how_to_go_on(tmp_path: Path, stop_signal: signal.Signals) -> None:
     search = Search(tmp_path / "outputs")
     with TALLY.attempt(f"{stop_signal.name} of a search's driver"):

@@ -32,12 +32,15 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running any code it may carry. Raises ValueError if it is damaged."""
+    """Read a checkpoint onto the CPU without running any code it may carry.
+
+    Raises ValueError if it is damaged; OSError and MemoryError say nothing of it, the next time it may be read.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"there is no checkpoint {path}") from error
-    except OSError as error:
+    except IsADirectoryError as error:
         raise ValueError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
     archive = data[: -COMMENT_LENGTH - 2] + NO_COMMENT
     if data[-COMMENT_LENGTH - 2 :] != _comment(archive):
@@ -47,6 +50,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             grows = sum(record.file_size for record in records.infolist()) > len(archive)
         state = None if grows else torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:  # reading what was crafted raises whatever it was crafted to raise
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"the checkpoint {path} holds other than plain data and is not loaded") from error
     if not isinstance(state, dict):
         raise ValueError(f"the checkpoint {path} was not written by this project")
@@ -63,14 +68,15 @@ def checkpoint_path(folder: Path, epoch: int, step: int = 0) -> Path:
 
 
 def checkpoint_position(path: Path) -> tuple[int, int]:
-    """The epochs and steps in a checkpoint's name; (-1, 0), before all others, for a name that has none."""
+    """The epochs and steps in a checkpoint's name; (-1, 0) for a name that has none."""
     match = re.fullmatch(r"epoch-(\d+)(?:-step-(\d+))?", path.stem, re.ASCII)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first."""
-    return sorted(folder.glob("epoch-*.pt"), key=checkpoint_position, reverse=True)
+    """The checkpoints in a folder, newest first. Files that somebody named otherwise are none."""
+    found = [path for path in folder.glob("epoch-*.pt") if checkpoint_position(path) >= (0, 0)]
+    return sorted(found, key=checkpoint_position, reverse=True)
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -81,6 +87,21 @@ def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         except ValueError as error:
             warnings.warn(f"{error}; going back to the one before", stacklevel=2)
     return None
+
+
+def pass_over_newer(folder: Path, epoch: int, step: int) -> None:
+    """Rename to left-… the checkpoints of later positions: damaged ones, and those that a run going back will redo."""
+    for path in list_checkpoints(folder):
+        if checkpoint_position(path) > (epoch, step):
+            path.rename(path.with_name(f"left-{path.name}"))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python found too little memory, on whatever device."""
+    said = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "not enough memory" in said)
+    )
 
 
 def remove_old_checkpoints(folder: Path) -> None:

@@ -51,6 +51,12 @@ def errors_in(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError, in one sentence, if there is none at `path` or it is damaged."""
     try:

@@ -13,19 +13,23 @@ WORKER_WAIT_S = 120.0  # for a worker of a search that was killed, until it has 
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # some network file systems have none
 
 
+class LockedError(ValueError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def lock_folder(folder: Path, wait_s: float = 0) -> Iterator[None]:
     """Make the folder if it is missing and hold its lock. Of one in which nothing was then written nothing is left.
 
-    Raises ValueError if another process still holds the lock after `wait_s` seconds.
+    Raises LockedError if another process still holds the lock after `wait_s` seconds.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE)
+    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)  # a soft lock would outlive its process
     try:
         lock.acquire(timeout=wait_s)
     except Timeout as error:
-        raise ValueError(f"another process is writing to {folder}; wait for it or stop it first") from error
+        raise LockedError(f"another process is writing to {folder}; wait for it or stop it first") from error
     except OSError as error:
         if error.errno not in NO_LOCKS_HERE:
             raise
@@ -33,7 +37,7 @@ def lock_folder(folder: Path, wait_s: float = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        if made and [path.name for path in folder.iterdir()] in ([LOCK_FILE], []):
+        if made and folder.exists() and [path.name for path in folder.iterdir()] in ([LOCK_FILE], []):
             (folder / LOCK_FILE).unlink(missing_ok=True)
             for path in made:
                 if any(path.iterdir()):

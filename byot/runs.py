@@ -17,16 +17,15 @@ import torch
 
 from byot.checkpoint import (
     checkpoint_path,
-    checkpoint_position,
-    list_checkpoints,
     load_checkpoint,
     load_latest,
+    pass_over_newer,
     remove_old_checkpoints,
     save_checkpoint,
 )
 from byot.config import NUM_CLASSIFIERS, TrainConfig
 from byot.data import DeviceImages, LabelledImages, Normalisation, check_dataset, load_images, split_validation
-from byot.files import append_json_line, errors_in, read_json, write_json, write_json_lines
+from byot.files import append_json_line, errors_in, read_json, remove_leftovers, write_json, write_json_lines
 from byot.lock import WORKER_WAIT_S, lock_folder
 from byot.metrics import EpochMetrics, Evaluation, evaluate
 from byot.provenance import provenance
@@ -118,21 +117,20 @@ def restore_trainer(
 ) -> tuple[Trainer, Path | None]:
     """A trainer as the given checkpoint left it, else the folder's last whole one, else new; and that checkpoint.
 
-    What the folder has from later than that is removed: it is damaged, or left behind by going back, and made again.
+    What the folder has from later than that is renamed: it is damaged, or left behind by going back, and made again.
     """
-    found = (checkpoint, load_checkpoint(checkpoint)) if checkpoint else load_latest(folder / "checkpoints")
-    if found:
-        check_same_run(config, check_state(*found))
     with explain_out_of_memory(config):
+        found = (checkpoint, load_checkpoint(checkpoint)) if checkpoint else load_latest(folder / "checkpoints")
+        if found:
+            check_same_run(config, check_state(*found))
         normalisation = Normalisation(**found[1]["normalisation"]) if found else None
         trainer = Trainer(config, train, val, normalisation)
         if found:
             check_weights(*found, trainer.model)
             check_buffers(*found, trainer.optimizer)
             trainer.load_state_dict(found[1])
-    for path in list_checkpoints(folder / "checkpoints"):
-        if checkpoint_position(path) > (trainer.epoch, trainer.step):
-            path.unlink()
+    pass_over_newer(folder / "checkpoints", trainer.epoch, trainer.step)
+    remove_leftovers(folder)
     if trainer.history or (folder / "metrics.jsonl").exists():
         write_json_lines(folder / "metrics.jsonl", trainer.history)
     return trainer, found[0] if found else None
@@ -179,10 +177,16 @@ def finish_run(
 
     folder, trainer, config = run.folder, run.trainer, run.trainer.config
     origin = provenance(trainer.device)  # now: the checkout may change while the run goes on
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.epoch + 1) as writer:
-        for metrics in train_saving(trainer, folder, on_batch, stop_asked):
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.epoch) as writer:
+
+        def show() -> None:
             for name, value in trainer.history[-1].items():
-                writer.add_scalar(name, value, metrics.epoch)
+                writer.add_scalar(name, value, trainer.epoch)
+
+        if trainer.history:  # its last epoch may have been saved and not shown
+            show()
+        for metrics in train_saving(trainer, folder, on_batch, stop_asked):
+            show()
             if on_epoch is not None:
                 on_epoch(metrics)
     test = trainer.evaluate_on(load_images(config.dataset, config.data_dir, "test"))

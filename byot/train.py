@@ -115,7 +115,9 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
             print(f"train.py: {error}", file=sys.stderr)
         except OSError as error:  # a full disk, most often; what was saved before is whole
             place = error.filename or folder
-            print(f"train.py: {place} cannot be written ({error.strerror}); once it can, {go_on}", file=sys.stderr)
+            print(
+                f"train.py: {place} cannot be read or written ({error.strerror}); once it can, {go_on}", file=sys.stderr
+            )
     raise SystemExit(1)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from byot.checkpoint import is_out_of_memory
 from byot.config import DATASETS, NUM_CLASSIFIERS, RECIPES, TrainConfig, learning_rate
 from byot.data import DeviceImages, LabelledImages, Normalisation, draw_epoch, find_normalisation
 from byot.loss import self_distillation_loss
@@ -190,9 +191,7 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not (
-            "can't allocate memory" in str(error) or "not enough memory" in str(error)  # on a CPU
-        ):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
             f"out of memory with batch_size {config.batch_size} and width {config.width}: a smaller --batch-size or "

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,14 +16,14 @@ import torch
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
-from byot.files import read_json
+from byot.files import read_json, remove_leftovers
 from byot.flags import one_sentence_errors
 from byot.provenance import find_commit, find_versions, provenance
 from byot.runs import StopAsked
 from byot.stopping import catch_stop_signals
 from byot.trainer import choose_device
 from search.cluster import RayStartError, Share, Slots, share, start_ray
-from search.records import SearchRecords, load_search, now, save_search
+from search.records import SearchRecords, load_search, now, save_search, table_columns
 from search.settings import SearchSettings, expected_epochs
 from search.space import Space, first_points, space_to_dict
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
 DAY_S = 86400
 QUICK_WIDTH = 16
-MAX_RETRIES = 3  # of a trial whose worker or node died; it goes on from its checkpoint
 
 
 class SearchPlan(NamedTuple):
@@ -69,20 +69,33 @@ def load_search_data(base: TrainConfig) -> SearchData:
     return SearchData(train, val)
 
 
-def check_same_data(folder: Path, data: SearchData) -> None:
-    """Raise ValueError if a search that is to go on would find other images than it was started with."""
+def check_same_search(plan: SearchPlan, data: SearchData) -> None:
+    """Raise ValueError if a search that is to go on would find other images or trials than those it has."""
+    folder, asked = plan.folder, table_columns(list(plan.space))
+    if (folder / "trials.csv").is_file():
+        with open(folder / "trials.csv", encoding="utf-8", errors="replace") as table:
+            header = table.readline().strip().split(",")
+        whole = header[-1:] == asked[-1:]
+        if whole and header != asked:
+            raise ValueError(
+                f"the trials in {folder} are of another search space; give the --space it was started with"
+            )
+    if plan.is_new:
+        return
     search = load_search(folder)
     found = {"num_train_images": len(data.train.labels), "num_val_images": len(data.val.labels)}
     for name, number in found.items():
-        if search[name] != number:
+        if search.get(name) != number:
             raise ValueError(
-                f"the search {folder.name} was started with {name} {search[name]}, the data set has {number} now; "
+                f"the search {folder.name} was started with {name} {search.get(name)}, the data set has {number} now; "
                 "give the --data-dir it was started with"
             )
 
 
 def open_records(plan: SearchPlan) -> SearchRecords:
     """What the search's folder holds of its trials; what was found damaged is told."""
+    for folder in (plan.folder, plan.folder / "state", *plan.folder.glob("trials/t*")):
+        remove_leftovers(folder)
     records = SearchRecords(
         plan.folder,
         parameters=list(plan.space),
@@ -106,7 +119,11 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
     """
     try:
         records = open_records(plan)
+        if len(records.rows) > plan.settings.num_samples:
+            print(f"tune.py: {plan.folder} has {len(records.rows)} trials already: give that --num-samples or more")
+            return 2
         if len(records.ended) >= plan.settings.num_samples and not plan.is_new:
+            records.search = load_search(plan.folder)
             records.write_tables()
             print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
             return tell_result(plan, records)
@@ -119,7 +136,8 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
         return 128 + signal.SIGINT
     except OSError as error:
         place = error.filename or plan.folder
-        print(f"tune.py: {place} cannot be written ({error.strerror}); once it can, {_go_on(plan)}", file=sys.stderr)
+        reason = f"{place} cannot be read or written ({error.strerror})"
+        print(f"tune.py: {reason}; once it can, {_go_on(plan)}", file=sys.stderr)
     return 1
 
 
@@ -169,21 +187,27 @@ def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecord
     else:
         record |= {"commit": find_commit(), "versions": find_versions()}
     save_search(folder, record)
+    records.search = record
     records.write_tables()
     print(f"search {folder.name}: {settings.num_samples} trials of {base.model} width {base.width} on {base.dataset}")
     print(f"{len(data.train.labels)} images to train on, {len(data.val.labels)} to compare on, {folder}", flush=True)
     if is_new:
-        speed = _measure(setup, slots, data.train)
-        print(describe_time(speed, base, settings, slots, len(data.train.labels), len(data.val.labels)), flush=True)
+        print(_estimate(plan, setup, slots, data), flush=True)
     else:
         print(
             f"{len(records.ended)} trials have ended, {len(records.unfinished)} go on from their checkpoints, "
             f"{settings.num_samples - len(records.rows)} are to come",
             flush=True,
         )
-    watch = _fit(plan, data, slots, setup, records, stop_asked)
-
-    missing = settings.num_samples - len(records.ended)
+    budget_s = settings.time_budget_s()
+    deadline = None if budget_s is None else time.monotonic() + budget_s
+    while True:
+        before = len(records.ended)
+        watch = _fit(plan, data, slots, setup, records, deadline, stop_asked)
+        missing = settings.num_samples - len(records.ended)
+        # Some may be missing because their worker died before they began: as long as others end, they are begun again.
+        if missing <= 0 or watch.has_to_stop() or len(records.ended) == before:
+            break
     finished = missing <= 0 or (watch.out_of_time() and not watch.trouble and not stop_asked())
     save_search(folder, record | {"status": "finished" if finished else "interrupted", "finished_at": now()})
     if watch.trouble:
@@ -194,7 +218,7 @@ def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecord
     if not finished:
         print(f"\n{records.to_text()}\n")
         print(f"stopped with {missing} of {settings.num_samples} trials to end; {_go_on(plan)}", flush=True)
-        return 128 + stop_asked()
+        return 128 + stop_asked() if stop_asked() else 1
     if missing > 0:
         print(f"{settings.time_budget} are over with {missing} trials to end; {_go_on(plan)}", flush=True)
     return tell_result(plan, records)
@@ -206,15 +230,17 @@ def _fit(
     slots: Slots,
     setup: "TrialSetup",
     records: SearchRecords,
+    deadline: float | None,
     stop_asked: StopAsked,
 ) -> "SearchWatch":
     """Let Ray run what is unfinished and what is to come."""
     from ray import tune
+    from ray.tune.error import TuneError
 
     from search.mirror import OptunaMirror
     from search.study import BudgetAwareSearch, RecordedAsha
     from search.trial import run_trial
-    from search.watch import SearchWatch, StopWatch
+    from search.watch import MAX_RETRIES, SearchWatch, StopWatch
 
     settings, base = plan.settings, plan.base
     searcher = BudgetAwareSearch(
@@ -231,7 +257,7 @@ def _fit(
         scheduler,
         OptunaMirror(records, plan.space),
         num_samples=settings.num_samples,
-        time_budget_s=settings.time_budget_s(),
+        deadline=deadline,
         stop_asked=stop_asked,
     )
     to_run = settings.num_samples - len(records.ended)
@@ -260,8 +286,12 @@ def _fit(
             failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
         ),
     )
-    with redirect_stdout(LogWriter()):
-        tuner.fit()
+    try:
+        with redirect_stdout(LogWriter()):
+            tuner.fit()
+    except TuneError as error:
+        logging.getLogger("ray.tune").exception("the search was broken off")
+        watch.trouble = watch.trouble or f"Ray gave up ({str(error).strip().splitlines()[-1]}; more is in search.log)"
     return watch
 
 
@@ -281,6 +311,18 @@ def tell_result(plan: SearchPlan, records: SearchRecords) -> int:
         return 1
     print(_verdict(plan.folder))
     return 0
+
+
+def _estimate(plan: SearchPlan, setup: "TrialSetup", slots: Slots, data: SearchData) -> str:
+    """How long the search will take. Where that cannot be measured the trials will find out why."""
+    from ray.exceptions import RayError
+
+    try:
+        speed = _measure(setup, slots, data.train)
+    except RayError as error:
+        cause = getattr(error, "cause", None) or error
+        return f"how long it will take could not be measured: {str(cause).strip().splitlines()[0]}"
+    return describe_time(speed, plan.base, plan.settings, slots, len(data.train.labels), len(data.val.labels))
 
 
 def _measure(setup: "TrialSetup", slots: Slots, train: LabelledImages) -> float:

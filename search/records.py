@@ -55,7 +55,10 @@ class SearchRecords:
         self.mode = mode
         self.epochs = epochs
         self.seed = seed
+        self.search: dict[str, Any] = {}  # what search.json holds, for best.json to tell
         self.history: dict[str, dict[int, EpochResult]] = {}  # trial id -> epoch -> result
+        # Trial id -> epoch -> value with which ASHA let it go on or stopped it; None where that record is lost.
+        self.judged: dict[str, dict[int, float] | None] = {}
         self.notes: list[str] = []  # what was found damaged, one sentence each
         self.rows = {row["trial_id"]: row for row in self._read_rows()}
 
@@ -71,9 +74,9 @@ class SearchRecords:
         on_disk = {path.name for path in (self.folder / "trials").glob("t*") if path.is_dir()}
         rows = []
         for trial_id in sorted(on_disk | set(table), key=lambda trial_id: (trial_number(trial_id), trial_id)):
+            self.history[trial_id] = self._read_history(trial_id)
             row = self._read_row(trial_id, table.get(trial_id))
             if row is not None:
-                self._read_history(row)
                 rows.append(row)
         return rows
 
@@ -81,29 +84,36 @@ class SearchRecords:
         path = self.trial_folder(trial_id) / "trial.json"
         try:
             row = read_json(path)
+            judged, curve = _by_epoch(row.pop("judged", None)), _by_epoch(row.pop("curve", None))
             wrong = [name for name in table_columns(self.parameters) if not _is_cell(name, row.get(name, row))]
             if not wrong:
+                self.judged[trial_id] = judged
+                known = self.history[trial_id]
+                if row["status"] == "running" and known:
+                    row["epochs_done"] = max(known)
+                    row["seconds"] = sum(result.seconds for result in known.values())
+                elif row["status"] != "running" and curve is not None:
+                    self.history[trial_id] = {e: known.get(e, EpochResult(value, 0.0)) for e, value in curve.items()}
                 return row
             reason = f"{path} has no {', no '.join(wrong)} as a search writes them"
         except ValueError as error:
             reason = str(error)
         if in_table is not None:
             self.notes.append(f"{reason}: trial {trial_id} is taken from trials.csv")
-            write_json(path, in_table)
+            self.judged[trial_id] = None
+            self._write_trial(in_table)
             return in_table
         self.notes.append(f"{reason}, nor does trials.csv know it: trial {trial_id} is left out")
         shutil.move(path.parent, path.parent.with_name(f"damaged-{trial_id}-{datetime.now():%Y%m%d-%H%M%S-%f}"))
         return None
 
-    def _read_history(self, row: Row) -> None:
-        path = self.trial_folder(row["trial_id"]) / "metrics.jsonl"
+    def _read_history(self, trial_id: str) -> dict[int, EpochResult]:
         needed = ("epoch", self.metric, "elapsed_s")
-        lines = [line for line in read_json_lines(path) if all(_is_number(line.get(name)) for name in needed)]
-        self.history[row["trial_id"]] = {
-            line["epoch"]: EpochResult(line[self.metric], line["elapsed_s"]) for line in lines
+        return {
+            line["epoch"]: EpochResult(line[self.metric], line["elapsed_s"])
+            for line in read_json_lines(self.trial_folder(trial_id) / "metrics.jsonl")
+            if all(_is_number(line.get(name)) for name in needed)
         }
-        if row["status"] == "running" and lines:
-            self._update(row, lines[-1])
 
     def trial_folder(self, trial_id: str) -> Path:
         return self.folder / "trials" / trial_id
@@ -120,11 +130,14 @@ class SearchRecords:
         """Epoch -> value of the metric."""
         return {epoch: result.value for epoch, result in self.history[trial_id].items()}
 
+    @property
+    def next_number(self) -> int:
+        return max(map(trial_number, self.rows), default=-1) + 1
+
     def begin(self, role: Role, params: dict[str, float]) -> Row:
         """Record a trial that is proposed, before anything of it is done."""
-        number = max(map(trial_number, self.rows), default=-1) + 1
         row: Row = {
-            "trial_id": f"t{number:04d}",  # no spreadsheet takes it for a number
+            "trial_id": f"t{self.next_number:04d}",  # no spreadsheet takes it for a number
             "role": role,
             "status": "running",
             "epochs_done": 0,
@@ -134,26 +147,37 @@ class SearchRecords:
             "seed": self.seed,
             "error": "",
         }
-        write_json(self.trial_folder(row["trial_id"]) / "trial.json", row)
+        self.history[row["trial_id"]], self.judged[row["trial_id"]] = {}, {}
+        self._write_trial(row)
         self.rows[row["trial_id"]] = row
-        self.history[row["trial_id"]] = {}
         self.write_table()
         return row
 
-    def add_epoch(self, trial_id: str, record: dict[str, Any]) -> None:
-        """Take in what a trial reported; an epoch reported again counts once."""
-        self.history[trial_id][record["epoch"]] = EpochResult(record[self.metric], record["elapsed_s"])
-        self._update(self.rows[trial_id], record)
+    def _write_trial(self, row: Row) -> None:
+        trial_id = row["trial_id"]
+        known = {"judged": self.judged[trial_id], "curve": self.curve(trial_id)}
+        write_json(self.trial_folder(trial_id) / "trial.json", row | known)
 
-    def _update(self, row: Row, record: dict[str, Any]) -> None:
+    def judge(self, trial_id: str, epoch: int, value: float, *, goes_on: bool) -> None:
+        """Record that ASHA has judged a trial. One that it stops is written when it ends, a moment later."""
+        self.judged[trial_id] = (self.judged[trial_id] or {}) | {epoch: value}
+        if goes_on:
+            self._write_trial(self.rows[trial_id])
+
+    def add_epoch(self, trial_id: str, record: dict[str, Any]) -> None:
+        """Take in what a trial reported; an epoch reported again counts once, and one after its end not at all."""
+        row = self.rows[trial_id]
+        if row["status"] != "running":
+            return
+        self.history[trial_id][record["epoch"]] = EpochResult(record[self.metric], record["elapsed_s"])
         row["epochs_done"] = record["epoch"]
-        row["seconds"] = sum(result.seconds for result in self.history[row["trial_id"]].values())
-        row |= {name: record[name] for name in MEASURES if name in record}
+        row["seconds"] = sum(result.seconds for result in self.history[trial_id].values())
+        row |= {name: record[name] for name in MEASURES}
 
     def end(self, trial_id: str, status: Status, error: str = "") -> Row:
         """Record how a trial ended. The checkpoints of one that will not go on are removed."""
         row = self.rows[trial_id] | {"status": status, "error": error}
-        write_json(self.trial_folder(trial_id) / "trial.json", row)
+        self._write_trial(row)
         self.rows[trial_id] = row
         if status == "stopped" or error.startswith(DIVERGED):
             shutil.rmtree(self.trial_folder(trial_id) / "checkpoints", ignore_errors=True)
@@ -167,7 +191,7 @@ class SearchRecords:
         failed = [r for r in self.ended if r["status"] == "failed" and not r["error"].startswith(DIVERGED)]
         for row in failed:
             row |= {"status": "running", "error": ""}
-            write_json(self.trial_folder(row["trial_id"]) / "trial.json", row)
+            self._write_trial(row)
         return len(failed)
 
     def to_text(self) -> str:
@@ -186,13 +210,20 @@ class SearchRecords:
 
     def write_best(self) -> None:
         best = self.best()
-        if best is not None:
-            write_best(self.folder, best, list(self.rows.values()), self.parameters)
+        if best is not None and self.search:
+            write_best(self.folder, self.search, best, list(self.rows.values()), self.parameters)
 
 
 def trial_number(trial_id: str) -> int:
     """The place of a trial in the order of proposals; -1 for an id that another version gave."""
     return int(trial_id[1:]) if trial_id[:1] == "t" and trial_id[1:].isdecimal() else -1
+
+
+def _by_epoch(table: Any) -> dict[int, float] | None:
+    """Epoch -> value from JSON, whose keys are text; None for anything else."""
+    if not isinstance(table, dict) or not all(map(str.isdecimal, table)) or not all(map(_is_number, table.values())):
+        return None
+    return {int(epoch): value for epoch, value in table.items()}
 
 
 def _is_number(value: Any) -> bool:
@@ -220,9 +251,8 @@ def best_row(rows: Iterable[Row], metric: str, mode: str) -> Row | None:
     return (max if mode == "max" else min)(ranked, key=lambda row: row[metric])
 
 
-def write_best(folder: Path, best: Row, rows: list[Row], parameters: list[str]) -> None:
+def write_best(folder: Path, search: dict[str, Any], best: Row, rows: list[Row], parameters: list[str]) -> None:
     """Write best.json: the settings with which byot/train.py --best trains, and what they are compared with."""
-    search = load_search(folder)
     metric = search["metric"]
     params = {name: best[name] for name in parameters}
     compared = [r for r in rows if r["role"] != "sampled" and r["status"] == "completed"]
@@ -244,7 +274,7 @@ def write_best(folder: Path, best: Row, rows: list[Row], parameters: list[str]) 
             ],
             # Retraining uses all training images: nothing is held out.
             "config": {**search["config"], **params, "val_fraction": 0.0},
-            **{key: search[key] for key in ("commit", "versions", "hardware")},
+            **{key: search.get(key) for key in ("commit", "versions", "hardware")},
         },
     )
 

@@ -34,23 +34,18 @@ SEARCHABLE = ("alpha", "temperature", "beta", "lr", "weight_decay")
 
 
 class FirstPoint(NamedTuple):
-    """A setting run before any sampled one. `told`: whether the sampler learns of it (it must lie in the space)."""
+    """A setting run before any sampled one."""
 
     role: Role
     params: dict[str, float]
-    told: bool
 
 
 def first_points(space: Space, base: TrainConfig) -> list[FirstPoint]:
-    """The reference implementation's setting, then deep supervision alone (alpha = beta = 0) as a control.
-
-    Deep supervision is never told to the sampler: its beta of 0 has no logarithm, and it is another method.
-    """
+    """The reference implementation's setting, then deep supervision alone (alpha = beta = 0) as a control."""
     others = {name: getattr(base, name) for name in space if name in ("lr", "weight_decay")}
     reference = {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6, **others}
     control = {"alpha": 0.0, "temperature": 3.0, "beta": 0.0, **others}
-    inside = all(space[name].holds(value) for name, value in reference.items())
-    return [FirstPoint("reference", reference, told=inside), FirstPoint("control", control, told=False)]
+    return [FirstPoint("reference", reference), FirstPoint("control", control)]
 
 
 def read_space(path: Path) -> Space:

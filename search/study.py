@@ -4,6 +4,7 @@ Both are made from the search's own records, whether it starts or goes on: there
 """
 
 import math
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -32,7 +33,10 @@ def make_distributions(space: Space) -> dict[str, BaseDistribution]:
 
 
 def is_told(row: Row, space: Space) -> bool:
-    """Whether the sampler learns of a trial: deep supervision alone is another method, and often outside the space."""
+    """Whether the sampler learns of a trial.
+
+    Not of deep supervision alone: it is another method, and its beta of 0 has no logarithm.
+    """
     return row["role"] != "control" and all(bounds.holds(row[name]) for name, bounds in space.items())
 
 
@@ -66,8 +70,8 @@ def to_optuna(row: Row, records: SearchRecords, space: Space) -> FrozenTrial:
 class BudgetAwareSearch(Searcher):
     """Proposes what is unfinished, then the first points, then what Optuna's TPE samples.
 
-    What is proposed as number n depends on the seed, on n and on the trials that had ended by then, and on nothing that
-    a restart would lose.
+    What is proposed as number n depends on the seed, on n and on the trials begun before, of those that had ended also
+    on how, and on nothing that a restart would lose.
     """
 
     def __init__(
@@ -94,7 +98,12 @@ class BudgetAwareSearch(Searcher):
         """A sampler of its own for each proposal: a long-lived one has a generator that a restart would lose."""
         seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
         startup = max(2, min(MAX_STARTUP_TRIALS, self._num_samples // 4))
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=startup,
+            multivariate=True,
+            constant_liar=True,  # trials that run count as bad for the time, so that their likes are not proposed
+        )
 
     def _ask(self, row: Row) -> None:
         """Let the study know that a trial with these parameters runs."""
@@ -110,7 +119,7 @@ class BudgetAwareSearch(Searcher):
             if is_told(row, self._space):
                 self._ask(row)
         else:
-            self.study.sampler = self._sampler(len(self._records.rows))
+            self.study.sampler = self._sampler(self._records.next_number)
             trial = self.study.ask(make_distributions(self._space))
             row = self._records.begin("sampled", trial.params)
             self._trials[row["trial_id"]] = trial
@@ -133,16 +142,14 @@ class BudgetAwareSearch(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the records are the state."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a search goes on from its own records")
-
 
 class RecordedAsha(AsyncHyperBandScheduler):
-    """ASHA by epochs whose rungs are filled from the search's records, since Ray does not restore them.
+    """ASHA by epochs that records each judgement and fills its rungs from those records, since Ray restores none.
 
     The first points always run to their last epoch and stand outside the rungs: compared with at the end, they must
     not stop whatever learns slower than they do at the start. A trial that diverged ends at once. A trial that goes on
-    after a restart never fills rungs it has passed with its later, better values.
+    after a restart reports all its epochs again, so that no rung is filled with a later, better value; it is judged
+    where it had not been.
     """
 
     def __init__(self, records: SearchRecords, *, mode: Literal["max", "min"]) -> None:
@@ -155,15 +162,20 @@ class RecordedAsha(AsyncHyperBandScheduler):
             reduction_factor=REDUCTION_FACTOR,
         )
         self._metric_name = records.metric
+        self._records = records
         self.stopped: set[str] = set()  # trial ids
         self._sign = 1.0 if mode == "max" else -1.0
-        for row in records.rows.values():
+        for trial_id, row in records.rows.items():
+            if row["role"] != "sampled":
+                continue
+            judged = records.judged[trial_id]
+            if judged is None:  # lost: all that it has passed, but for its last epoch if that may not have been judged
+                judged = records.curve(trial_id)
+                if row["status"] == "running":
+                    judged.pop(row["epochs_done"], None)
             for epoch, recorded in self._brackets[0]._rungs:
-                value = records.curve(row["trial_id"]).get(int(epoch))
-                # An unfinished trial reports its last epoch again, and is judged then.
-                undecided = row["status"] == "running" and epoch == row["epochs_done"]
-                if row["role"] == "sampled" and value is not None and not undecided:
-                    recorded[row["trial_id"]] = self._sign * value
+                if epoch in judged:
+                    recorded[trial_id] = self._sign * judged[int(epoch)]
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Nothing: there is one bracket for all."""
@@ -176,9 +188,13 @@ class RecordedAsha(AsyncHyperBandScheduler):
             return self.CONTINUE
         trial_id = trial.config["trial_id"]  # Ray's own id changes when the search goes on
         named: Any = SimpleNamespace(trial_id=trial_id)  # all that the bracket looks at
+        rung = dict(self._brackets[0]._rungs).get(result["epoch"])
         decision: str = self._brackets[0].on_result(named, result["epoch"], self._sign * value)
         if decision == self.STOP:
             self.stopped.add(trial_id)
+        if rung is not None and result["epoch"] not in (self._records.judged[trial_id] or {}):
+            with suppress(OSError):  # a full disk: not recorded, it will be judged again
+                self._records.judge(trial_id, result["epoch"], value, goes_on=decision == self.CONTINUE)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:

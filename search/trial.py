@@ -13,7 +13,7 @@ from ray import tune
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages
-from byot.lock import WORKER_WAIT_S, lock_folder
+from byot.lock import WORKER_WAIT_S, LockedError, lock_folder
 from byot.runs import restore_trainer, train_saving
 from byot.stopping import DivergedError, TrainingError
 from byot.trainer import Trainer
@@ -24,7 +24,7 @@ SPEED_TEST_LR = 1e-6  # so that a search whose lr makes trials diverge can still
 
 # Keys of a report with which a trial ends before its last epoch, beside the metric's NaN.
 FAILED = "failed"  # for good, with the reason
-UNWRITABLE = "unwritable"  # its folder cannot be written to: the trial can go on when it can
+UNWRITABLE = "unwritable"  # its folder cannot be read or written: the trial can go on when it can
 
 
 class TrialSetup(NamedTuple):
@@ -39,7 +39,7 @@ class TrialSetup(NamedTuple):
 def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledImages, val: LabelledImages) -> None:
     """Train with the suggested parameters, going on from the trial's last checkpoint if it has one.
 
-    One that goes on first reports its last epoch again: the search may have ended before it heard of it.
+    One that goes on first reports its epochs again: the search may have been killed before it heard of them.
     """
     torch.set_num_threads(setup.threads)
     folder = setup.trials_folder / suggestion["trial_id"]
@@ -47,15 +47,18 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
     try:
         with lock_folder(folder, wait_s=WORKER_WAIT_S):
             config = setup.base.with_settings(**suggestion["params"])
-            trainer, resumed_from = restore_trainer(config, train, val, folder)
-            if resumed_from is not None and trainer.history:
-                tune.report(trainer.history[-1])
+            trainer, _ = restore_trainer(config, train, val, folder)
+            for record in list(trainer.history):
+                tune.report(record)
             for _ in train_saving(trainer, folder):
                 tune.report(trainer.history[-1])
     except TrainingError as error:
         tune.report(ending | {FAILED: f"{DIVERGED if isinstance(error, DivergedError) else ''}{error}"})
+    except LockedError as error:
+        tune.report(ending | {UNWRITABLE: str(error)})
     except OSError as error:
-        tune.report(ending | {UNWRITABLE: f"{error.filename or folder} cannot be written ({error.strerror})"})
+        place = error.filename or folder
+        tune.report(ending | {UNWRITABLE: f"{place} cannot be read or written ({error.strerror})"})
 
 
 def measure_images_per_s(setup: TrialSetup, train: LabelledImages) -> float:

@@ -135,32 +135,41 @@ def _find_resumable(searches: Path, name: str | None, given: dict[str, object]) 
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    with ExitStack() as held:
-        with one_sentence_errors("tune.py"):
-            if arguments.address is not None and not arguments.address.strip():
-                raise ValueError("--address must be auto or the address of a Ray cluster, such as 10.0.0.1:6379")
-            if arguments.storage_path is not None and "://" in arguments.storage_path:
-                raise ValueError("--storage-path must be a folder (on a cluster one that every node shares), not a URL")
-            searches: str | Path = outputs_folder(arguments.outputs) / "searches"
-            if arguments.storage_path is not None:
-                searches = arguments.storage_path
-            folder, base, settings, space = plan_search(arguments, check_writable(searches))
+    try:
+        with ExitStack() as held:
+            raise SystemExit(search(arguments, held))
+    except OSError as error:  # a full disk, most often
+        place = error.filename or "the search's folder"
+        print(f"tune.py: {place} cannot be read or written ({error.strerror})", file=sys.stderr)
+        raise SystemExit(1) from None
 
-            from search.cluster import Share, share_machine
-            from search.driver import SearchPlan, check_same_data, load_search_data, run_search
 
-            # A cluster's resources are known only once Ray has connected to it.
-            asked = Share(settings.cpus_per_trial, settings.gpus_per_trial, settings.max_concurrent)
-            slots = share_machine(asked, base.device) if arguments.address is None else None
-            data = load_search_data(base)
-            plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed)
-            if arguments.fresh and folder.exists():
-                with lock_folder(folder):
-                    print(f"what was in {folder} is now in {set_aside(folder)}")
-            held.enter_context(lock_folder(folder))
-            if not plan.is_new:
-                check_same_data(folder, data)
-        raise SystemExit(run_search(plan, data, slots or asked))
+def search(arguments: argparse.Namespace, held: ExitStack) -> int:
+    """Do what the command line says; the lock of the search's folder goes to `held`. Returns the exit code."""
+    with one_sentence_errors("tune.py"):
+        if arguments.address is not None and not arguments.address.strip():
+            raise ValueError("--address must be auto or the address of a Ray cluster, such as 10.0.0.1:6379")
+        if arguments.storage_path is not None and "://" in arguments.storage_path:
+            raise ValueError("--storage-path must be a folder (on a cluster one that every node shares), not a URL")
+        searches: str | Path = outputs_folder(arguments.outputs) / "searches"
+        if arguments.storage_path is not None:
+            searches = arguments.storage_path
+        folder, base, settings, space = plan_search(arguments, check_writable(searches))
+
+        from search.cluster import Share, share_machine
+        from search.driver import SearchPlan, check_same_search, load_search_data, run_search
+
+        # A cluster's resources are known only once Ray has connected to it.
+        asked = Share(settings.cpus_per_trial, settings.gpus_per_trial, settings.max_concurrent)
+        slots = share_machine(asked, base.device) if arguments.address is None else None
+        data = load_search_data(base)
+        plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed)
+        if arguments.fresh and folder.exists():
+            with lock_folder(folder):
+                print(f"what was in {folder} is now in {set_aside(folder)}")
+        held.enter_context(lock_folder(folder))
+        check_same_search(plan, data)
+    return run_search(plan, data, slots or asked)
 
 
 if __name__ == "__main__":

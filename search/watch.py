@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from search.records import DIVERGED, Row, SearchRecords, Status, format_value
 from search.study import BudgetAwareSearch, RecordedAsha
 from search.trial import FAILED, UNWRITABLE
 
+MAX_RETRIES = 3  # of a trial whose worker or node died; it goes on from its checkpoint
 MAX_FAILURES = 5  # of the first trials, or crashes one after another, before the search gives up
 
 
@@ -33,7 +35,7 @@ class SearchWatch(tune.Callback):
         mirror: OptunaMirror,
         *,
         num_samples: int,
-        time_budget_s: float | None,
+        deadline: float | None,
         stop_asked: Callable[[], int],
     ) -> None:
         self.records = records
@@ -41,7 +43,7 @@ class SearchWatch(tune.Callback):
         self.scheduler = scheduler
         self.mirror = mirror
         self.num_samples = num_samples
-        self.deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+        self.deadline = deadline  # on the monotonic clock
         self.stop_asked = stop_asked
         self.trouble = ""  # why the search cannot go on
         self.crashes_in_a_row = 0
@@ -66,6 +68,8 @@ class SearchWatch(tune.Callback):
             self._end(trial_id, "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if trial.run_metadata.num_failures <= MAX_RETRIES:
+            return  # Ray retries no trial whose worker died between two trials; the driver starts it again
         trial_id, path = trial.config["trial_id"], trial.error_file
         text = Path(path).read_text(errors="replace").strip() if path and Path(path).is_file() else "the worker died"
         reason = text.splitlines()[-1].strip()
@@ -81,7 +85,7 @@ class SearchWatch(tune.Callback):
         try:
             return write()
         except OSError as error:
-            self.trouble = f"{error.filename or self.records.folder} cannot be written ({error.strerror})"
+            self.trouble = f"{error.filename or self.records.folder} cannot be read or written ({error.strerror})"
             return None
 
     def _end(self, trial_id: str, status: Status, error: str = "") -> None:
@@ -115,7 +119,8 @@ class SearchWatch(tune.Callback):
             line += f"  {row['error']}"
         elif best is not None:
             line += f"  best {format_value(best[metric])}"
-        print(line, file=sys.__stdout__, flush=True)  # sys.stdout goes to the log while Ray runs
+        with suppress(OSError):  # whoever read it may be gone, which is no trouble of the search
+            print(line, file=sys.__stdout__, flush=True)  # sys.stdout goes to the log while Ray runs
 
 
 class StopWatch(tune.Stopper):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from byot.config import TrainConfig
-from byot.files import read_json, write_json
+from byot.files import read_json
 from search.records import MEASURES, best_row, read_rows, trials_table, write_best, write_rows
 
 PARAMETERS = ["alpha", "temperature", "beta"]
@@ -62,8 +62,7 @@ def test_best_json_trains_again_on_all_images(tmp_path: Path):
         "versions": {},
         "hardware": {},
     }
-    write_json(tmp_path / "search.json", search)
-    write_best(tmp_path, rows[1], rows, PARAMETERS)
+    write_best(tmp_path, search, rows[1], rows, PARAMETERS)
     best = read_json(tmp_path / "best.json")
     assert TrainConfig.from_dict(best["config"]) == TrainConfig(width=16, alpha=0.25, temperature=2.5, beta=3.3e-7)
     assert best["trial_id"] == "good"

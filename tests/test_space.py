@@ -17,15 +17,9 @@ def write(folder: Path, text: str) -> Path:
 
 def test_reference_first_then_deep_supervision_as_a_control():
     reference, control = first_points(DEFAULT_SPACE, TrainConfig())
-    assert reference == ("reference", {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6}, True)
+    assert reference == ("reference", {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6})
     assert control.role == "control"
     assert control.params["alpha"] == control.params["beta"] == 0
-    assert not control.told
-
-
-def test_a_reference_outside_the_space_is_run_but_not_told():
-    space = {**DEFAULT_SPACE, "alpha": Range(0.3, 0.9)}
-    assert not first_points(space, TrainConfig())[0].told
 
 
 def test_added_parameters_take_their_default_in_the_first_points():

@@ -13,7 +13,7 @@ from ray.tune.schedulers import TrialScheduler
 from byot.config import TrainConfig
 from byot.files import append_json_line
 from search.records import DIVERGED, MEASURES, SearchRecords
-from search.space import DEFAULT_SPACE, first_points
+from search.space import DEFAULT_SPACE, Range, first_points
 from search.study import BudgetAwareSearch, RecordedAsha
 
 EPOCHS = 18
@@ -91,6 +91,14 @@ def test_first_trials_and_what_the_study_knows_of_them(search: MadeUpSearch):
     assert [one["trial_id"] for one in (first, second, third)] == ["t0000", "t0001", "t0002"]
     told = search.searcher.study.trials
     assert [trial.params for trial in told] == [first["params"], third["params"]], "never of the control"
+
+
+def test_a_reference_outside_the_space_is_run_but_not_told(tmp_path: Path):
+    space = {**DEFAULT_SPACE, "alpha": Range(0.3, 0.9)}
+    first = first_points(space, TrainConfig())
+    searcher = BudgetAwareSearch(open_records(tmp_path), space, first=first, num_samples=9, seed=0)
+    assert searcher.suggest("x")["params"]["alpha"] == 0.1
+    assert searcher.study.trials == []
 
 
 def test_budgets_reach_the_study(begun: MadeUpSearch):
@@ -188,15 +196,15 @@ def test_first_points_run_whole_and_stop_no_other(search: MadeUpSearch):
 
 def test_rungs_survive_a_restart(begun: MadeUpSearch):
     a, b, c, d = (begun.suggest() for _ in range(4))
-    for trial, value in ((a, 50.0), (b, 60.0), (c, 70.0)):
+    for trial, value in ((a, 60.0), (b, 50.0), (c, 70.0)):
         begun.report(trial, 2, value)
-    begun.end(a, "completed")  # for it not to be among the unfinished
     begun.end(b, "stopped")
     begun.report(c, 3, 71.0)
     begun.restart()
-    assert dict(begun.scheduler._brackets[0]._rungs)[2] == {"t0002": 50.0, "t0003": 60.0, "t0004": 70.0}
-    assert begun.suggest() == c
-    assert begun.report(c, 3, 71.0) == TrialScheduler.CONTINUE, "what it reports again"
+    assert dict(begun.scheduler._brackets[0]._rungs)[2] == {"t0002": 60.0, "t0003": 50.0, "t0004": 70.0}
+    assert begun.suggest() == a
+    assert begun.report(c, 2, 70.0) == TrialScheduler.CONTINUE, "what it reports again"
+    assert begun.report(c, 3, 71.0) == TrialScheduler.CONTINUE
     assert begun.report(d, 2, 55.0) == TrialScheduler.STOP
     # A trial that resumes past a rung, or ends, must not fill that rung with its late value.
     ended: Any = SimpleNamespace(trial_id="x", config=c)
@@ -213,6 +221,43 @@ def test_a_trial_killed_before_its_judgement_is_judged_when_it_reports_again(beg
     assert begun.suggest() == a
     assert begun.suggest() == b
     assert begun.report(b, 2, 40.0) == TrialScheduler.STOP
+
+
+def test_a_trial_that_was_let_go_on_is_not_judged_again(begun: MadeUpSearch):
+    """Not even if what came since would stop it now."""
+    a, b, c = (begun.suggest() for _ in range(3))
+    assert begun.report(a, 2, 10.0) == TrialScheduler.CONTINUE
+    for other in (b, c):
+        assert begun.report(other, 2, 50.0) == TrialScheduler.CONTINUE
+    begun.restart()
+    assert begun.report(a, 2, 10.0) == TrialScheduler.CONTINUE
+
+
+def test_what_is_known_of_ended_trials_survives_the_loss_of_their_epochs(begun: MadeUpSearch):
+    a, b = begun.suggest(), begun.suggest()
+    for epoch, value in ((1, 40.0), (2, 60.0), (6, 70.0)):
+        begun.report(a, epoch, value)
+    begun.report(b, 2, 10.0)
+    begun.end(a, "stopped")
+    begun.end(b, "stopped")
+    told = [trial.intermediate_values for trial in begun.searcher.study.trials]
+    rungs = dict(begun.scheduler._brackets[0]._rungs)
+    for path in begun.folder.glob("trials/*/metrics.jsonl"):
+        path.write_text("")
+    begun.restart()
+    assert [trial.intermediate_values for trial in begun.searcher.study.trials] == told
+    assert dict(begun.scheduler._brackets[0]._rungs) == rungs
+
+
+def test_a_trial_left_out_is_followed_by_no_copy(begun: MadeUpSearch):
+    proposed = [begun.complete(50.0)["params"] for _ in range(3)]
+    (begun.folder / "trials" / "t0002" / "trial.json").write_text("{")
+    (begun.folder / "trials.csv").unlink()
+    begun.restart()
+    assert len(begun.records.notes) == 1
+    new = begun.suggest()
+    assert new["trial_id"] == "t0005"
+    assert new["params"] not in proposed
 
 
 @pytest.mark.parametrize(("num_samples", "startup"), [(4, 2), (24, 6), (400, 10)])

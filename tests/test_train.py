@@ -487,6 +487,42 @@ def test_asked_to_stop_it_saves_the_step_at_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_files")
+@pytest.mark.parametrize(
+    "error",
+    [OSError(24, "Too many open files"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_checkpoints_that_cannot_be_read_just_now_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    start_and_stop(SMALL, tmp_path, 3)
+    before = picture_of(tmp_path)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    if isinstance(error, OSError):
+        monkeypatch.setattr(Path, "read_bytes", fail)
+    else:
+        monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises((OSError, OutOfMemoryError)):
+        open_run(SMALL, tmp_path)
+    monkeypatch.undo()
+    assert picture_of(tmp_path) == before
+
+
+@pytest.mark.usefixtures("few_files")
+def test_damaged_and_abandoned_checkpoints_are_renamed_and_others_left_alone(tmp_path: Path) -> None:
+    start_and_stop(SMALL, tmp_path, 3)
+    folder = tmp_path / "checkpoints"
+    shutil.copy(checkpoint_path(folder, 2), folder / "epoch-0002-good.pt")
+    content = checkpoint_path(folder, 3).read_bytes()
+    train_from = open_run(SMALL, tmp_path, checkpoint_path(folder, 2))
+    assert (folder / "left-epoch-0003.pt").read_bytes() == content
+    finish_run(train_from)
+    assert (folder / "epoch-0002-good.pt").exists()
+
+
+@pytest.mark.usefixtures("few_files")
 def test_metrics_are_made_good_from_the_checkpoint(tmp_path: Path) -> None:
     config = SMALL.with_settings(epochs=4)
     start_and_stop(config, tmp_path, 3)

@@ -1,6 +1,7 @@
 """What the driver makes of what Ray tells it: how trials end, when a search gives up, what a full disk leaves."""
 
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from search.records import DIVERGED, MEASURES, SearchRecords, read_rows, save_se
 from search.space import DEFAULT_SPACE, first_points
 from search.study import BudgetAwareSearch, RecordedAsha
 from search.trial import FAILED, UNWRITABLE
-from search.watch import MAX_FAILURES, SearchWatch, StopWatch
+from search.watch import MAX_FAILURES, MAX_RETRIES, SearchWatch, StopWatch
 from tests.faults.searches import load_mirror
 
 EPOCHS = 4
@@ -43,7 +44,7 @@ class Driver:
             RecordedAsha(self.records, mode="max"),
             OptunaMirror(self.records, DEFAULT_SPACE),
             num_samples=20,
-            time_budget_s=time_budget_s,
+            deadline=None if time_budget_s is None else time.monotonic() + time_budget_s,
             stop_asked=lambda: self.asked_to_stop,
         )
 
@@ -64,7 +65,8 @@ class Driver:
         self.watch.on_trial_complete(0, [], trial)
         return self.status(trial)
 
-    def crash(self, trial: Any, traceback: str) -> str:
+    def crash(self, trial: Any, traceback: str, failures: int = MAX_RETRIES + 1) -> str:
+        trial.run_metadata = SimpleNamespace(num_failures=failures)
         trial.error_file = str(self.folder / "error of ray.txt")
         Path(trial.error_file).write_text(traceback)
         self.watch.on_trial_error(0, [], trial)
@@ -72,6 +74,7 @@ class Driver:
 
     def status(self, trial: Any) -> str:
         row = read_json(self.folder / "trials" / trial.config["trial_id"] / "trial.json")
+        row = {name: cell for name, cell in row.items() if name not in ("judged", "curve")}
         assert row in read_rows(self.folder / "trials.csv")
         return f"{row['status']} {row['error']}".strip()
 
@@ -115,6 +118,28 @@ def test_memory_comes_with_advice(driver: Driver):
     said = driver.crash(driver.start(), text)
     assert said.startswith("failed out of memory")
     assert "fewer trials at once" in said
+
+
+def test_a_worker_that_dies_before_its_trial_begins_costs_no_trial(driver: Driver):
+    """Ray calls this an error and tries it no more; the search goes on with it in its next round."""
+    trial = driver.start()
+    assert driver.crash(trial, "ActorDiedError", failures=2) == "running"
+    assert not driver.watch.has_to_stop()
+    assert Driver(driver.folder).start().config == trial.config
+
+
+def test_a_terminal_that_is_gone_changes_no_trial(driver: Driver, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", broken)
+    trial = driver.start()
+    driver.epoch(trial, EPOCHS)
+    assert driver.complete(trial) == "completed"
+    driver.epoch(trial, 1, value=7.0)  # should Ray run it again all the same
+    assert driver.complete(trial) == "completed"
+    assert driver.records.rows[trial.config["trial_id"]]["val_accuracy"] == 50.0
+    assert not driver.watch.has_to_stop()
 
 
 def test_it_gives_up_when_nothing_works(driver: Driver):
@@ -161,7 +186,7 @@ def test_a_disk_that_cannot_be_written_loses_nothing(driver: Driver, monkeypatch
 
     monkeypatch.setattr(records_module, "write_json", full)
     other.watch.on_trial_complete(0, [], again[1])
-    assert other.watch.trouble == "trial.json cannot be written (No space left on device)"
+    assert other.watch.trouble == "trial.json cannot be read or written (No space left on device)"
     monkeypatch.undo()
     assert other.status(again[1]) == "running"
     assert again[1].config["trial_id"] == by_driver.config["trial_id"]

@@ -42,7 +42,7 @@ RUN = ("--dataset", "digits", "--width", 4, "--epochs", 8, "--name", "run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("leave", [100_000 + 400_000 * i for i in range(TIMES_TRIED)])
+@pytest.mark.parametrize("leave", [100_000 + 150_000 * i for i in range(TIMES_TRIED)])
 def test_run(tmp_path: Path, small_disk: Path, leave: int) -> None:
     with TALLY.attempt("a full disk under a run"):
         filler = fill(small_disk, leave)

@@ -44,7 +44,7 @@ class Search:
     def ended(self) -> dict[str, Row]:
         rows = {}
         for path in self.folder.glob("trials/t*/trial.json"):
-            row = read_json(path)
+            row = {name: cell for name, cell in read_json(path).items() if name not in ("judged", "curve")}
             if row["status"] != "running":
                 rows[path.parent.name] = row
         return rows

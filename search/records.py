@@ -74,11 +74,20 @@ class SearchRecords:
         on_disk = {path.name for path in (self.folder / "trials").glob("t*") if path.is_dir()}
         rows = []
         for trial_id in sorted(on_disk | set(table), key=lambda trial_id: (trial_number(trial_id), trial_id)):
-            self.history[trial_id] = self._read_history(trial_id)
+            lines = self._read_lines(trial_id)
+            self.history[trial_id] = {n["epoch"]: EpochResult(n[self.metric], n["elapsed_s"]) for n in lines}
             row = self._read_row(trial_id, table.get(trial_id))
-            if row is not None:
-                rows.append(row)
+            if row is None:
+                continue
+            if row["status"] == "running" and lines:
+                self._update(row, lines[-1])
+            rows.append(row)
         return rows
+
+    def _read_lines(self, trial_id: str) -> list[dict[str, Any]]:
+        needed = ("epoch", self.metric, "elapsed_s")
+        lines = read_json_lines(self.trial_folder(trial_id) / "metrics.jsonl")
+        return [line for line in lines if all(_is_number(line.get(name)) for name in needed)]
 
     def _read_row(self, trial_id: str, in_table: Row | None) -> Row | None:
         path = self.trial_folder(trial_id) / "trial.json"
@@ -88,12 +97,8 @@ class SearchRecords:
             wrong = [name for name in table_columns(self.parameters) if not _is_cell(name, row.get(name, row))]
             if not wrong:
                 self.judged[trial_id] = judged
-                known = self.history[trial_id]
-                if row["status"] == "running" and known:
-                    row["epochs_done"] = max(known)
-                    row["seconds"] = sum(result.seconds for result in known.values())
-                elif row["status"] != "running" and curve is not None:
-                    self.history[trial_id] = {e: known.get(e, EpochResult(value, 0.0)) for e, value in curve.items()}
+                if row["status"] != "running" and curve is not None:  # metrics.jsonl may have been cut
+                    self.history[trial_id] = {epoch: EpochResult(value, 0.0) for epoch, value in curve.items()}
                 return row
             reason = f"{path} has no {', no '.join(wrong)} as a search writes them"
         except ValueError as error:
@@ -106,14 +111,6 @@ class SearchRecords:
         self.notes.append(f"{reason}, nor does trials.csv know it: trial {trial_id} is left out")
         shutil.move(path.parent, path.parent.with_name(f"damaged-{trial_id}-{datetime.now():%Y%m%d-%H%M%S-%f}"))
         return None
-
-    def _read_history(self, trial_id: str) -> dict[int, EpochResult]:
-        needed = ("epoch", self.metric, "elapsed_s")
-        return {
-            line["epoch"]: EpochResult(line[self.metric], line["elapsed_s"])
-            for line in read_json_lines(self.trial_folder(trial_id) / "metrics.jsonl")
-            if all(_is_number(line.get(name)) for name in needed)
-        }
 
     def trial_folder(self, trial_id: str) -> Path:
         return self.folder / "trials" / trial_id
@@ -170,9 +167,12 @@ class SearchRecords:
         if row["status"] != "running":
             return
         self.history[trial_id][record["epoch"]] = EpochResult(record[self.metric], record["elapsed_s"])
+        self._update(row, record)
+
+    def _update(self, row: Row, record: dict[str, Any]) -> None:
         row["epochs_done"] = record["epoch"]
-        row["seconds"] = sum(result.seconds for result in self.history[trial_id].values())
-        row |= {name: record[name] for name in MEASURES}
+        row["seconds"] = sum(result.seconds for result in self.history[row["trial_id"]].values())
+        row |= {name: record[name] for name in MEASURES if name in record}
 
     def end(self, trial_id: str, status: Status, error: str = "") -> Row:
         """Record how a trial ended. The checkpoints of one that will not go on are removed."""

@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 
 SEARCH_NAME ?= digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: search test faults
+.PHONY: search test faults bench
 
 # A real search on scikit-learn's handwritten digits, its best configuration retrained, a report.
 search: $(INSTALLED)
@@ -25,6 +25,10 @@ test: $(INSTALLED)
 # The fault tests of `make test` many times over: kills, full disks, lost nodes, damaged files.
 faults: $(INSTALLED)
 	BYOT_FAULTS=long $(BIN)/python -m pytest tests/faults
+
+# Training speed and memory against a plain loop that works as the reference does, in turns; on what is here.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/train_speed.py --output outputs/benchmarks/train-speed.json
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \

@@ -2,7 +2,8 @@
 
 config.json         every setting
 metrics.jsonl       one line an epoch
-checkpoints/        epoch-0012.pt, the last two; epoch-0012-step-000100.pt where an epoch takes long or was stopped
+checkpoints/        epoch-0012.pt, the last two; epoch-0012-step-000100.pt where an epoch takes long or was stopped;
+                    left-… what was damaged or gone back before
 tensorboard/        the same metrics as events
 result.json         written last: the test set's figures and where they come from
 """

@@ -16,7 +16,7 @@ from search.records import DIVERGED, Row, SearchRecords, Status, format_value
 from search.study import BudgetAwareSearch, RecordedAsha
 from search.trial import FAILED, UNWRITABLE
 
-MAX_RETRIES = 3  # of a trial whose worker or node died; it goes on from its checkpoint
+MAX_RETRIES = 3  # of a trial whose worker or node died before it did another epoch
 MAX_FAILURES = 5  # of the first trials, or crashes one after another, before the search gives up
 
 
@@ -56,7 +56,10 @@ class SearchWatch(tune.Callback):
         if UNWRITABLE in result:
             self.trouble = result[UNWRITABLE]
         elif FAILED not in result:
-            self.records.add_epoch(trial.config["trial_id"], result)
+            trial_id = trial.config["trial_id"]
+            if result["epoch"] not in self.records.history[trial_id]:
+                trial.run_metadata.num_failures = 0  # a trial that gets on is not given up, however often it is killed
+            self.records.add_epoch(trial_id, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         trial_id, last = trial.config["trial_id"], trial.last_result

@@ -50,7 +50,11 @@ class Driver:
 
     def start(self) -> Any:
         return SimpleNamespace(
-            trial_id="of Ray", config=self.searcher.suggest("of Ray"), last_result={}, error_file=None
+            trial_id="of Ray",
+            config=self.searcher.suggest("of Ray"),
+            last_result={},
+            error_file=None,
+            run_metadata=SimpleNamespace(num_failures=0),
         )
 
     def report(self, trial: Any, **result: Any) -> None:
@@ -66,7 +70,7 @@ class Driver:
         return self.status(trial)
 
     def crash(self, trial: Any, traceback: str, failures: int = MAX_RETRIES + 1) -> str:
-        trial.run_metadata = SimpleNamespace(num_failures=failures)
+        trial.run_metadata.num_failures = failures
         trial.error_file = str(self.folder / "error of ray.txt")
         Path(trial.error_file).write_text(traceback)
         self.watch.on_trial_error(0, [], trial)
@@ -126,6 +130,16 @@ def test_a_worker_that_dies_before_its_trial_begins_costs_no_trial(driver: Drive
     assert driver.crash(trial, "ActorDiedError", failures=2) == "running"
     assert not driver.watch.has_to_stop()
     assert Driver(driver.folder).start().config == trial.config
+
+
+def test_only_deaths_without_an_epoch_between_count(driver: Driver):
+    trial = driver.start()
+    driver.epoch(trial, 1)
+    trial.run_metadata.num_failures = MAX_RETRIES
+    driver.epoch(trial, 1)  # what it reports again
+    assert trial.run_metadata.num_failures == MAX_RETRIES
+    driver.epoch(trial, 2)
+    assert trial.run_metadata.num_failures == 0
 
 
 def test_a_terminal_that_is_gone_changes_no_trial(driver: Driver, monkeypatch: pytest.MonkeyPatch):

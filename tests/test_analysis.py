@@ -810,7 +810,7 @@ def test_the_best_retrained_with_seed_0_is_the_run_of_train_best(outputs, folder
     records = pytest.importorskip("search.records")
     search, trials = load_search(folder), load_trials(folder)
     rows = records.read_rows(folder / "trials.csv")
-    records.write_best(folder, records.best_row(rows, "val_accuracy", "max"), rows, list(SPACE))
+    records.write_best(folder, search, records.best_row(rows, "val_accuracy", "max"), rows, list(SPACE))
     shipped = TrainConfig.from_dict(json.loads((folder / "best.json").read_text())["config"])
     job = retrain.plan_jobs(retrain.choose_configurations(search, trials, 1, with_controls=False), outputs / "runs", 1)[
         0

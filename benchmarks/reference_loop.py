@@ -18,10 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from byot.config import TrainConfig
-from byot.model import ARCHITECTURES, CifarResNet
+from byot.model import ARCHITECTURES, STAGE_CHANNELS, CifarResNet
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-STAGE_CHANNELS = (64, 128, 256, 512)
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from byot.files import write_whole
+from byot.files import remove_leftovers, write_whole
 
 COMMENT_LENGTH = hashlib.sha256().digest_size * 2  # in hexadecimal
 NO_COMMENT = (0).to_bytes(2, "little")  # a zip archive ends with its comment's length and the comment
@@ -106,5 +106,6 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def remove_old_checkpoints(folder: Path) -> None:
     """Remove all but the last two, and what processes killed while writing have left."""
-    for path in (*list_checkpoints(folder)[KEEP:], *folder.glob(".epoch-*.tmp")):
+    for path in list_checkpoints(folder)[KEEP:]:
         path.unlink(missing_ok=True)
+    remove_leftovers(folder)

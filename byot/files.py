@@ -51,6 +51,11 @@ def errors_in(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
+def describe_refusal(error: OSError, place: Path | str) -> str:
+    """What the system refused: the file that the error names, else `place`, and why."""
+    return f"{error.filename or place} cannot be read or written ({error.strerror})"
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of writers that were killed."""
     for path in folder.glob(".*.tmp"):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from byot.config import TrainConfig, absolute_path, check_name, check_writable, outputs_folder
-from byot.files import set_aside
+from byot.files import describe_refusal, set_aside
 from byot.flags import Parser, add_settings, given_settings, one_sentence_errors
 from byot.lock import lock_folder
 from byot.searched import find_best
@@ -114,10 +114,7 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
         except TrainingError as error:
             print(f"train.py: {error}", file=sys.stderr)
         except OSError as error:  # a full disk, most often; what was saved before is whole
-            place = error.filename or folder
-            print(
-                f"train.py: {place} cannot be read or written ({error.strerror}); once it can, {go_on}", file=sys.stderr
-            )
+            print(f"train.py: {describe_refusal(error, folder)}; once it can, {go_on}", file=sys.stderr)
     raise SystemExit(1)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
-from byot.files import read_json, remove_leftovers
+from byot.files import describe_refusal, read_json, remove_leftovers
 from byot.flags import one_sentence_errors
 from byot.provenance import find_commit, find_versions, provenance
 from byot.runs import StopAsked
@@ -135,9 +135,7 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
         print(f"\nstopped; {_go_on(plan)}", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
-        place = error.filename or plan.folder
-        reason = f"{place} cannot be read or written ({error.strerror})"
-        print(f"tune.py: {reason}; once it can, {_go_on(plan)}", file=sys.stderr)
+        print(f"tune.py: {describe_refusal(error, plan.folder)}; once it can, {_go_on(plan)}", file=sys.stderr)
     return 1
 
 

@@ -13,6 +13,7 @@ from ray import tune
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages
+from byot.files import describe_refusal
 from byot.lock import WORKER_WAIT_S, LockedError, lock_folder
 from byot.runs import restore_trainer, train_saving
 from byot.stopping import DivergedError, TrainingError
@@ -57,8 +58,7 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
     except LockedError as error:
         tune.report(ending | {UNWRITABLE: str(error)})
     except OSError as error:
-        place = error.filename or folder
-        tune.report(ending | {UNWRITABLE: f"{place} cannot be read or written ({error.strerror})"})
+        tune.report(ending | {UNWRITABLE: describe_refusal(error, folder)})
 
 
 def measure_images_per_s(setup: TrialSetup, train: LabelledImages) -> float:

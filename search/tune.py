@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from byot.config import TrainConfig, absolute_path, check_name, check_writable, known_settings, outputs_folder
-from byot.files import errors_in, set_aside
+from byot.files import describe_refusal, errors_in, set_aside
 from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
 from byot.lock import lock_folder
 from search.records import load_search
@@ -139,8 +139,8 @@ def main() -> None:
         with ExitStack() as held:
             raise SystemExit(search(arguments, held))
     except OSError as error:  # a full disk, most often
-        place = error.filename or "the search's folder"
-        print(f"tune.py: {place} cannot be read or written ({error.strerror})", file=sys.stderr)
+        reason = describe_refusal(error, "the search's folder")
+        print(f"tune.py: {reason}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
-from byot.files import write_text
+from byot.files import describe_refusal, write_text
 from search.mirror import OptunaMirror
 from search.records import DIVERGED, Row, SearchRecords, Status, format_value
 from search.study import BudgetAwareSearch, RecordedAsha
@@ -88,7 +88,7 @@ class SearchWatch(tune.Callback):
         try:
             return write()
         except OSError as error:
-            self.trouble = f"{error.filename or self.records.folder} cannot be read or written ({error.strerror})"
+            self.trouble = describe_refusal(error, self.records.folder)
             return None
 
     def _end(self, trial_id: str, status: Status, error: str = "") -> None:

@@ -16,10 +16,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from byot.config import TrainConfig
-from byot.model import ARCHITECTURES, STAGE_CHANNELS, CifarResNet
 
+STAGE_CHANNELS = (64, 128, 256, 512)
+ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
@@ -44,6 +52,30 @@ class PilImages(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
+class PlainResNet(ResNet):
+    """torchvision's network with a 3x3 convolution as its stem, no pooling after it and a scaled width."""
+
+    def __init__(self, block: type[BasicBlock | Bottleneck], layers: list[int], num_classes: int, width: int) -> None:
+        self._width = width
+        super().__init__(block, layers, num_classes=num_classes)
+        self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.Identity()
+        self.fc = nn.Linear(self._scaled(STAGE_CHANNELS[-1]) * block.expansion, num_classes)
+
+    def _scaled(self, planes: int) -> int:
+        return planes * self._width // STAGE_CHANNELS[0]
+
+    def _make_layer(self, block, planes: int, *args, **kwargs) -> nn.Sequential:  # type: ignore[no-untyped-def]
+        if planes == STAGE_CHANNELS[0]:
+            self.inplanes = self._width
+        return super()._make_layer(block, self._scaled(planes), *args, **kwargs)
+
+    def stages(self) -> tuple[nn.Sequential, ...]:
+        return self.layer1, self.layer2, self.layer3, self.layer4
+
+
 def make_bottleneck(channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
     middle = out_channels // 4
     return nn.Sequential(
@@ -65,7 +97,7 @@ class ReferenceNet(nn.Module):
     def __init__(self, model: str, width: int, num_classes: int) -> None:
         super().__init__()
         block, layers = ARCHITECTURES[model]
-        self.trunk = CifarResNet(block, layers, num_classes, width)
+        self.trunk = PlainResNet(block, layers, num_classes, width)
         *shallow, deepest = [c * width // 64 * block.expansion for c in STAGE_CHANNELS]
         self.bottlenecks = nn.ModuleList(make_bottleneck(c, deepest, 8 // 2**i) for i, c in enumerate(shallow))
         self.classifiers = nn.ModuleList(nn.Linear(deepest, num_classes) for _ in shallow)

@@ -7,16 +7,8 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-STAGE_CHANNELS = (64, 128, 256, 512)  # torchvision's, before the width scales them
-ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (Bottleneck, [3, 4, 23, 3]),
-    "resnet152": (Bottleneck, [3, 8, 36, 3]),
-}
+STAGE_CHANNELS = (64, 128, 256, 512)  # of the published network, before the width scales them
 
 
 class BranchOutputs(NamedTuple):
@@ -26,29 +18,103 @@ class BranchOutputs(NamedTuple):
     features: tuple[Tensor, ...]  # K x [B, D], pooled, before the linear classifier
 
 
-class CifarResNet(ResNet):
-    """torchvision's ResNet with the CIFAR stem (3x3 convolution, stride 1, no pooling) and a scaled width."""
+def make_downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    """What brings a block's input to the shape of its output, None where it has it already."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+    )
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], layers: list[int], num_classes: int, width: int) -> None:
-        self._width = width
-        super().__init__(block, layers, num_classes=num_classes)
-        self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around which the input is added (He et al., 2016)."""
+
+    expansion = 1  # of the channels
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = make_downsample(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)) + identity, inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions around which the input is added; the 3x3 one has the stride, as in torchvision."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample = make_downsample(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        return F.relu(self.bn3(self.conv3(x)) + identity, inplace=True)
+
+
+ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
+
+
+class CifarResNet(nn.Module):
+    """A ResNet with the CIFAR stem (3x3 convolution, stride 1, no pooling) and a scaled width.
+
+    Its parameters bear torchvision's names. It is written out here since importing torchvision costs each worker of a
+    search two seconds.
+    """
+
+    def __init__(self, model: str, num_classes: int, width: int) -> None:
+        super().__init__()
+        block, num_blocks = ARCHITECTURES[model]
+        self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.Identity()
-        self.fc = nn.Linear(self._scaled(STAGE_CHANNELS[-1]) * block.expansion, num_classes)
+        channels = [c * width // STAGE_CHANNELS[0] for c in STAGE_CHANNELS]
+        self.stage_channels = [c * block.expansion for c in channels]  # of the feature maps that leave the stages
+        before = [width, *self.stage_channels]
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            nn.Sequential(
+                block(before[i], channels[i], stride=1 if i == 0 else 2),
+                *(block(before[i + 1], channels[i], stride=1) for _ in range(num_blocks[i] - 1)),
+            )
+            for i in range(len(channels))
+        )
+        self.fc = nn.Linear(self.stage_channels[-1], num_classes)
+        initialise_convolutions(self)
 
-    def _scaled(self, planes: int) -> int:
-        return planes * self._width // STAGE_CHANNELS[0]
-
-    def _make_layer(self, block, planes: int, *args, **kwargs) -> nn.Sequential:  # type: ignore[no-untyped-def]
-        # torchvision fixes the channels of stem and stages; this is where they are scaled.
-        if planes == STAGE_CHANNELS[0]:
-            self.inplanes = self._width
-        return super()._make_layer(block, self._scaled(planes), *args, **kwargs)
+    def stem(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, width, H, W]
+        return F.relu(self.bn1(self.conv1(images)), inplace=True)
 
     def stages(self) -> tuple[nn.Sequential, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4
+
+
+def initialise_convolutions(module: nn.Module) -> None:
+    """kaiming_normal of the outputs, as torchvision and the reference do."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
 
 class PatchConv2d(nn.Conv2d):
@@ -94,9 +160,7 @@ class Branch(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.fc = nn.Linear(out_channels, num_classes)
-        for module in self.bottleneck.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_convolutions(self)
 
     def forward(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         feature = self.bottleneck(feature_map).mean(dim=(2, 3))  # [B, D]
@@ -108,16 +172,16 @@ class BranchedResNet(nn.Module):
 
     def __init__(self, model: str, num_classes: int, width: int = 64) -> None:
         super().__init__()
-        block, layers = ARCHITECTURES[model]
-        self.trunk = CifarResNet(block, layers, num_classes, width)
-        channels = [c * width // STAGE_CHANNELS[0] * block.expansion for c in STAGE_CHANNELS]
+        self.trunk = CifarResNet(model, num_classes, width)
+        *shallow, deepest = self.trunk.stage_channels
         self.branches = nn.ModuleList(
-            Branch(channels[i], channels[-1], kernel_size=2 ** (3 - i), num_classes=num_classes) for i in range(3)
+            Branch(channels, deepest, kernel_size=2 ** (len(shallow) - i), num_classes=num_classes)
+            for i, channels in enumerate(shallow)
         )
 
     def forward(self, images: Tensor) -> BranchOutputs:  # [B, 3, H, W]
         trunk = self.trunk
-        x = trunk.relu(trunk.bn1(trunk.conv1(images)))
+        x = trunk.stem(images)
         logits: list[Tensor] = []
         features: list[Tensor] = []
         *shallow, deepest = trunk.stages()

@@ -75,7 +75,7 @@ def test_branches_are_the_references(name: str, width: int) -> None:
     with torch.inference_mode():
         outputs = model(images)
         trunk = model.trunk
-        x = trunk.relu(trunk.bn1(trunk.conv1(images)))
+        x = trunk.stem(images)
         for i in range(3):
             x = getattr(trunk, f"layer{i + 1}")(x)
             branch: Any = model.branches[i]

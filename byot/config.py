@@ -19,6 +19,9 @@ LossForm = Literal["reference", "paper"]
 RecipeName = Literal["reference", "strong"]
 Precision = Literal["auto", "fp32", "bf16"]
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
+BatchNorm = Literal["global", "local"]
+Acceleration = Literal["auto", "none", "graph", "compile"]
+Placement = Literal["auto", "device", "streamed"]
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 MOST = 1_000_000  # epochs, images a step, trials: more is a slip of the hand
@@ -114,6 +117,15 @@ class TrainConfig:
     split_seed: int = setting(0, "seed of the validation split")
     device: DeviceName = setting("auto", "where to train")
     precision: Precision = setting("auto", "arithmetic of the forward and backward pass; auto: bf16 where it is fast")
+    batch_norm: BatchNorm = setting(
+        "global", "over several processes: statistics of the whole batch, or each process's part alone"
+    )
+    acceleration: Acceleration = setting(
+        "auto", "a CUDA graph of the step, which 'compile' compiles first; auto: what pays in the steps to come"
+    )
+    placement: Placement = setting(
+        "auto", "where the images lie: on the device, or in main memory, streamed; auto: on the device if they fit"
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -178,12 +190,24 @@ class TrainConfig:
     def run_name(self) -> str:
         """A folder name that two different runs never share, so that the same command finds its own run again."""
         identity = {k: v for k, v in self.to_dict().items() if k not in NOT_IDENTITY}
+        if self.batch_norm == "global":
+            del identity["batch_norm"]  # a later setting: names from before it stay what they were
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.model}-w{self.width}-{self.dataset}-e{self.epochs}-s{self.seed}-{digest}"
 
 
-CHOICES = ("model", "dataset", "recipe", "loss_form", "precision", "device")
-NOT_IDENTITY = ("data_dir", "device")
+CHOICES = (
+    "model",
+    "dataset",
+    "recipe",
+    "loss_form",
+    "precision",
+    "device",
+    "batch_norm",
+    "acceleration",
+    "placement",
+)
+NOT_IDENTITY = ("data_dir", "device", "acceleration", "placement")
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:

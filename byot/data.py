@@ -1,7 +1,6 @@
-"""Images from files to augmented batches on the device.
+"""Images from files to arrays in main memory, and their splits.
 
-N images of a data set, B batch, H = W image size in pixels. Images are uint8 [N, H, W, 3]: with the channels last one
-gather crops and flips a whole batch, and the batch comes out in the memory format the convolutions want.
+N images of a data set, H = W image size in pixels. Images are uint8 [N, H, W, 3].
 """
 
 import io
@@ -13,9 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from byot.config import DATASETS, PROJECT_ROOT, RECIPES, TrainConfig, absolute_path
 
@@ -257,113 +253,3 @@ def find_normalisation(config: TrainConfig, images: np.ndarray) -> Normalisation
         mean.append(float(share @ levels))
         std.append(float(np.sqrt(share @ (levels - mean[-1]) ** 2)))
     return Normalisation(tuple(mean), tuple(std))
-
-
-# ---------------------------------------------------------------- batches
-
-
-class DeviceImages:
-    """A data set that lives on the device as uint8, ready to be cut into batches there."""
-
-    def __init__(self, data: LabelledImages, normalisation: Normalisation, device: torch.device) -> None:
-        with warnings.catch_warnings():
-            # Ray hands out arrays in shared, read-only memory; nothing here writes to them.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self.images = torch.from_numpy(data.images).to(device)  # [N, H, W, 3]
-            self.labels = torch.from_numpy(data.labels).to(device)  # [N]
-        self.mean = torch.tensor(normalisation.mean, device=device)
-        self.std = torch.tensor(normalisation.std, device=device)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, unaltered but for normalisation: pairs of [B, 3, H, W] and [B]."""
-        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
-            yield normalise(images, self.mean, self.std), labels
-
-    def augmented(self, plan: "EpochPlan", batch_size: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch from number `first` on, in the plan's order. A last batch of a single image is
-        left out: batch normalisation has no variance to take there."""
-        plan = plan.to(self.labels.device)
-        for i in range(first * batch_size, len(self), batch_size):
-            chosen = plan.order[i : i + batch_size]
-            if len(chosen) < 2:
-                return
-            flips = None if plan.flips is None else plan.flips[i : i + batch_size]
-            images = crop_and_flip(self.images[chosen], plan.offsets[i : i + batch_size], flips, plan.padding)
-            batch = normalise(images, self.mean, self.std)
-            if plan.cutout_centres is not None:
-                batch = cut_out(batch, plan.cutout_centres[i : i + batch_size], plan.cutout_size)
-            yield batch, self.labels[chosen]
-
-    def batches_per_epoch(self, batch_size: int) -> int:
-        return len(self) // batch_size + (len(self) % batch_size >= 2)
-
-
-class EpochPlan(NamedTuple):
-    """Every random choice of one epoch's batches. Row i of each tensor belongs to the i-th image drawn."""
-
-    order: Tensor  # [N] image indices
-    offsets: Tensor  # [N, 2] row and column of the crop in the padded image, 0 .. 2 * padding
-    flips: Tensor | None  # [N] bool
-    cutout_centres: Tensor | None  # [N, 2]
-    padding: int  # pixels
-    cutout_size: int  # pixels
-
-    def to(self, device: torch.device) -> "EpochPlan":
-        flips = None if self.flips is None else self.flips.to(device)
-        centres = None if self.cutout_centres is None else self.cutout_centres.to(device)
-        return self._replace(
-            order=self.order.to(device), offsets=self.offsets.to(device), flips=flips, cutout_centres=centres
-        )
-
-
-def draw_epoch(config: TrainConfig, num_images: int, epoch: int) -> EpochPlan:
-    """Draw an epoch's order and augmentation from (seed, epoch) alone.
-
-    Drawn on the CPU whatever the device, and anew for every epoch: so a run looks the same on every device, runs with
-    one seed see the same images in the same order whatever their loss weights, and resuming needs no generator state.
-    """
-    info = DATASETS[config.dataset]
-    seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1, np.uint32)[0])
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(num_images, generator=generator)
-    offsets = torch.randint(0, 2 * info.crop_padding + 1, (num_images, 2), generator=generator)
-    flips = torch.rand(num_images, generator=generator) < 0.5 if info.horizontal_flip else None
-    cutout_size = round(RECIPES[config.recipe].cutout * info.image_size)
-    centres = torch.randint(0, info.image_size, (num_images, 2), generator=generator) if cutout_size else None
-    return EpochPlan(order, offsets, flips, centres, info.crop_padding, cutout_size)
-
-
-def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor | None, padding: int) -> Tensor:
-    """Pad each image with black, cut a window of the old size out at its own offset, mirror it where asked.
-
-    images [B, H, W, 3], offsets [B, 2] as (row, column), flips [B] bool or None -> [B, H, W, 3]
-    """
-    batch_size, height, width, _ = images.shape
-    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
-    columns = torch.arange(width, device=images.device).expand(batch_size, width)
-    if flips is not None:
-        columns = torch.where(flips[:, None], width - 1 - columns, columns)
-    rows = offsets[:, 0, None] + torch.arange(height, device=images.device)  # [B, H]
-    columns = offsets[:, 1, None] + columns  # [B, W]
-    image = torch.arange(batch_size, device=images.device)
-    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], channels last in memory."""
-    return images.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
-
-
-def cut_out(batch: Tensor, centres: Tensor, size: int) -> Tensor:
-    """Set a square of `size` pixels around each image's centre to 0, the mean colour (DeVries and Taylor, 2017).
-
-    batch [B, 3, H, W], centres [B, 2] as (row, column); the square is cut off at the image's edge.
-    """
-    first = centres - size // 2  # [B, 2]
-    rows = torch.arange(batch.shape[2], device=batch.device) - first[:, 0, None]  # [B, H]
-    columns = torch.arange(batch.shape[3], device=batch.device) - first[:, 1, None]  # [B, W]
-    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
-    return batch.masked_fill(inside[:, None], 0)

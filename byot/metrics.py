@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from byot.distributed import ALONE, Processes
 from byot.loss import LossTerms
 from byot.model import BranchedResNet
 
@@ -62,51 +63,67 @@ class EpochMetrics:
 
 
 class TrainingSums:
-    """Sums over an epoch's images of all loss terms and correct answers, in one tensor on the device."""
+    """Sums over an epoch's images of all loss terms and correct answers, in one tensor on the device.
 
-    def __init__(self, num_classifiers: int, device: torch.device) -> None:
+    The tensor stays the same for ever, so that a recorded step can add to it. With several processes each has the sums
+    over its own images; whatever is read is the sum over all.
+    """
+
+    def __init__(self, num_classifiers: int, device: torch.device, processes: Processes = ALONE) -> None:
         k = num_classifiers
         self._sizes = [1, k, k - 1, k - 1, k]
         self._sums = torch.zeros(sum(self._sizes), dtype=_sum_dtype(device), device=device)
-        self._num_images = 0
+        self._processes = processes
+        self.num_images = 0  # over all processes; kept by who calls `add`, which may be recorded
+
+    def reset(self) -> None:
+        self._sums.zero_()
+        self.num_images = 0
 
     def add(self, terms: LossTerms, logits: tuple[Tensor, ...], labels: Tensor) -> None:
+        """Add a batch, its terms being means over it."""
         with torch.no_grad():
             correct = (torch.stack(logits).argmax(dim=2) == labels).float().mean(dim=1)  # [K]
             batch = torch.cat([terms.total[None], terms.label, terms.distillation, terms.hint, correct])
             self._sums += batch * len(labels)
-        self._num_images += len(labels)
 
     def read_loss(self) -> float:
         """The mean total loss so far; NaN or infinite for ever once a step's was. A synchronisation."""
-        return self._sums[0].item() / self._num_images
+        return self._processes.add_up(self._sums[0]).item() / self.num_images
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums.cpu(), "num_images": self._num_images}
+        return {"sums": self._processes.add_up(self._sums).cpu(), "num_images": self.num_images}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums.copy_(state["sums"])
-        self._num_images = state["num_images"]
+        self.reset()
+        if self._processes.is_first:
+            self._sums.copy_(state["sums"])
+        self.num_images = state["num_images"]
 
     def read(self) -> tuple[tuple[float, ...], ...]:
         """(total,), label [K], distillation [K-1], hint [K-1], accuracy [K] in percent. The one synchronisation."""
-        total, label, distillation, hint, correct = (self._sums.cpu() / self._num_images).split(self._sizes)
+        means = self._processes.add_up(self._sums).cpu() / self.num_images
+        total, label, distillation, hint, correct = means.split(self._sizes)
         parts = (total, label, distillation, hint, correct * 100)
         return tuple(tuple(part.tolist()) for part in parts)
 
 
 @torch.inference_mode()
 def evaluate(
-    model: BranchedResNet, batches: Iterable[tuple[Tensor, Tensor]], *, autocast_dtype: torch.dtype | None
+    model: BranchedResNet,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    autocast_dtype: torch.dtype | None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
-    """Run the network over all batches. The ensemble is the mean of the K softmaxes.
+    """Run the network over all batches, of all processes. The ensemble is the mean of the K softmaxes.
 
     ECE: predictions go into 15 equal bins of confidence; sum over bins of |accuracy - mean confidence| times the bin's
     share of the images (Guo et al., 2017).
     """
     model.eval()
     sums: Tensor | None = None  # [K+1, 2 + bins]: correct, nll, then per bin correct - confidence
-    num_images = 0
+    seen = 0
     for images, labels in batches:
         with torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
             logits = torch.stack(model(images).logits)  # [K, B, C]
@@ -123,9 +140,10 @@ def evaluate(
         gaps = torch.zeros(len(bins), ECE_BINS, device=bins.device).scatter_add_(1, bins, correct - confidence)
         batch = torch.cat([correct.sum(1, keepdim=True), nll.sum(1, keepdim=True), gaps], dim=1)
         sums = batch.to(_sum_dtype(batch.device)) if sums is None else sums + batch
-        num_images += len(labels)
+        seen += len(labels)
     assert sums is not None, "no images to evaluate"
-    sums = sums.cpu() / num_images
+    num_images = int(processes.add_up(torch.tensor(seen, device=sums.device)))
+    sums = processes.add_up(sums).cpu() / num_images
     return Evaluation(
         num_images=num_images,
         accuracy=tuple((sums[:, 0] * 100).tolist()),

@@ -8,14 +8,17 @@ tensorboard/        the same metrics as events
 result.json         written last: the test set's figures and where they come from
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from byot.batches import in_order, place_images
 from byot.checkpoint import (
     checkpoint_path,
     load_checkpoint,
@@ -25,7 +28,8 @@ from byot.checkpoint import (
     save_checkpoint,
 )
 from byot.config import NUM_CLASSIFIERS, TrainConfig
-from byot.data import DeviceImages, LabelledImages, Normalisation, check_dataset, load_images, split_validation
+from byot.data import LabelledImages, Normalisation, check_dataset, load_images, split_validation
+from byot.distributed import ALONE, Processes
 from byot.files import append_json_line, errors_in, read_json, remove_leftovers, write_json, write_json_lines
 from byot.lock import WORKER_WAIT_S, lock_folder
 from byot.metrics import EpochMetrics, Evaluation, evaluate
@@ -44,6 +48,7 @@ from byot.trainer import (
 )
 
 SAVE_EVERY_S = 600.0  # within an epoch that takes longer
+SAVING_SHARE = {"cpu": math.inf, "mps": 0.05, "cuda": 0.05}  # of the time, at most; infinite: after every epoch
 
 OnEpoch = Callable[[EpochMetrics], None]
 StopAsked = Callable[[], int]  # anything but 0 asks to stop
@@ -94,18 +99,27 @@ def _read_figures(path: Path) -> dict[str, Any]:
     return result
 
 
-def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None) -> Run:
+def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None, processes: Processes = ALONE) -> Run:
     """Read the data, build the network and go back to the given checkpoint, else to the folder's last one.
 
-    The caller holds the folder's lock. Writes nothing before all of that has worked. Raises ValueError for what a user
-    can put right.
+    The first process holds the folder's lock and is the one that writes, which it does once all of that has worked;
+    others, on whatever machine, read its checkpoint. Raises ValueError for what a user can put right.
     """
     read_result(config, folder)
     check_dataset(config.dataset, config.data_dir)
     images = load_images(config.dataset, config.data_dir, "train")
     train, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
-    trainer, resumed_from = restore_trainer(config, train, val, folder, checkpoint)
+    if not processes.is_first:
+        resumed_from = processes.from_first(None)
+        state = load_checkpoint(resumed_from) if resumed_from else None
+        normalisation = Normalisation(**state["normalisation"]) if state else None
+        trainer = Trainer(config, train, val, normalisation, processes)
+        if state:
+            trainer.load_state_dict(state)
+        return Run(folder, trainer, resumed_from)
+    trainer, resumed_from = restore_trainer(config, train, val, folder, checkpoint, processes)
     write_json(folder / "config.json", config.to_dict())
+    processes.from_first(resumed_from)
     return Run(folder, trainer, resumed_from)
 
 
@@ -115,6 +129,7 @@ def restore_trainer(
     val: LabelledImages | None,
     folder: Path,
     checkpoint: Path | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Trainer, Path | None]:
     """A trainer as the given checkpoint left it, else the folder's last whole one, else new; and that checkpoint.
 
@@ -125,7 +140,7 @@ def restore_trainer(
         if found:
             check_same_run(config, check_state(*found))
         normalisation = Normalisation(**found[1]["normalisation"]) if found else None
-        trainer = Trainer(config, train, val, normalisation)
+        trainer = Trainer(config, train, val, normalisation, processes)
         if found:
             check_weights(*found, trainer.model)
             check_buffers(*found, trainer.optimizer)
@@ -142,28 +157,42 @@ def train_saving(
 ) -> Iterator[EpochMetrics]:
     """Train to the last epoch; each one is saved, then added to metrics.jsonl, then yielded.
 
-    Raises StoppedError, the step at hand done and saved, once `stop_asked` says so.
+    On a GPU, where an epoch may take no longer than saving does, those are left out that would make saving take more
+    than its share. Raises StoppedError, the step at hand done and saved, once `stop_asked` says so, in any process.
     """
-    saved_at = time.monotonic()
+    processes = trainer.processes
+    saved_at, took_s = time.monotonic(), 0.0
 
     def save() -> None:
-        nonlocal saved_at
-        save_checkpoint(checkpoint_path(folder / "checkpoints", trainer.epoch, trainer.step), trainer.state_dict())
-        remove_old_checkpoints(folder / "checkpoints")
+        nonlocal saved_at, took_s
+        started = time.monotonic()
+        state = trainer.state_dict()
+        if processes.is_first:
+            save_checkpoint(checkpoint_path(folder / "checkpoints", trainer.epoch, trainer.step), state)
+            remove_old_checkpoints(folder / "checkpoints")
         saved_at = time.monotonic()
+        took_s = saved_at - started
+
+    def agreed(value: int) -> int:
+        return processes.greatest(int(value), trainer.device)
 
     def after_batch(done: int, images: int) -> None:
         if on_batch is not None:
             on_batch(done, images)
-        stop = stop_asked()
-        if stop or time.monotonic() - saved_at > SAVE_EVERY_S:
+        if processes.count > 1 and not trainer.due_for_check():
+            return
+        stop = agreed(stop_asked())
+        if stop or agreed(time.monotonic() - saved_at > SAVE_EVERY_S):
             save()
         if stop:
-            raise StoppedError
+            raise StoppedError(stop)
 
     for metrics in trainer.epochs(after_batch):
-        save()
-        append_json_line(folder / "metrics.jsonl", trainer.history[-1])
+        pause_s = took_s / SAVING_SHARE[trainer.device.type]
+        if trainer.epoch == trainer.config.epochs or agreed(time.monotonic() - saved_at >= pause_s):
+            save()
+        if processes.is_first:
+            append_json_line(folder / "metrics.jsonl", trainer.history[-1])
         yield metrics
 
 
@@ -174,20 +203,13 @@ def finish_run(
     stop_asked: StopAsked = lambda: 0,
 ) -> dict[str, Any]:
     """Train to the last epoch, with a checkpoint after each, then read the test set, once, and record the result."""
-    from torch.utils.tensorboard import SummaryWriter
-
     folder, trainer, config = run.folder, run.trainer, run.trainer.config
     origin = provenance(trainer.device)  # now: the checkout may change while the run goes on
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.epoch) as writer:
-
-        def show() -> None:
-            for name, value in trainer.history[-1].items():
-                writer.add_scalar(name, value, trainer.epoch)
-
-        if trainer.history:  # its last epoch may have been saved and not shown
-            show()
+    with ExitStack() as opened:
+        show = _shown_in_tensorboard(run, opened) if trainer.processes.is_first else None
         for metrics in train_saving(trainer, folder, on_batch, stop_asked):
-            show()
+            if show is not None:
+                show()
             if on_epoch is not None:
                 on_epoch(metrics)
     test = trainer.evaluate_on(load_images(config.dataset, config.data_dir, "test"))
@@ -198,10 +220,28 @@ def finish_run(
         "num_test_images": test.num_images,
         **test.to_record("test"),
         "elapsed_s": sum(record["elapsed_s"] for record in trainer.history),
+        "num_processes": trainer.processes.count,
         **origin,
     }
-    write_json(folder / "result.json", result)
+    if trainer.processes.is_first:
+        write_json(folder / "result.json", result)
     return result
+
+
+def _shown_in_tensorboard(run: Run, opened: ExitStack) -> Callable[[], None]:
+    """A function that shows the last epoch's figures; the writer is closed with `opened`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    trainer = run.trainer
+    writer = opened.enter_context(SummaryWriter(str(run.folder / "tensorboard"), purge_step=trainer.epoch))
+
+    def show() -> None:
+        for name, value in trainer.history[-1].items():
+            writer.add_scalar(name, value, trainer.epoch)
+
+    if trainer.history:  # its last epoch may have been saved and not shown
+        show()
+    return show
 
 
 def train_run(config: TrainConfig, folder: Path, threads: int | None = None) -> dict[str, Any]:
@@ -221,7 +261,8 @@ def evaluate_checkpoint(config: TrainConfig, checkpoint: Path, test: LabelledIma
     model = build_model(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     check_weights(checkpoint, state, model)
     model.load_state_dict(state["model"])
-    batches = DeviceImages(test, Normalisation(**state["normalisation"]), device).in_order(EVAL_BATCH_SIZE[device.type])
+    source = place_images(test, device, config.placement)
+    batches = in_order(source, EVAL_BATCH_SIZE[device.type], Normalisation(**state["normalisation"]))
     dtype = choose_autocast_dtype(config.precision, device)
     return evaluate(model, batches, autocast_dtype=dtype), state["epoch"]
 

@@ -9,7 +9,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedError(Exception):
-    """Training was asked to stop; its state is saved."""
+    """Training was asked to stop by a signal; its state is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
 
 
 class TrainingError(RuntimeError):

@@ -4,15 +4,18 @@
   python byot/train.py --best                      the best configuration a search found, on all training images
   python byot/train.py --resume outputs/runs/NAME  go on from a run's folder or one checkpoint file
 
+  torchrun --nproc-per-node 4 byot/train.py …      on several GPUs, with the same batches and the same result
+
 The same command goes on from the run's own last checkpoint. The run's folder is outputs/runs/NAME. Ctrl-C and SIGTERM
 finish the step at hand and save.
 """
 
 import argparse
+import os
 import shlex
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -81,33 +84,39 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
             with one_sentence_errors("train.py"):
                 from byot.console import show_progress
                 from byot.data import check_dataset
+                from byot.distributed import joined_processes
                 from byot.runs import finish_run, open_run, read_result
                 from byot.trainer import choose_device
 
-                if fresh and folder.exists():
+                processes = held.enter_context(joined_processes())
+                if fresh and processes.is_first and folder.exists():
                     choose_device(config.device)  # before anything is moved: with these no run could start
                     check_dataset(config.dataset, config.data_dir)
                     with lock_folder(folder):
                         print(f"what was in {folder} is now in {set_aside(folder)}")
-                result = read_result(config, folder)
+                result = processes.from_first(read_result(config, folder) if processes.is_first else None)
                 if result is not None:
                     print(f"{folder} is finished already; --name or --fresh starts another run with these settings")
                     return result
-                held.enter_context(lock_folder(folder))
-                run = open_run(config, folder, checkpoint)
+                if processes.is_first:
+                    held.enter_context(lock_folder(folder))
+                run = open_run(config, folder, checkpoint, processes)
             start = f"going on from {run.resumed_from}" if run.resumed_from else "starting"
             precision = "bf16" if run.trainer.autocast_dtype else "fp32"
+            among = f", {processes.count} processes" if processes.count > 1 else ""
             print(
                 f"{start}: {config.model} width {config.width} on {config.dataset}, {len(run.trainer.train_images)} "
-                f"training images, {config.epochs} epochs, {run.trainer.device.type}, {precision}\n{folder}",
+                f"training images, {config.epochs} epochs, {run.trainer.device.type}, {precision}{among}\n{folder}",
                 flush=True,
             )
             stop_asked = held.enter_context(catch_stop_signals())
+            if not processes.is_first:
+                return finish_run(run, stop_asked=stop_asked)
             with show_progress(run.trainer.epoch, config.epochs) as (on_batch, on_epoch):
                 return finish_run(run, on_batch, on_epoch, stop_asked)
-        except StoppedError:
+        except StoppedError as stopped:
             print(f"\nstopped and saved; {go_on}", file=sys.stderr)
-            raise SystemExit(128 + stop_asked()) from None
+            raise SystemExit(128 + stopped.signal_number) from None
         except KeyboardInterrupt:
             print(f"\nstopped; {go_on}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
@@ -119,15 +128,18 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
 
 
 def main() -> None:
-    arguments = build_parser().parse_args()
-    with one_sentence_errors("train.py"):
-        config, folder, checkpoint = plan_run(arguments)
-    result = train(config, folder, checkpoint, arguments.fresh)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; it speaks for all
+    with open(os.devnull, "w") as nowhere, nullcontext() if is_first else redirect_stdout(nowhere):
+        with nullcontext() if is_first else redirect_stderr(nowhere):
+            arguments = build_parser().parse_args()
+            with one_sentence_errors("train.py"):
+                config, folder, checkpoint = plan_run(arguments)
+        result = train(config, folder, checkpoint, arguments.fresh)
 
-    from byot.console import classifier_table
+        from byot.console import classifier_table
 
-    print(f"\ntest set, {result['num_test_images']} images, after epoch {config.epochs}")
-    print(classifier_table(result, "test"))
+        print(f"\ntest set, {result['num_test_images']} images, after epoch {config.epochs}")
+        print(classifier_table(result, "test"))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from byot.batches import ImageSource, batches_per_epoch, draw_epoch, in_order, place_images, shuffled
 from byot.checkpoint import is_out_of_memory
 from byot.config import DATASETS, NUM_CLASSIFIERS, RECIPES, TrainConfig, learning_rate
-from byot.data import DeviceImages, LabelledImages, Normalisation, draw_epoch, find_normalisation
-from byot.loss import self_distillation_loss
+from byot.data import LabelledImages, Normalisation, find_normalisation
+from byot.distributed import ALONE, Processes, synchronise_batch_norms
 from byot.metrics import EpochMetrics, Evaluation, TrainingSums, evaluate
 from byot.model import BranchedResNet
 from byot.provenance import find_versions
+from byot.step import Pace, TrainingStep, ways_to_try
 from byot.stopping import DivergedError, OutOfMemoryError
 
 EVAL_BATCH_SIZE = {"cpu": 256, "mps": 512, "cuda": 2048}
@@ -37,17 +39,23 @@ class Trainer:
         train: LabelledImages,
         val: LabelledImages | None = None,
         normalisation: Normalisation | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """`normalisation` is that of a checkpoint to be restored; a new run finds its own in the training images."""
         if len(train.labels) < 2:
             raise ValueError(f"training needs at least 2 images, not {len(train.labels)}")
+        check_parts(config, len(train.labels), processes)
         self.config = config
+        self.processes = processes
         self.device = choose_device(config.device)
         self.autocast_dtype = choose_autocast_dtype(config.precision, self.device)
+        ways_to_try(config.acceleration, self.device, processes)  # told now if it is not to be had
         self.normalisation = normalisation or find_normalisation(config, train.images)
-        self.train_images = DeviceImages(train, self.normalisation, self.device)
-        self.val_images = None if val is None else DeviceImages(val, self.normalisation, self.device)
+        self.train_images = place_images(train, self.device, config.placement)
+        self.val_images = None if val is None else place_images(val, self.device, config.placement)
         self.model = build_model(config).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if processes.count > 1 and config.batch_norm == "global":
+            synchronise_batch_norms(self.model, self.device)
         recipe = RECIPES[config.recipe]
         self.label_smoothing = recipe.label_smoothing
         self.optimizer = torch.optim.SGD(
@@ -56,14 +64,15 @@ class Trainer:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=recipe.nesterov,
-            fused=self.device.type == "cuda",
+            fused=True,
         )
         self.epoch = 0  # epochs finished
         self.step = 0  # steps done of the next one
         self.history: list[dict[str, Any]] = []  # the record of each finished epoch
-        self._sums = TrainingSums(NUM_CLASSIFIERS, self.device)  # of the steps done
+        self._sums = TrainingSums(NUM_CLASSIFIERS, self.device, processes)  # of the steps done
         self._elapsed_s = 0.0  # in them, by this process and those before
         self._versions = find_versions()
+        self._training_step: TrainingStep | None = None  # made once the state is the one to go on from
 
     def __iter__(self) -> Iterator[EpochMetrics]:
         return self.epochs()
@@ -83,29 +92,19 @@ class Trainer:
         started = time.perf_counter() - self._elapsed_s
         config, images, sums = self.config, self.train_images, self._sums
         plan = draw_epoch(config, len(images), self.epoch)
-        num_batches = images.batches_per_epoch(config.batch_size)
+        num_batches = batches_per_epoch(len(images), config.batch_size)
+        training_step = self._training_step = self._training_step or self._make_training_step()
         self.model.train()
-        for batch, labels in images.augmented(plan, config.batch_size, first=self.step):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(config, (self.epoch + self.step / num_batches) / config.epochs)
-            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                outputs = self.model(batch)
-            terms = self_distillation_loss(
-                outputs,
-                labels,
-                alpha=config.alpha,
-                temperature=config.temperature,
-                beta=config.beta,
-                loss_form=config.loss_form,
-                label_smoothing=self.label_smoothing,
+        for batch in shuffled(images, plan, config.batch_size, first=self.step, processes=self.processes):
+            training_step(
+                batch,
+                learning_rate(config, (self.epoch + self.step / num_batches) / config.epochs),
+                num_images=min(config.batch_size, len(images) - self.step * config.batch_size),
+                steps_left=(config.epochs - self.epoch) * num_batches - self.step,
             )
-            self.optimizer.zero_grad(set_to_none=True)
-            terms.total.backward()
-            self.optimizer.step()
-            sums.add(terms, outputs.logits, labels)
             self.step += 1
             self._elapsed_s = time.perf_counter() - started
-            if self.step % STEPS_BETWEEN_CHECKS[self.device.type] == 0:
+            if self.due_for_check():
                 self.check_finite(sums.read_loss())
             if on_batch is not None:
                 on_batch(min(self.step * config.batch_size, len(images)), len(images))
@@ -116,7 +115,8 @@ class Trainer:
         if val is not None:
             self.check_finite(sum(val.nll))  # what the epoch's last step did, no training loss has seen
         self.epoch += 1
-        self.step, self._sums, self._elapsed_s = 0, TrainingSums(NUM_CLASSIFIERS, self.device), 0.0
+        self.step, self._elapsed_s = 0, 0.0
+        sums.reset()
         metrics = EpochMetrics(
             epoch=self.epoch,
             lr=learning_rate(config, (self.epoch - 1 / num_batches) / config.epochs),  # the last step's
@@ -132,22 +132,50 @@ class Trainer:
         self.history.append(metrics.to_record())
         return metrics
 
+    def _make_training_step(self) -> TrainingStep:
+        network: torch.nn.Module = self.model
+        if self.processes.count > 1:
+            network = torch.nn.parallel.DistributedDataParallel(self.model)
+        return TrainingStep(
+            self.config,
+            network,
+            self.optimizer,
+            self._sums,
+            self.normalisation,
+            autocast_dtype=self.autocast_dtype,
+            label_smoothing=self.label_smoothing,
+            processes=self.processes,
+        )
+
+    def due_for_check(self) -> bool:
+        """Whether, after this step, the processes look up: at the loss, and whether one was asked to stop."""
+        num_batches = batches_per_epoch(len(self.train_images), self.config.batch_size)
+        return (self.epoch * num_batches + self.step) % STEPS_BETWEEN_CHECKS[self.device.type] == 0
+
+    @property
+    def paces(self) -> list[Pace]:
+        """What the ways of doing a step were measured to take, where there was a choice."""
+        return [] if self._training_step is None else self._training_step.paces
+
     def check_finite(self, loss: float) -> None:
         """Raise DivergedError for a loss that is NaN or infinite."""
         if not math.isfinite(loss):
             epoch = min(self.epoch + 1, self.config.epochs)
             raise DivergedError(f"the loss became {loss} in epoch {epoch}: a smaller lr or beta would help")
 
-    def evaluate(self, images: DeviceImages) -> Evaluation:
-        batches = images.in_order(EVAL_BATCH_SIZE[self.device.type])
-        return evaluate(self.model, batches, autocast_dtype=self.autocast_dtype)
+    def evaluate(self, images: ImageSource) -> Evaluation:
+        batches = in_order(images, EVAL_BATCH_SIZE[self.device.type], self.normalisation, self.processes)
+        return evaluate(self.model, batches, autocast_dtype=self.autocast_dtype, processes=self.processes)
 
     def evaluate_on(self, data: LabelledImages) -> Evaluation:
         """Evaluate on images that were not given at the start, such as the test set."""
-        return self.evaluate(DeviceImages(data, self.normalisation, self.device))
+        return self.evaluate(place_images(data, self.device, self.config.placement))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on as if nothing had happened, as plain data."""
+        """Everything needed to go on as if nothing had happened, as plain data. All processes ask for it together."""
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])
         return {
             "config": self.config.to_dict(),
             "num_train_images": len(self.train_images),
@@ -159,7 +187,7 @@ class Trainer:
             "history": self.history,
             "normalisation": self.normalisation._asdict(),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -175,6 +203,19 @@ class Trainer:
         self.epoch, self.step, self.history = state["epoch"], state["step"], list(state["history"])
         self._sums.load_state_dict(state["sums"])
         self._elapsed_s = state["elapsed_s"]
+        self._training_step = None  # a recorded one has the old buffers
+
+
+def check_parts(config: TrainConfig, num_images: int, processes: Processes) -> None:
+    """Raise ValueError if some batch is too small for each process to have a part of it."""
+    least = processes.count * (2 if config.batch_norm == "local" else 1)
+    smallest = num_images % config.batch_size
+    smallest = config.batch_size if smallest < 2 else smallest
+    if processes.count > 1 and smallest < least:
+        raise ValueError(
+            f"{processes.count} processes cannot share a batch of {smallest} images, as the last one of an epoch with "
+            f"batch_size {config.batch_size} is: another batch_size or fewer processes would do"
+        )
 
 
 def check_same_run(asked: TrainConfig, found: TrainConfig) -> None:

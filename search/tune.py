@@ -15,7 +15,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from byot.config import TrainConfig, absolute_path, check_name, check_writable, known_settings, outputs_folder
+from byot.config import (
+    NOT_IDENTITY,
+    TrainConfig,
+    absolute_path,
+    check_name,
+    check_writable,
+    known_settings,
+    outputs_folder,
+)
 from byot.files import describe_refusal, errors_in, set_aside
 from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
 from byot.lock import lock_folder
@@ -25,7 +33,7 @@ from search.space import DEFAULT_SPACE, Space, read_space, space_from_dict, spac
 
 SEARCHED = ("alpha", "temperature", "beta")
 # What may change from one part of a search to the next.
-FREE = ("data_dir", "device", "num_samples", "time_budget", "max_concurrent", "gpus_per_trial", "cpus_per_trial")
+FREE = (*NOT_IDENTITY, "num_samples", "time_budget", "max_concurrent", "gpus_per_trial", "cpus_per_trial")
 VAL_FRACTION = 0.1
 
 
@@ -46,7 +54,7 @@ def build_parser() -> Parser:
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     parser.add_argument("--storage-path", metavar="DIR", help="where this search is kept (default: OUTPUTS/searches)")
     add_settings(parser, SearchSettings)
-    add_settings(parser, TrainConfig, omit=SEARCHED, defaults={"val_fraction": VAL_FRACTION})
+    add_settings(parser, TrainConfig, omit=(*SEARCHED, "batch_norm"), defaults={"val_fraction": VAL_FRACTION})
     return parser
 
 

@@ -48,6 +48,9 @@ OTHER: dict[str, Any] = {
     "split_seed": 2,
     "device": "cpu",
     "precision": "bf16",
+    "batch_norm": "local",
+    "acceleration": "none",
+    "placement": "streamed",
 }
 
 
@@ -85,7 +88,8 @@ def test_missing_settings_take_their_defaults_and_unknown_ones_are_named() -> No
 
 
 WRONG: list[tuple[str, Any]] = [
-    *((name, "other") for name in ("model", "dataset", "recipe", "loss_form", "precision", "device")),
+    *((name, "other") for name in ("model", "dataset", "recipe", "loss_form", "precision", "device", "batch_norm")),
+    *((name, "other") for name in ("acceleration", "placement")),
     *((name, None) for name in ("model", "dataset", "width", "epochs", "lr", "alpha", "seed", "val_fraction")),
     *((name, 2.5) for name in ("width", "epochs", "batch_size", "seed", "split_seed")),
     *((name, True) for name in ("width", "epochs", "seed", "lr", "alpha", "beta")),
@@ -144,7 +148,7 @@ def test_the_edges_of_a_range_are_in_it(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", OTHER)
 def test_run_name_tells_runs_apart_but_not_their_place(name: str) -> None:
     config, other = TrainConfig(), TrainConfig(**{name: OTHER[name]})
-    same = name in ("device", "data_dir")
+    same = name in ("device", "data_dir", "acceleration", "placement")
     assert (config.run_name() == other.run_name()) is same
     assert config.differing_settings(other) == ({} if same else {name: (getattr(config, name), OTHER[name])})
 

@@ -1,14 +1,16 @@
 """Holds byot/metrics.py to slow numpy loops over the logits of a small real network."""
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from byot.batches import DeviceImages, in_order
 from byot.config import TrainConfig
-from byot.data import DeviceImages, find_normalisation, load_images
+from byot.data import Normalisation, load_images
 from byot.loss import LossTerms
 from byot.metrics import Evaluation, TrainingSums, evaluate
 from byot.model import BranchedResNet
@@ -17,21 +19,32 @@ from byot.trainer import Trainer
 CPU = torch.device("cpu")
 
 
+class Trained(NamedTuple):
+    """A network and the test images."""
+
+    model: BranchedResNet
+    images: DeviceImages
+    normalisation: Normalisation
+
+    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return in_order(self.images, batch_size, self.normalisation)
+
+
 @pytest.fixture(scope="module")
-def trained() -> tuple[BranchedResNet, DeviceImages]:
+def trained() -> Trained:
     """A network after four epochs on the digits, sure of some answers and wrong in others, and the test images."""
     config = TrainConfig(dataset="digits", width=4, epochs=4, lr=0.05, device="cpu", precision="fp32")
     train, test = (load_images("digits", None, split) for split in ("train", "test"))
     trainer = Trainer(config, train)
     assert len(list(trainer)) == 4
-    return trainer.model, DeviceImages(test, find_normalisation(config, train.images), CPU)
+    return Trained(trainer.model, DeviceImages(test, CPU), trainer.normalisation)
 
 
-def slow_evaluation(model: BranchedResNet, images: DeviceImages) -> Evaluation:
+def slow_evaluation(trained: Trained) -> Evaluation:
     """Image by image, bin by bin, in float64."""
-    model.eval()
+    model, images = trained.model.eval(), trained.images
     with torch.inference_mode():
-        outputs = [[z[0].double().numpy() for z in model(x).logits] for x, _ in images.in_order(1)]
+        outputs = [[z[0].double().numpy() for z in model(x).logits] for x, _ in trained.batches(1)]
     num_images = len(outputs)
     labels = images.labels.tolist()
     accuracy, nll, ece = [], [], []
@@ -67,26 +80,24 @@ def assert_close(found: Evaluation, expected: Evaluation) -> None:
     assert found.ece == pytest.approx(expected.ece, abs=1e-3)
 
 
-def test_evaluation_equals_the_loop(trained: tuple[BranchedResNet, DeviceImages]) -> None:
-    model, images = trained
-    expected = slow_evaluation(model, images)
+def test_evaluation_equals_the_loop(trained: Trained) -> None:
+    expected = slow_evaluation(trained)
     assert len(set(expected.accuracy)) > 2, "a network whose classifiers all agree would test nothing"
     assert 40 < max(expected.accuracy) < 100
-    assert_close(evaluate(model, images.in_order(100), autocast_dtype=None), expected)
+    assert_close(evaluate(trained.model, trained.batches(100), autocast_dtype=None), expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 359, 1000])
-def test_batch_size_does_not_matter(trained: tuple[BranchedResNet, DeviceImages], batch_size: int) -> None:
-    model, images = trained
-    found = evaluate(model, images.in_order(batch_size), autocast_dtype=None)
-    assert_close(found, evaluate(model, images.in_order(64), autocast_dtype=None))
+def test_batch_size_does_not_matter(trained: Trained, batch_size: int) -> None:
+    found = evaluate(trained.model, trained.batches(batch_size), autocast_dtype=None)
+    assert_close(found, evaluate(trained.model, trained.batches(64), autocast_dtype=None))
 
 
-def test_evaluating_changes_no_weight_and_no_statistic(trained: tuple[BranchedResNet, DeviceImages]) -> None:
-    model, images = trained
+def test_evaluating_changes_no_weight_and_no_statistic(trained: Trained) -> None:
+    model = trained.model
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    evaluate(model, images.in_order(64), autocast_dtype=None)
+    evaluate(trained.model, trained.batches(64), autocast_dtype=None)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -158,6 +169,7 @@ def test_training_sums_are_means_over_images() -> None:
         logits = tuple(torch.randn(4, batch_size, 6, generator=generator))
         labels = torch.randint(0, 6, (batch_size,), generator=generator)
         sums.add(terms, logits, labels)
+        sums.num_images += len(labels)
         right = [sum(int(z[b].argmax()) == int(labels[b]) for b in range(batch_size)) for z in logits]
         parts = [float(terms.total), *terms.label.tolist(), *terms.distillation.tolist(), *terms.hint.tolist()]
         expected += np.array([batch_size * part for part in parts] + [100.0 * r for r in right])

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from byot import data, evaluate, runs, searched, train
+from byot.batches import augment, batches_per_epoch, constants, draw_epoch, shuffled
 from byot.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
 from byot.config import RECIPES, TrainConfig, learning_rate
-from byot.data import LabelledImages, draw_epoch, load_images, split_validation
+from byot.data import LabelledImages, load_images, split_validation
 from byot.files import read_json, read_json_lines, write_json
 from byot.lock import lock_folder
 from byot.loss import self_distillation_loss
@@ -62,13 +63,20 @@ def few_digits(digits: LabelledImages) -> LabelledImages:
 # ---------------------------------------------------------------- the loop
 
 
+def augmented(trainer: Trainer, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    config, source = trainer.config, trainer.train_images
+    mean, std = constants(trainer.normalisation, trainer.device)
+    batches = shuffled(source, draw_epoch(config, len(source), epoch), config.batch_size)
+    return [(augment(batch, config, mean, std), batch.labels) for batch in batches]
+
+
 def train_by_hand(config: TrainConfig, images: LabelledImages, trainer: Trainer) -> dict[str, torch.Tensor]:
     """The epochs of a run spelled out: labels, weights, momentum and learning rate step by step."""
     recipe = RECIPES[config.recipe]
     model = build_model(config).to(memory_format=torch.channels_last).train()
     buffers: list[torch.Tensor | None] = [None for _ in model.parameters()]
     for epoch in range(config.epochs):
-        batches = list(trainer.train_images.augmented(draw_epoch(config, len(images.labels), epoch), config.batch_size))
+        batches = augmented(trainer, epoch)
         for i, (batch, labels) in enumerate(batches):
             lr = learning_rate(config, (epoch + i / len(batches)) / config.epochs)
             terms = self_distillation_loss(
@@ -110,7 +118,7 @@ def test_epoch_metrics_are_those_of_the_first_step(few_digits: LabelledImages) -
     """One batch an epoch: the epoch's figures are the loss of the initial weights."""
     config = SMALL.with_settings(epochs=3, batch_size=512, alpha=0.4, beta=1e-3)
     trainer = Trainer(config, few_digits)
-    batch, labels = next(trainer.train_images.augmented(draw_epoch(config, 300, 0), 512))
+    ((batch, labels),) = augmented(trainer, 0)
     outputs = build_model(config).to(memory_format=torch.channels_last).train()(batch)
     terms = self_distillation_loss(outputs, labels, alpha=0.4, temperature=3, beta=1e-3)
     found = next(iter(trainer))
@@ -174,7 +182,7 @@ def stop_in_the_middle(trainer: Trainer, epoch: int, step: int) -> None:
 
     def on_batch(done: int, images: int) -> None:
         if (trainer.epoch, trainer.step) == (epoch, step):
-            raise StoppedError
+            raise StoppedError(signal.SIGINT)
 
     with pytest.raises(StoppedError):
         list(trainer.epochs(on_batch))
@@ -189,7 +197,7 @@ def test_resume_within_an_epoch_is_bit_exact(tmp_path: Path, few_digits: Labelle
     list(straight)
     first = Trainer(config, train_part, val)
     stop_in_the_middle(first, 1, step)
-    assert first.train_images.batches_per_epoch(30) == 8
+    assert batches_per_epoch(len(first.train_images), 30) == 8
     path = checkpoint_path(tmp_path, first.epoch, first.step)
     assert path.name == f"epoch-0001-step-{step:06d}.pt"
     save_checkpoint(path, first.state_dict())

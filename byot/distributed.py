@@ -1,0 +1,148 @@
+"""Several processes that train one network: each takes its part of every batch, on a device of its own.
+
+torchrun starts them and tells each its rank. Together they do what one process would: the same batches, the same
+augmentation, the loss of the whole batch, and, unless told otherwise, batch normalisation over the whole batch.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+TIMEOUT = timedelta(minutes=30)  # for the others; the first may be writing a checkpoint or downloading
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run and this one's place among them. Alone, nothing is exchanged."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def part(self, rows: Tensor) -> Tensor:
+        """This process's share of the rows of a batch: neighbours, no two processes differing by more than one."""
+        return rows[len(rows) * self.rank // self.count : len(rows) * (self.rank + 1) // self.count]
+
+    def add_up(self, sums: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.count > 1:
+            sums = sums.clone()
+            dist.all_reduce(sums)
+        return sums
+
+    def greatest(self, value: int, device: torch.device) -> int:
+        """The greatest of all processes' values."""
+        if self.count == 1:
+            return value
+        found = torch.tensor(value, device=device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process has; the others' value is ignored. Ends those if the first has ended."""
+        if self.count == 1:
+            return value
+        box = [value]
+        try:
+            dist.broadcast_object_list(box, src=0)
+        except RuntimeError:
+            if self.is_first:
+                raise
+            raise SystemExit(1) from None  # the first has said why
+        return box[0]
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Meet the other processes that torchrun started, if it did. Raises ValueError if a GPU each is not there."""
+    count, rank, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
+    if count == 1:
+        yield ALONE
+        return
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"there are {torch.cuda.device_count()} GPUs here, one for each process: "
+                f"--nproc-per-node must be at most that"
+            )
+        torch.cuda.set_device(local_rank)
+    # gloo beside nccl: a run on the CPU of a machine with GPUs is one too
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    try:
+        yield Processes(rank, count)
+    finally:
+        dist.destroy_process_group()
+
+
+def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
+    """Let every batch normalisation take its statistics from all processes' parts of the batch."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, CpuSyncBatchNorm2d.like(child))
+
+
+class CpuSyncBatchNorm2d(nn.BatchNorm2d):
+    """What nn.SyncBatchNorm, which is for GPUs alone, would do on a CPU; the same parameters as nn.BatchNorm2d."""
+
+    @classmethod
+    def like(cls, other: nn.BatchNorm2d) -> Self:
+        made = cls(other.num_features, other.eps, other.momentum)
+        made.load_state_dict(other.state_dict())
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W], this process's part
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        values = x.float() if x.dtype == torch.bfloat16 else x
+        mine = values.new_tensor([values.numel() / values.shape[1]])
+        *sums, count = SumOverProcesses.apply(torch.cat([values.sum(dim=(0, 2, 3)), mine])).split(values.shape[1])
+        mean = sums[0] / count  # [C]
+        centred = values - mean[:, None, None]
+        variance = SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / count  # [C]
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of the gradients that all of them have for it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total

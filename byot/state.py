@@ -39,6 +39,8 @@ def check_state(path: Path, state: dict[str, Any]) -> TrainConfig:
         raise _wrong(path, "its normalisation is not a mean and a std")
     if not all(_is_number(value) for values in normalisation.values() for value in _three(values)):
         raise _wrong(path, "its mean and std are not three numbers each")
+    if not isinstance(state.get("way"), str | None):
+        raise _wrong(path, "its way of doing a step has no name")
     if not all(value > 0 for value in normalisation["std"]):
         raise _wrong(path, "its std is not above 0")
     return config

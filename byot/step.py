@@ -55,15 +55,19 @@ class TrainingStep:
         autocast_dtype: torch.dtype | None,
         label_smoothing: float,
         processes: Processes = ALONE,
+        settled: str | None = None,
     ) -> None:
+        """`settled` is the way that was chosen before the run was interrupted: it goes on so, to the last bit."""
         self.config, self.network, self.optimizer, self.sums = config, network, optimizer, sums
         self.device = next(network.parameters()).device
         self.autocast_dtype, self.label_smoothing, self.processes = autocast_dtype, label_smoothing, processes
         self._mean, self._std = constants(normalisation, self.device)
         self._weight = 1.0  # of this process's part in the loss of the whole batch
         self.paces: list[Pace] = []
-        self.chosen: str | None = None  # of several ways, once they have been timed
+        self.chosen = settled  # of several ways, once they have been timed
         self._ways = ways_to_try(config.acceleration, self.device, processes)
+        if settled in self._ways:
+            self._ways = [settled]
         self._run: RunStep = self._eager
         self._steps = 0  # of the way that is being timed
         self._begun_at = self._warm_at = 0.0

@@ -73,6 +73,7 @@ class Trainer:
         self._elapsed_s = 0.0  # in them, by this process and those before
         self._versions = find_versions()
         self._training_step: TrainingStep | None = None  # made once the state is the one to go on from
+        self._way: str | None = None  # of doing a step, which was chosen before that
 
     def __iter__(self) -> Iterator[EpochMetrics]:
         return self.epochs()
@@ -145,6 +146,7 @@ class Trainer:
             autocast_dtype=self.autocast_dtype,
             label_smoothing=self.label_smoothing,
             processes=self.processes,
+            settled=self._way,
         )
 
     def due_for_check(self) -> bool:
@@ -188,6 +190,7 @@ class Trainer:
             "normalisation": self.normalisation._asdict(),
             "model": self.model.state_dict(),
             "optimizer": optimizer,
+            "way": self._way if self._training_step is None else self._training_step.chosen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -203,7 +206,7 @@ class Trainer:
         self.epoch, self.step, self.history = state["epoch"], state["step"], list(state["history"])
         self._sums.load_state_dict(state["sums"])
         self._elapsed_s = state["elapsed_s"]
-        self._training_step = None  # a recorded one has the old buffers
+        self._training_step, self._way = None, state.get("way")  # a recorded step has the old buffers
 
 
 def check_parts(config: TrainConfig, num_images: int, processes: Processes) -> None:

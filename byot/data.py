@@ -8,12 +8,14 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from byot.config import DATASETS, PROJECT_ROOT, RECIPES, TrainConfig, absolute_path
+from byot.decoded import kept
 
 Split = Literal["train", "test"]
 DEFAULT_DATA_DIR = PROJECT_ROOT / "data"
@@ -48,13 +50,19 @@ class Normalisation(NamedTuple):
 
 
 def load_images(dataset: str, data_dir: str | None, split: Split) -> LabelledImages:
-    """Read and decode one split. Raises ValueError, in one sentence, for whatever is missing or unreadable."""
+    """One split, read and decoded, or as decoded before; the arrays may be read-only.
+
+    Raises ValueError, in one sentence, for whatever is missing or unreadable.
+    """
     if dataset == "digits":
         return _load_digits(split)
     folder = DEFAULT_DATA_DIR if data_dir is None else absolute_path(data_dir)
-    if files := find_parquet(dataset, data_dir, split):
-        return _load_parquet(dataset, files)
-    return _load_archive(dataset, folder, split, download=data_dir is None)
+    if sources := find_parquet(dataset, data_dir, split):
+        decode = partial(_load_parquet, dataset, sources)
+    else:
+        sources = sorted(path for path in (folder / ARCHIVE_FOLDERS[dataset]).glob("*") if path.is_file())
+        decode = partial(_load_archive, dataset, folder, split, download=data_dir is None)
+    return LabelledImages(*kept(f"{dataset}-{split}", sources, DATASETS[dataset].image_size, decode))
 
 
 def check_dataset(dataset: str, data_dir: str | None) -> None:

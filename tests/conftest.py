@@ -1,6 +1,7 @@
 """What the tests share: one thread, the CIFAR-100 files where they are, small parquet folders, a clean environment."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ from tests.helpers import PROJECT, ParquetMaker, write_parquet
 def single_thread() -> None:
     """The cores are shared, and sums over threads are not bit-identical."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded images are kept for the session, out of a tester's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BYOT_CACHE", str(tmp_path_factory.mktemp("decoded")))
+        yield
 
 
 @pytest.fixture(autouse=True)

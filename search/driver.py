@@ -151,10 +151,26 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
                 slots = share(room, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
         if slots.gpus == 0 and choose_device(plan.base.device).type == "cuda":
             plan = plan._replace(base=plan.base.with_settings(device="cpu"))  # asked for none, Ray hides the GPUs
+        if plan.settings.trials_per_gpu == "auto" and slots.num_gpus:
+            slots = _share_by_measuring(plan, data, slots)
         with catch_stop_signals() as stop_asked:  # after ray.init, which has a handler of its own
             return _run(plan, data, slots, records, stop_asked)
     finally:
         ray.shutdown()
+
+
+def _share_by_measuring(plan: SearchPlan, data: SearchData, slots: Slots) -> Slots:
+    """Put so many trials on each GPU as are quickest together; says what was measured."""
+    from search.probe import best_number, find_trials_per_gpu
+    from search.trial import TrialSetup
+
+    setup = TrialSetup(plan.base, plan.folder, plan.settings.metric, slots.cpus, timed=None)
+    found = find_trials_per_gpu(setup, data.train, slots.cpus, slots.num_cpus)
+    best = best_number(found)
+    told = ", ".join(f"{images_per_s:.0f} with {trials}" for trials, images_per_s in found)
+    print(f"{best} trials a GPU (images/s in all: {told})", flush=True)
+    asked = Share(slots.cpus, 1 / best, plan.settings.max_concurrent)
+    return share(asked, slots.num_cpus, slots.num_gpus, "the machine")
 
 
 def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecords, stop_asked: StopAsked) -> int:
@@ -162,8 +178,8 @@ def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecord
 
     folder, base, settings, space = plan.folder, plan.base, plan.settings, plan.space
     _log_to_file(folder / "search.log")
-    setup = TrialSetup(base, folder / "trials", settings.metric, slots.cpus)
     is_new = plan.is_new
+    setup = TrialSetup(base, folder / "trials", settings.metric, slots.cpus, timed=records.next_id if is_new else None)
     record = {} if is_new else load_search(folder)
     record |= {
         "name": folder.name,  # it may have been moved
@@ -189,9 +205,7 @@ def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecord
     records.write_tables()
     print(f"search {folder.name}: {settings.num_samples} trials of {base.model} width {base.width} on {base.dataset}")
     print(f"{len(data.train.labels)} images to train on, {len(data.val.labels)} to compare on, {folder}", flush=True)
-    if is_new:
-        print(_estimate(plan, setup, slots, data), flush=True)
-    else:
+    if not is_new:
         print(
             f"{len(records.ended)} trials have ended, {len(records.unfinished)} go on from their checkpoints, "
             f"{settings.num_samples - len(records.rows)} are to come",
@@ -234,6 +248,7 @@ def _fit(
     """Let Ray run what is unfinished and what is to come."""
     from ray import tune
     from ray.tune.error import TuneError
+    from ray.tune.execution import class_cache
 
     from search.mirror import OptunaMirror
     from search.study import BudgetAwareSearch, RecordedAsha
@@ -241,6 +256,7 @@ def _fit(
     from search.watch import MAX_RETRIES, SearchWatch, StopWatch
 
     settings, base = plan.settings, plan.base
+    sizes = (len(data.train.labels), len(data.val.labels))
     searcher = BudgetAwareSearch(
         records,
         plan.space,
@@ -257,10 +273,12 @@ def _fit(
         num_samples=settings.num_samples,
         deadline=deadline,
         stop_asked=stop_asked,
+        tell_pace=None if setup.timed is None else lambda speed: describe_time(speed, base, settings, slots, *sizes),
     )
     to_run = settings.num_samples - len(records.ended)
     if to_run == 0:  # only search.json was missing
         return watch
+    class_cache.DEFAULT_ENV_VARS.clear()  # with it Ray would start new workers beside those it has started already
     ray_folder = plan.folder / "ray"
     shutil.rmtree(ray_folder, ignore_errors=True)
     tuner = tune.Tuner(
@@ -309,29 +327,6 @@ def tell_result(plan: SearchPlan, records: SearchRecords) -> int:
         return 1
     print(_verdict(plan.folder))
     return 0
-
-
-def _estimate(plan: SearchPlan, setup: "TrialSetup", slots: Slots, data: SearchData) -> str:
-    """How long the search will take. Where that cannot be measured the trials will find out why."""
-    from ray.exceptions import RayError
-
-    try:
-        speed = _measure(setup, slots, data.train)
-    except RayError as error:
-        cause = getattr(error, "cause", None) or error
-        return f"how long it will take could not be measured: {str(cause).strip().splitlines()[0]}"
-    return describe_time(speed, plan.base, plan.settings, slots, len(data.train.labels), len(data.val.labels))
-
-
-def _measure(setup: "TrialSetup", slots: Slots, train: LabelledImages) -> float:
-    """Images a second and trial, timed over a few steps on as many workers as will run at once."""
-    import ray
-
-    from search.trial import STEPS_TIMED, measure_images_per_s
-
-    few = LabelledImages(*(part[: STEPS_TIMED * setup.base.batch_size] for part in train))
-    measure = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus)(measure_images_per_s)
-    return min(ray.get([measure.remote(setup, few) for _ in range(slots.max_concurrent)]))
 
 
 def describe_time(

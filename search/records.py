@@ -131,10 +131,14 @@ class SearchRecords:
     def next_number(self) -> int:
         return max(map(trial_number, self.rows), default=-1) + 1
 
+    @property
+    def next_id(self) -> str:
+        return f"t{self.next_number:04d}"  # no spreadsheet takes it for a number
+
     def begin(self, role: Role, params: dict[str, float]) -> Row:
         """Record a trial that is proposed, before anything of it is done."""
         row: Row = {
-            "trial_id": f"t{self.next_number:04d}",  # no spreadsheet takes it for a number
+            "trial_id": self.next_id,
             "role": role,
             "status": "running",
             "epochs_done": 0,

@@ -32,6 +32,9 @@ class SearchSettings:
     gpus_per_trial: float | None = setting(
         None, "GPUs a trial, fractions share one (default: 1 where there is a GPU, else 0)"
     )
+    trials_per_gpu: str | None = setting(
+        None, "trials on one GPU at once: a number, or auto, which measures how many are quickest together"
+    )
     cpus_per_trial: int | None = setting(None, "CPU threads a trial (default: 1)")
     time_budget: str | None = setting(None, "stop after this time, such as 90s, 30m, 8h or 2d")
     metric: Metric = setting("val_accuracy", "what is searched for; val_accuracy is the deepest classifier's")
@@ -58,7 +61,23 @@ class SearchSettings:
         gpus = self.gpus_per_trial
         if gpus is not None and not (0 <= gpus < math.inf and (gpus <= 1 or gpus == int(gpus))):
             raise ValueError(f"gpus_per_trial must be a fraction of 1 or a whole number, not {gpus:g}")
+        shared = self.trials_per_gpu
+        if (
+            shared is not None
+            and shared != "auto"
+            and not (isinstance(shared, str) and re.fullmatch(r"[1-9]\d?", shared, re.ASCII))
+        ):
+            raise ValueError(f"trials_per_gpu must be auto or a number from 1 to 99, not {shared!r:.40}")
+        if shared is not None and gpus is not None:
+            raise ValueError("trials_per_gpu and gpus_per_trial say the same in two ways: give one of them")
         self.time_budget_s()
+
+    @property
+    def gpus_asked_for(self) -> float | None:
+        """GPUs a trial; None leaves it open."""
+        if self.trials_per_gpu in (None, "auto"):
+            return self.gpus_per_trial
+        return 1 / int(str(self.trials_per_gpu))
 
     @property
     def mode(self) -> Literal["max", "min"]:

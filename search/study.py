@@ -20,6 +20,7 @@ from ray.tune.search import Searcher
 from search.records import DIVERGED, Row, SearchRecords
 from search.settings import REDUCTION_FACTOR, grace_epochs
 from search.space import FirstPoint, Space
+from search.trial import PACE
 
 MAX_STARTUP_TRIALS = 10  # Optuna's default number of random trials before TPE models anything
 
@@ -181,6 +182,8 @@ class RecordedAsha(AsyncHyperBandScheduler):
         """Nothing: there is one bracket for all."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if PACE in result:
+            return self.CONTINUE
         value = result.get(self._metric_name)
         if value is None or not math.isfinite(value) or result["epoch"] >= self._max_t:
             return self.STOP

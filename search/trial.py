@@ -5,6 +5,7 @@ starts it, looks into its own folder.
 """
 
 import math
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +18,17 @@ from byot.files import describe_refusal
 from byot.lock import WORKER_WAIT_S, LockedError, lock_folder
 from byot.runs import restore_trainer, train_saving
 from byot.stopping import DivergedError, TrainingError
-from byot.trainer import Trainer
+from byot.trainer import OnBatch, Trainer
 from search.records import DIVERGED
 
-STEPS_TIMED = 3
-SPEED_TEST_LR = 1e-6  # so that a search whose lr makes trials diverge can still be timed
+# Steps of a new search's first trial after which its speed is reported: those that warm up, those that are timed.
+STEPS_TIMED = {"cpu": (1, 3), "mps": (10, 10), "cuda": (100, 100)}
 
 # Keys of a report with which a trial ends before its last epoch, beside the metric's NaN.
 FAILED = "failed"  # for good, with the reason
 UNWRITABLE = "unwritable"  # its folder cannot be read or written: the trial can go on when it can
+# Key of a report that is no epoch's: images a second, before the first epoch is done.
+PACE = "pace"
 
 
 class TrialSetup(NamedTuple):
@@ -35,6 +38,7 @@ class TrialSetup(NamedTuple):
     trials_folder: Path  # each trial has trials_folder/TRIAL_ID
     metric: str
     threads: int
+    timed: str | None  # the trial that reports its speed early
 
 
 def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledImages, val: LabelledImages) -> None:
@@ -51,7 +55,8 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
             trainer, _ = restore_trainer(config, train, val, folder)
             for record in list(trainer.history):
                 tune.report(record)
-            for _ in train_saving(trainer, folder):
+            timed = suggestion["trial_id"] == setup.timed
+            for _ in train_saving(trainer, folder, on_batch=report_pace(trainer, setup.metric) if timed else None):
                 tune.report(trainer.history[-1])
     except TrainingError as error:
         tune.report(ending | {FAILED: f"{DIVERGED if isinstance(error, DivergedError) else ''}{error}"})
@@ -61,8 +66,18 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
         tune.report(ending | {UNWRITABLE: describe_refusal(error, folder)})
 
 
-def measure_images_per_s(setup: TrialSetup, train: LabelledImages) -> float:
-    """Training speed on this worker over these few images: once to warm up, once that counts."""
-    torch.set_num_threads(setup.threads)
-    harmless = setup.base.with_settings(epochs=2, lr=SPEED_TEST_LR)
-    return [metrics.images_per_s for metrics in Trainer(harmless, train)][-1]
+def report_pace(trainer: Trainer, metric: str) -> OnBatch:
+    """A function to be called after each step that reports the speed as soon as it can be known."""
+    warmup, timed = STEPS_TIMED[trainer.device.type]
+    began_at, steps = 0.0, 0
+
+    def after_step(done: int, images: int) -> None:
+        nonlocal began_at, steps
+        steps += 1
+        if steps == warmup:
+            began_at = time.perf_counter()
+        elif steps == warmup + timed:
+            images_per_s = timed * trainer.config.batch_size / (time.perf_counter() - began_at)
+            tune.report({"epoch": 0, metric: math.nan, PACE: images_per_s})
+
+    return after_step

@@ -33,7 +33,10 @@ from search.space import DEFAULT_SPACE, Space, read_space, space_from_dict, spac
 
 SEARCHED = ("alpha", "temperature", "beta")
 # What may change from one part of a search to the next.
-FREE = (*NOT_IDENTITY, "num_samples", "time_budget", "max_concurrent", "gpus_per_trial", "cpus_per_trial")
+FREE = (
+    *NOT_IDENTITY,
+    *("num_samples", "time_budget", "max_concurrent", "gpus_per_trial", "trials_per_gpu", "cpus_per_trial"),
+)
 VAL_FRACTION = 0.1
 
 
@@ -168,7 +171,7 @@ def search(arguments: argparse.Namespace, held: ExitStack) -> int:
         from search.driver import SearchPlan, check_same_search, load_search_data, run_search
 
         # A cluster's resources are known only once Ray has connected to it.
-        asked = Share(settings.cpus_per_trial, settings.gpus_per_trial, settings.max_concurrent)
+        asked = Share(settings.cpus_per_trial, settings.gpus_asked_for, settings.max_concurrent)
         slots = share_machine(asked, base.device) if arguments.address is None else None
         data = load_search_data(base)
         plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed)

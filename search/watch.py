@@ -14,7 +14,7 @@ from byot.files import describe_refusal, write_text
 from search.mirror import OptunaMirror
 from search.records import DIVERGED, Row, SearchRecords, Status, format_value
 from search.study import BudgetAwareSearch, RecordedAsha
-from search.trial import FAILED, UNWRITABLE
+from search.trial import FAILED, PACE, UNWRITABLE
 
 MAX_RETRIES = 3  # of a trial whose worker or node died before it did another epoch
 MAX_FAILURES = 5  # of the first trials, or crashes one after another, before the search gives up
@@ -37,7 +37,9 @@ class SearchWatch(tune.Callback):
         num_samples: int,
         deadline: float | None,
         stop_asked: Callable[[], int],
+        tell_pace: Callable[[float], str] | None = None,
     ) -> None:
+        """`tell_pace` says what the first speed that is known, in images a second, means for the search."""
         self.records = records
         self.searcher = searcher
         self.scheduler = scheduler
@@ -45,6 +47,7 @@ class SearchWatch(tune.Callback):
         self.num_samples = num_samples
         self.deadline = deadline  # on the monotonic clock
         self.stop_asked = stop_asked
+        self.tell_pace = tell_pace  # until it has been told
         self.trouble = ""  # why the search cannot go on
         self.crashes_in_a_row = 0
 
@@ -55,11 +58,14 @@ class SearchWatch(tune.Callback):
     ) -> None:
         if UNWRITABLE in result:
             self.trouble = result[UNWRITABLE]
+        elif PACE in result:
+            self._tell_pace(result)
         elif FAILED not in result:
             trial_id = trial.config["trial_id"]
             if result["epoch"] not in self.records.history[trial_id]:
                 trial.run_metadata.num_failures = 0  # a trial that gets on is not given up, however often it is killed
             self.records.add_epoch(trial_id, result)
+            self._tell_pace(result)  # where an epoch has fewer steps than are timed
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         trial_id, last = trial.config["trial_id"], trial.last_result
@@ -112,6 +118,11 @@ class SearchWatch(tune.Callback):
     def out_of_time(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
+    def _tell_pace(self, result: dict[str, Any]) -> None:
+        if self.tell_pace is not None:
+            tell, self.tell_pace = self.tell_pace, None
+            _say(tell(result[PACE] if PACE in result else result["images_per_s"]))
+
     def _print(self, row: Row) -> None:
         metric, best = self.records.metric, self.records.best()
         line = f"{len(self.records.ended):>3}/{self.num_samples}  {row['trial_id']}  {row['status']:<9}"
@@ -122,8 +133,7 @@ class SearchWatch(tune.Callback):
             line += f"  {row['error']}"
         elif best is not None:
             line += f"  best {format_value(best[metric])}"
-        with suppress(OSError):  # whoever read it may be gone, which is no trouble of the search
-            print(line, file=sys.__stdout__, flush=True)  # sys.stdout goes to the log while Ray runs
+        _say(line)
 
 
 class StopWatch(tune.Stopper):
@@ -137,6 +147,11 @@ class StopWatch(tune.Stopper):
 
     def stop_all(self) -> bool:
         return self.watch.has_to_stop()
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # whoever read it may be gone, which is no trouble of the search
+        print(text, file=sys.__stdout__, flush=True)  # sys.stdout goes to the log while Ray runs
 
 
 def _diverged(row: Row) -> bool:

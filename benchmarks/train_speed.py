@@ -40,8 +40,9 @@ def build_parser() -> Parser:
     parser = Parser(prog="train_speed.py", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"], metavar="MODEL")
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 16], metavar="WIDTH")
-    parser.add_argument("--steps", type=int, default=6, help="steps of each in a round [6]")
-    parser.add_argument("--rounds", type=int, default=5, help="[5]")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each in a round [2]")
+    parser.add_argument("--rounds", type=int, default=3, help="at least so many [3]")
+    parser.add_argument("--seconds", type=float, default=60, help="more rounds until so many are over [60]")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
     parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader [0]")
     parser.add_argument("--batch-size", type=int, default=128)
@@ -89,7 +90,9 @@ def step_flops(trainer: Trainer, batch_size: int) -> int:
     return counter.get_total_flops()
 
 
-def measure(config: TrainConfig, data: LabelledImages, rounds: int, num_workers: int) -> dict[str, Any]:
+def measure(
+    config: TrainConfig, data: LabelledImages, *, rounds: int, at_least_s: float, num_workers: int
+) -> dict[str, Any]:
     """Train both in turns and put the figures of all rounds together."""
     ours = Trainer(config, data)
     reference = ReferenceLoop(config, data.images, data.labels, num_workers)
@@ -97,7 +100,8 @@ def measure(config: TrainConfig, data: LabelledImages, rounds: int, num_workers:
     epochs, num_images = ours.epochs(), len(data.labels)
     dtype = ours.autocast_dtype or torch.float32
     taken: list[tuple[float, float, float]] = []
-    for _ in range(rounds + 1):
+    started = time.perf_counter()
+    while len(taken) < rounds + 1 or time.perf_counter() - started < at_least_s:
         ours_s = seconds(lambda: next(epochs))
         reference_s = seconds(lambda: list(reference.epoch()))
         peak = matmul_flops_per_s(ours.device, dtype)
@@ -107,6 +111,8 @@ def measure(config: TrainConfig, data: LabelledImages, rounds: int, num_workers:
     return {
         "model": config.model,
         "width": config.width,
+        "threads": torch.get_num_threads(),
+        "rounds": len(taken),
         "precision": str(dtype).removeprefix("torch."),
         "gflop_per_image": flops / config.batch_size / 1e9,
         "images_per_s": statistics.median(row[0] for row in taken),
@@ -187,7 +193,10 @@ def main() -> None:
         return
     rows = []
     for config in configs:
-        row = measure(config, data, arguments.rounds, arguments.workers) | measure_memory(config, arguments)
+        row = measure(
+            config, data, rounds=arguments.rounds, at_least_s=arguments.seconds, num_workers=arguments.workers
+        )
+        row |= measure_memory(config, arguments)
         rows.append(row)
         print(to_text([row]) if len(rows) == 1 else to_text([row]).splitlines()[1], flush=True)
     if arguments.output:

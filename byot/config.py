@@ -269,6 +269,11 @@ def default_outputs() -> Path:
     return absolute_path(os.environ.get("BYOT_OUTPUTS") or PROJECT_ROOT / "outputs")
 
 
+def cache_folder() -> Path:
+    """Where is kept what is slow to make and may be deleted: $BYOT_CACHE, else data/cache in the project's root."""
+    return absolute_path(os.environ.get("BYOT_CACHE") or PROJECT_ROOT / "data" / "cache")
+
+
 def check_writable(given: str | Path) -> Path:
     """The folder's absolute path. Raises ValueError unless it is a folder to write to, or one that can be made."""
     folder = absolute_path(given)

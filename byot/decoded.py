@@ -7,14 +7,13 @@ a machine share one copy in memory. Any of these files may be deleted at any tim
 
 import hashlib
 import mmap
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from byot.config import PROJECT_ROOT, absolute_path
+from byot.config import cache_folder
 from byot.files import remove_leftovers, write_whole
 
 Decoded = tuple[np.ndarray, np.ndarray]  # uint8 [N, H, W, 3], int64 [N]
@@ -30,7 +29,7 @@ def kept(name: str, sources: list[Path], image_size: int, decode: Callable[[], D
     digest = digest_of(sources)
     if digest is None:
         return decode()
-    path = decoded_folder() / f"{name}-{digest[:32]}.bin"
+    path = cache_folder() / f"{name}-{digest[:32]}.bin"
     found = read_decoded(path, image_size)
     if found is None:
         found = images, labels = decode()
@@ -41,11 +40,6 @@ def kept(name: str, sources: list[Path], image_size: int, decode: Callable[[], D
             checksum.update(numbers)
             write_whole(path, pixels, numbers, checksum.digest())
     return found
-
-
-def decoded_folder() -> Path:
-    """$BYOT_CACHE, else data/decoded in the project's root."""
-    return absolute_path(os.environ.get("BYOT_CACHE") or PROJECT_ROOT / "data" / "decoded")
 
 
 def digest_of(sources: list[Path]) -> str | None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byot.fused import norm_relu
+
 STAGE_CHANNELS = (64, 128, 256, 512)  # of the published network, before the width scales them
 
 
@@ -42,8 +44,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(x)) + identity, inplace=True)
+        x = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(x), identity)
 
 
 class Bottleneck(nn.Module):
@@ -64,9 +66,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        return F.relu(self.bn3(self.conv3(x)) + identity, inplace=True)
+        x = norm_relu(self.bn1, self.conv1(x))
+        x = norm_relu(self.bn2, self.conv2(x))
+        return norm_relu(self.bn3, self.conv3(x), identity)
 
 
 ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -104,7 +106,7 @@ class CifarResNet(nn.Module):
         initialise_convolutions(self)
 
     def stem(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, width, H, W]
-        return F.relu(self.bn1(self.conv1(images)), inplace=True)
+        return norm_relu(self.bn1, self.conv1(images))
 
     def stages(self) -> tuple[nn.Sequential, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4
@@ -163,7 +165,12 @@ class Branch(nn.Module):
         initialise_convolutions(self)
 
     def forward(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
-        feature = self.bottleneck(feature_map).mean(dim=(2, 3))  # [B, D]
+        x = feature_map
+        for i in range(0, len(self.bottleneck), 3):
+            convolution, norm, _ = self.bottleneck[i : i + 3]
+            assert isinstance(norm, nn.BatchNorm2d)
+            x = norm_relu(norm, convolution(x))
+        feature = x.mean(dim=(2, 3))  # [B, D]
         return self.fc(feature), feature
 
 

@@ -62,6 +62,8 @@ def test_the_speed_is_measured(tmp_path: Path) -> None:
         1,
         "--rounds",
         1,
+        "--seconds",
+        0,
         "--output",
         tmp_path / "speed.json",
     ]
@@ -72,6 +74,44 @@ def test_the_speed_is_measured(tmp_path: Path) -> None:
     assert 0 < row["share_of_matmul_peak"] < 1
     assert row["memory_gib"] > 0
     assert "resnet18      4" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_overhead_of_a_search_is_measured(tmp_path: Path) -> None:
+    record = tmp_path / "overhead.json"
+    arguments = ["--only-this", "--width", 2, "--epochs", 1, "--num-samples", 3, "--output", record]
+    done = run_command(arguments, cwd=tmp_path, script="benchmarks/search_overhead.py")
+    assert done.returncode == 0, done.stderr
+    found = read_json(record)
+    assert (found["trials"], found["epochs"]) == (3, 3)
+    assert 0 < found["busy_share"] < 1
+    assert found["overhead_s_a_trial"] * 3 + found["training_s"] == pytest.approx(found["fit_s"] * found["slots"])
+    assert found["wall_s"] > found["search_s"] > found["fit_s"] + found["start_ray_s"]
+
+
+@pytest.mark.slow
+def test_trials_at_once_are_measured(tmp_path: Path) -> None:
+    arguments = ["--width", 2, "--batch-size", 16, "--most", 1, "--output", tmp_path / "c.json"]
+    done = run_command(arguments, cwd=tmp_path, script="benchmarks/concurrent_trials.py")
+    assert done.returncode == 0, done.stderr
+    (row,) = read_json(tmp_path / "c.json")["rows"]
+    assert row["trials"] == 1
+    assert row["images_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "word"),
+    [
+        ("search_overhead.py", ["--width", "0"], "width"),
+        ("search_overhead.py", ["--num-samples", "0"], "num_samples"),
+        ("concurrent_trials.py", ["--most", "0"], "--most"),
+        ("concurrent_trials.py", ["--model", "vgg"], "vgg"),
+    ],
+)
+def test_bad_command_lines_of_searches(tmp_path: Path, script: str, arguments: list[str], word: str) -> None:
+    done = run_command(arguments, cwd=tmp_path, script=f"benchmarks/{script}")
+    assert done.returncode == 2
+    assert_one_sentence(done.stderr, word)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from byot.config import (
     PROJECT_ROOT,
     RECIPES,
     TrainConfig,
+    cache_folder,
     check_name,
     learning_rate,
     outputs_folder,
@@ -176,6 +177,13 @@ def test_plain_names_are_taken(name: str) -> None:
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="a name is made of"):
         check_name(name)
+
+
+def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BYOT_CACHE", str(tmp_path / "c"))
+    assert cache_folder() == tmp_path / "c"
+    monkeypatch.delenv("BYOT_CACHE")
+    assert cache_folder() == PROJECT_ROOT / "data" / "cache"
 
 
 def test_outputs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

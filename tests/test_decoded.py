@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from byot import data, decoded
+from byot import data
 from byot.data import LabelledImages, Split, load_images
-from byot.decoded import decoded_folder, digest_of, read_decoded
+from byot.decoded import digest_of, read_decoded
 from tests.helpers import ParquetMaker, write_parquet
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -88,8 +88,3 @@ def test_what_is_no_file_is_not_hashed() -> None:
     assert digest_of([Path("/dev/zero")]) is None
     assert digest_of([]) is None
     assert digest_of([Path("/nowhere")]) is None
-
-
-def test_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BYOT_CACHE")
-    assert decoded_folder() == decoded.PROJECT_ROOT / "data" / "decoded"

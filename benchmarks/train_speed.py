@@ -1,10 +1,11 @@
 """Training speed and memory of this project against a plain loop that works as the reference implementation does.
 
   python benchmarks/train_speed.py                               ResNet18 and 50 at widths 64 and 16
-  python benchmarks/train_speed.py --models resnet18 --widths 16 --steps 20 --data-dir DIR
+  python benchmarks/train_speed.py --models resnet18 --widths 16 --steps 10 --data-dir DIR
 
 Both train the same images in turns within one process, so that what else the machine does falls on both; the ratio is
-the median over the rounds. The share of the peak is the arithmetic of one step, forward and backward, over what a large
+the median over the rounds. A turn's first step finds its memory given back to the system: enough steps a turn show the
+speed of a long run. The share of the peak is the arithmetic of one step, forward and backward, over what a large
 matrix product reaches in the same precision in the same round. Memory is the growth of a process of its own over a few
 steps: resident memory on a CPU, allocated memory on a GPU.
 """
@@ -46,6 +47,7 @@ def build_parser() -> Parser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
     parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader [0]")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--acceleration", default="auto", help="of our steps: auto, none, graph or compile [auto]")
     parser.add_argument("--data-dir", metavar="DIR", help="CIFAR-100 (default: random images)")
     parser.add_argument("--output", metavar="FILE", help="write the record here as JSON")
     parser.add_argument("--memory-of", choices=["ours", "reference"], help=argparse.SUPPRESS)
@@ -99,6 +101,8 @@ def measure(
     flops = step_flops(ours, config.batch_size)
     epochs, num_images = ours.epochs(), len(data.labels)
     dtype = ours.autocast_dtype or torch.float32
+    while ours.is_choosing:
+        next(epochs)
     taken: list[tuple[float, float, float]] = []
     started = time.perf_counter()
     while len(taken) < rounds + 1 or time.perf_counter() - started < at_least_s:
@@ -113,6 +117,7 @@ def measure(
         "width": config.width,
         "threads": torch.get_num_threads(),
         "rounds": len(taken),
+        "ways": [pace._asdict() for pace in ours.paces],
         "precision": str(dtype).removeprefix("torch."),
         "gflop_per_image": flops / config.batch_size / 1e9,
         "images_per_s": statistics.median(row[0] for row in taken),
@@ -151,6 +156,7 @@ def measure_memory(config: TrainConfig, arguments: argparse.Namespace) -> dict[s
             "--widths": config.width,
             "--threads": arguments.threads,
             "--batch-size": config.batch_size,
+            "--acceleration": config.acceleration,
             "--workers": arguments.workers,
         }
         command = [sys.executable, __file__, *(str(word) for flag in flags.items() for word in flag)]
@@ -178,7 +184,13 @@ def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("train_speed.py"):
         configs = [
-            TrainConfig(model=model, width=width, epochs=10_000, batch_size=arguments.batch_size)
+            TrainConfig(
+                model=model,
+                width=width,
+                epochs=10_000,
+                batch_size=arguments.batch_size,
+                acceleration=arguments.acceleration,
+            )
             for model in arguments.models
             for width in arguments.widths
         ]

@@ -95,6 +95,10 @@ class TrainingStep:
 
     # ------------------------------------------------------------ choosing
 
+    @property
+    def is_choosing(self) -> bool:
+        return bool(self._ways)
+
     def _advance(self, batch: Batch, steps_left: int) -> None:
         """Time the way at hand; once it has been, go on to the next or settle for the quickest."""
         if self._tried:

@@ -155,6 +155,13 @@ class Trainer:
         return (self.epoch * num_batches + self.step) % STEPS_BETWEEN_CHECKS[self.device.type] == 0
 
     @property
+    def is_choosing(self) -> bool:
+        """Whether ways of doing a step are still to be timed."""
+        if self._training_step is None:
+            return bool(ways_to_try(self.config.acceleration, self.device, self.processes))
+        return self._training_step.is_choosing
+
+    @property
     def paces(self) -> list[Pace]:
         """What the ways of doing a step were measured to take, where there was a choice."""
         return [] if self._training_step is None else self._training_step.paces

@@ -10,7 +10,7 @@ import time
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ from byot.runs import StopAsked
 from byot.stopping import catch_stop_signals
 from byot.trainer import choose_device
 from search.cluster import RayStartError, Share, Slots, share, start_ray
-from search.records import SearchRecords, load_search, now, save_search, table_columns
+from search.records import SearchRecords, now, save_search, table_columns
 from search.settings import SearchSettings, expected_epochs
 from search.space import Space, first_points, space_to_dict
 
@@ -45,15 +45,7 @@ class SearchPlan(NamedTuple):
     space: Space
     address: str | None  # of a Ray cluster; None: this machine
     retry_failed: bool = False
-
-    @property
-    def is_new(self) -> bool:
-        """Whether nothing can be read of such a search yet."""
-        try:
-            load_search(self.folder)
-        except ValueError:
-            return True
-        return False
+    recorded: dict[str, Any] | None = None  # what search.json said; None: new, or nothing can be read of it
 
 
 class SearchData(NamedTuple):
@@ -80,14 +72,14 @@ def check_same_search(plan: SearchPlan, data: SearchData) -> None:
             raise ValueError(
                 f"the trials in {folder} are of another search space; give the --space it was started with"
             )
-    if plan.is_new:
+    if plan.recorded is None:
         return
-    search = load_search(folder)
     found = {"num_train_images": len(data.train.labels), "num_val_images": len(data.val.labels)}
     for name, number in found.items():
-        if search.get(name) != number:
+        before = plan.recorded.get(name)
+        if before != number:
             raise ValueError(
-                f"the search {folder.name} was started with {name} {search.get(name)}, the data set has {number} now; "
+                f"the search {folder.name} was started with {name} {before}, the data set has {number} now; "
                 "give the --data-dir it was started with"
             )
 
@@ -120,10 +112,11 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
     try:
         records = open_records(plan)
         if len(records.rows) > plan.settings.num_samples:
-            print(f"tune.py: {plan.folder} has {len(records.rows)} trials already: give that --num-samples or more")
+            told = f"{plan.folder} has {len(records.rows)} trials already: give that --num-samples or more"
+            print(f"tune.py: {told}", file=sys.stderr)
             return 2
-        if len(records.ended) >= plan.settings.num_samples and not plan.is_new:
-            records.search = load_search(plan.folder)
+        if len(records.ended) >= plan.settings.num_samples and plan.recorded is not None:
+            records.search = plan.recorded
             records.write_tables()
             print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
             return tell_result(plan, records)
@@ -178,9 +171,9 @@ def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecord
 
     folder, base, settings, space = plan.folder, plan.base, plan.settings, plan.space
     _log_to_file(folder / "search.log")
-    is_new = plan.is_new
+    is_new = plan.recorded is None
     setup = TrialSetup(base, folder / "trials", settings.metric, slots.cpus, timed=records.next_id if is_new else None)
-    record = {} if is_new else load_search(folder)
+    record = dict(plan.recorded or {})
     record |= {
         "name": folder.name,  # it may have been moved
         "status": "running",

@@ -297,6 +297,14 @@ def load_search(folder: Path) -> dict[str, Any]:
             raise error from None
 
 
+def find_search(folder: Path) -> dict[str, Any] | None:
+    """The same, but None where there is no such record, or none that can be read."""
+    try:
+        return load_search(folder)
+    except ValueError:
+        return None
+
+
 def save_search(folder: Path, record: dict[str, Any]) -> None:
     for path in (folder / "search.json", folder / "state" / "search.json"):
         write_json(path, record)

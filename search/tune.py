@@ -27,7 +27,7 @@ from byot.config import (
 from byot.files import describe_refusal, errors_in, set_aside
 from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
 from byot.lock import lock_folder
-from search.records import load_search
+from search.records import find_search, load_search
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE, Space, read_space, space_from_dict, space_to_dict
 
@@ -174,11 +174,12 @@ def search(arguments: argparse.Namespace, held: ExitStack) -> int:
         asked = Share(settings.cpus_per_trial, settings.gpus_asked_for, settings.max_concurrent)
         slots = share_machine(asked, base.device) if arguments.address is None else None
         data = load_search_data(base)
-        plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed)
         if arguments.fresh and folder.exists():
             with lock_folder(folder):
                 print(f"what was in {folder} is now in {set_aside(folder)}")
         held.enter_context(lock_folder(folder))
+        recorded = find_search(folder)
+        plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed, recorded)
         check_same_search(plan, data)
     return run_search(plan, data, slots or asked)
 

@@ -1,6 +1,7 @@
 """Holds training, its entry points and its records to DESIGN: bit-exact resume, the test set read once and last, one
 sentence for whatever a user got wrong. Real command lines run in processes of their own, from another folder."""
 
+import gc
 import json
 import os
 import re
@@ -175,6 +176,19 @@ def test_resume_is_bit_exact(tmp_path: Path, few_digits: LabelledImages, recipe:
             expected.accuracy,
             expected.val,
         )
+
+
+def test_nothing_grows_from_epoch_to_epoch(few_digits: LabelledImages) -> None:
+    """Neither the tensors that are alive nor, once warm, the process."""
+    train_part, val = split_validation(few_digits, fraction=0.2, seed=0)
+    tensors, resident = [], []
+    for _ in Trainer(SMALL.with_settings(epochs=12, val_fraction=0.2), train_part, val):
+        gc.collect()
+        tensors.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+        (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
+        resident.append(int(line.split()[1]) / 1024)  # MiB
+    assert len(set(tensors[1:])) == 1
+    assert resident[-1] - resident[3] < 8
 
 
 def stop_in_the_middle(trainer: Trainer, epoch: int, step: int) -> None:

@@ -33,6 +33,7 @@ def measure(config: TrainConfig, most: int | None) -> list[dict[str, Any]]:
     from byot.trainer import choose_device
     from search.cluster import Share, Slots, share_machine, start_ray
     from search.probe import measure_on_ray
+    from search.settings import share_of_gpu
     from search.trial import TrialSetup
 
     room = share_machine(Share(), config.device)
@@ -44,7 +45,7 @@ def measure(config: TrainConfig, most: int | None) -> list[dict[str, Any]]:
         for trials in range(1, (most or (8 if on_gpu else room.num_cpus)) + 1):
             threads = max(1, room.num_cpus // trials)
             setup = TrialSetup(config, Path("unused"), "val_accuracy", threads, timed=None)
-            run, actors = measure_on_ray(setup, data, cpus=threads, gpus=1 / trials if on_gpu else 0)
+            run, actors = measure_on_ray(setup, data, cpus=threads, gpus=share_of_gpu(trials) if on_gpu else 0)
             images_per_s = run(trials)
             for actor in actors:
                 ray.kill(actor)

@@ -33,7 +33,7 @@ from byot.provenance import provenance
 from byot.trainer import Trainer
 
 MATMUL_SIZE = {"cpu": 2048, "mps": 4096, "cuda": 8192}
-MEMORY_STEPS = 3
+MEMORY_STEPS = {"cpu": 3, "cuda": 50}  # a CUDA graph is recorded within them
 GIB = 2**30
 
 
@@ -197,7 +197,8 @@ def main() -> None:
         for name in ("steps", "rounds", "threads"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
-        steps = MEMORY_STEPS if arguments.memory_of else arguments.steps
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        steps = MEMORY_STEPS[kind] if arguments.memory_of else arguments.steps
         data = some_images(arguments.data_dir, steps * arguments.batch_size)
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:

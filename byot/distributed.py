@@ -50,6 +50,12 @@ class Processes:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the first one's statistics: each may have those of its own part of the batches."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def from_first(self, value: Any) -> Any:
         """What the first process has; the others' value is ignored. Ends those if the first has ended."""
         if self.count == 1:
@@ -68,23 +74,27 @@ ALONE = Processes()
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
-    """Meet the other processes that torchrun started, if it did. Raises ValueError if a GPU each is not there."""
+def joined_processes(device: str = "auto") -> Iterator[Processes]:
+    """Meet the other processes that torchrun started, if it did.
+
+    Raises ValueError if the device is, or may be, a GPU and there is none for each.
+    """
     count, rank, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
     )
     if count == 1:
         yield ALONE
         return
-    if torch.cuda.is_available():
+    on_gpus = device in ("auto", "cuda") and torch.cuda.is_available()
+    if on_gpus:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"there are {torch.cuda.device_count()} GPUs here, one for each process: "
                 f"--nproc-per-node must be at most that"
             )
         torch.cuda.set_device(local_rank)
-    # gloo beside nccl: a run on the CPU of a machine with GPUs is one too
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    # gloo beside nccl: what is no tensor is exchanged on the CPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT)
     try:
         yield Processes(rank, count)
     finally:

@@ -20,18 +20,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # of one process or over several
 
 from byot.config import cache_folder
 
 SOURCE = Path(__file__).with_name("norm_relu.c")
 LANES = 16  # as in the source: channels done together
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-shared", "-fPIC")
+# What -ffast-math has for vectorised sums, but not its switching off of subnormal numbers in the whole process.
+FAST_MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
+FLAGS = ("-O3", "-march=native", *FAST_MATH, "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 60
 
 POINTER, COUNT, DOUBLE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 
 
-def norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def norm_relu(norm: AnyBatchNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """relu(norm(x) + residual), [B, C, H, W]."""
     if _can_fuse(norm, x, residual) and load_library() is not None:
         y: Tensor = FusedNormRelu.apply(x, residual, norm.weight, norm.bias, norm)
@@ -40,7 +43,7 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -
     return F.relu(x if residual is None else x + residual, inplace=True)
 
 
-def _can_fuse(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> bool:
+def _can_fuse(norm: AnyBatchNorm, x: Tensor, residual: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
@@ -59,7 +62,7 @@ class FusedNormRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, norm: AnyBatchNorm
     ) -> Tensor:
         assert norm.running_mean is not None
         assert norm.running_var is not None

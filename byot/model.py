@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byot.fused import norm_relu
+from byot.fused import AnyBatchNorm, norm_relu
 
 STAGE_CHANNELS = (64, 128, 256, 512)  # of the published network, before the width scales them
 
@@ -168,7 +168,7 @@ class Branch(nn.Module):
         x = feature_map
         for i in range(0, len(self.bottleneck), 3):
             convolution, norm, _ = self.bottleneck[i : i + 3]
-            assert isinstance(norm, nn.BatchNorm2d)
+            assert isinstance(norm, AnyBatchNorm)
             x = norm_relu(norm, convolution(x))
         feature = x.mean(dim=(2, 3))  # [B, D]
         return self.fc(feature), feature

@@ -107,7 +107,11 @@ def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None, 
     """
     read_result(config, folder)
     check_dataset(config.dataset, config.data_dir)
+    if not processes.is_first:
+        processes.from_first(None)  # it downloads and decodes for all
     images = load_images(config.dataset, config.data_dir, "train")
+    if processes.is_first:
+        processes.from_first(None)
     train, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
     if not processes.is_first:
         resumed_from = processes.from_first(None)
@@ -130,6 +134,8 @@ def restore_trainer(
     folder: Path,
     checkpoint: Path | None = None,
     processes: Processes = ALONE,
+    *,
+    may_compile: bool = True,
 ) -> tuple[Trainer, Path | None]:
     """A trainer as the given checkpoint left it, else the folder's last whole one, else new; and that checkpoint.
 
@@ -140,7 +146,7 @@ def restore_trainer(
         if found:
             check_same_run(config, check_state(*found))
         normalisation = Normalisation(**found[1]["normalisation"]) if found else None
-        trainer = Trainer(config, train, val, normalisation, processes)
+        trainer = Trainer(config, train, val, normalisation, processes, may_compile=may_compile)
         if found:
             check_weights(*found, trainer.model)
             check_buffers(*found, trainer.optimizer)
@@ -185,6 +191,7 @@ def train_saving(
         if stop or agreed(time.monotonic() - saved_at > SAVE_EVERY_S):
             save()
         if stop:
+            agreed(0)  # the first has saved: as soon as one process ends, torchrun ends the others
             raise StoppedError(stop)
 
     for metrics in trainer.epochs(after_batch):

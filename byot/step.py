@@ -9,6 +9,7 @@ compiling costs. Each way's steps are timed as they train, and the quickest goes
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,22 +57,28 @@ class TrainingStep:
         label_smoothing: float,
         processes: Processes = ALONE,
         settled: str | None = None,
+        may_compile: bool = True,
     ) -> None:
-        """`settled` is the way that was chosen before the run was interrupted: it goes on so, to the last bit."""
+        """`settled` is the way that was chosen before the run was interrupted: it goes on so, to the last bit.
+
+        Without `may_compile` nothing is compiled unless the configuration asks for it.
+        """
         self.config, self.network, self.optimizer, self.sums = config, network, optimizer, sums
         self.device = next(network.parameters()).device
         self.autocast_dtype, self.label_smoothing, self.processes = autocast_dtype, label_smoothing, processes
         self._mean, self._std = constants(normalisation, self.device)
         self._weight = 1.0  # of this process's part in the loss of the whole batch
         self.paces: list[Pace] = []
-        self.chosen = settled  # of several ways, once they have been timed
         self._ways = ways_to_try(config.acceleration, self.device, processes)
+        if config.acceleration == "auto" and not may_compile:
+            self._ways = [way for way in self._ways if way != "compile"]
         if settled in self._ways:
             self._ways = [settled]
+        self.chosen = settled if settled in self._ways else None  # once the ways have been timed
         self._run: RunStep = self._eager
         self._steps = 0  # of the way that is being timed
-        self._begun_at = self._warm_at = 0.0
-        self._tried: dict[str, RunStep] = {}
+        self._warmup_s = self._timed_s = 0.0  # in them
+        self._quickest: tuple[Pace, RunStep] | None = None
         lr = torch.tensor(config.lr, device=self.device) if self.device.type == "cuda" else config.lr
         for group in optimizer.param_groups:
             group["lr"] = lr  # on CUDA a tensor: a graph reads it anew each time
@@ -88,9 +95,7 @@ class TrainingStep:
         if num_images < self.config.batch_size:  # the epoch's last: another shape
             self._eager(batch)
         else:
-            if self._ways:
-                self._advance(batch, steps_left)
-            self._run(batch)
+            self._settled_or_timed(batch, steps_left)
         self.sums.num_images += num_images
 
     # ------------------------------------------------------------ choosing
@@ -99,27 +104,49 @@ class TrainingStep:
     def is_choosing(self) -> bool:
         return bool(self._ways)
 
-    def _advance(self, batch: Batch, steps_left: int) -> None:
-        """Time the way at hand; once it has been, go on to the next or settle for the quickest."""
-        if self._tried:
-            self._steps += 1
-            if self._steps == WARMUP_STEPS:
-                self._warm_at = self._now()
-            if self._steps < WARMUP_STEPS + TIMED_STEPS:
-                return
-            step_s = (self._now() - self._warm_at) / TIMED_STEPS
-            prepared_s = max(0.0, self._warm_at - self._begun_at - WARMUP_STEPS * step_s)
-            self.paces.append(Pace(self._ways.pop(0), step_s, prepared_s))
-            if self._ways == ["compile"] and not self._worth_compiling(steps_left):
-                self._ways.clear()
-            if not self._ways:
-                self.chosen = min(self.paces, key=lambda pace: pace.step_s).way
-                self._run = self._tried[self.chosen]
-                self._tried.clear()
-                return
+    def _settled_or_timed(self, batch: Batch, steps_left: int) -> None:
+        """Do a step; as long as there are ways to be timed, as one of them, and settle for the quickest at the end.
+
+        A way that fails, as for want of memory or of a compiler, is left out where there are others.
+        """
+        if not self._ways:
+            self._run(batch)
+            return
         way = self._ways[0]
-        self._begun_at, self._steps = self._now(), 0
-        self._run = self._tried[way] = self._prepare(way, batch)
+        started = self._now()
+        try:
+            if self._steps == 0:
+                self._run = self._prepare(way, batch)
+            self._run(batch)
+        except Exception as error:
+            if self.config.acceleration != "auto" or way == "eager":
+                raise
+            warnings.warn(f"the step cannot be done as {way} here ({error}); it goes on otherwise", stacklevel=2)
+            self.optimizer.zero_grad(set_to_none=True)
+            self._next_way(steps_left)
+            self._eager(batch)
+            return
+        took_s = self._now() - started  # of the step alone: what happens between two steps is no way's doing
+        self._steps += 1
+        if self._steps <= WARMUP_STEPS:
+            self._warmup_s += took_s
+        else:
+            self._timed_s += took_s
+        if self._steps == WARMUP_STEPS + TIMED_STEPS:
+            step_s = self._timed_s / TIMED_STEPS
+            self.paces.append(Pace(way, step_s, max(0.0, self._warmup_s - WARMUP_STEPS * step_s)))
+            if self._quickest is None or step_s < self._quickest[0].step_s:
+                self._quickest = self.paces[-1], self._run
+            self._next_way(steps_left)
+
+    def _next_way(self, steps_left: int) -> None:
+        self._ways.pop(0)
+        self._steps, self._warmup_s, self._timed_s = 0, 0.0, 0.0
+        if self._ways == ["compile"] and not self._worth_compiling(steps_left):
+            self._ways.clear()
+        pace, self._run = self._quickest or (None, self._eager)  # one that lost gives its memory back
+        if not self._ways:
+            self.chosen = "eager" if pace is None else pace.way
 
     def _worth_compiling(self, steps_left: int) -> bool:
         saved_s = EXPECTED_SAVING * min(pace.step_s for pace in self.paces) * steps_left
@@ -142,7 +169,8 @@ class TrainingStep:
         def step(batch: Batch) -> None:
             self._descend(batch, compiled_loss)
 
-        return RecordedStep(step, batch) if self.device.type == "cuda" else step
+        record = self.device.type == "cuda" and self.processes.count == 1
+        return RecordedStep(step, batch) if record else step
 
     def _eager(self, batch: Batch) -> None:
         self._descend(batch, self._loss)
@@ -193,7 +221,8 @@ class RecordedStep:
             return
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            # other threads may pin memory meanwhile, as those do that stream images
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._run(self._batch)  # recorded, not done
         self._graph.replay()
 

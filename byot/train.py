@@ -88,7 +88,7 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
                 from byot.runs import finish_run, open_run, read_result
                 from byot.trainer import choose_device
 
-                processes = held.enter_context(joined_processes())
+                processes = held.enter_context(joined_processes(config.device))
                 if fresh and processes.is_first and folder.exists():
                     choose_device(config.device)  # before anything is moved: with these no run could start
                     check_dataset(config.dataset, config.data_dir)

@@ -40,13 +40,20 @@ class Trainer:
         val: LabelledImages | None = None,
         normalisation: Normalisation | None = None,
         processes: Processes = ALONE,
+        *,
+        may_compile: bool = True,
     ) -> None:
-        """`normalisation` is that of a checkpoint to be restored; a new run finds its own in the training images."""
+        """`normalisation` is that of a checkpoint to be restored; a new run finds its own in the training images.
+
+        Without `may_compile` the step is not compiled unless the configuration asks for it: not worth it for runs that
+        are likely to be stopped early.
+        """
         if len(train.labels) < 2:
             raise ValueError(f"training needs at least 2 images, not {len(train.labels)}")
         check_parts(config, len(train.labels), processes)
         self.config = config
         self.processes = processes
+        self.may_compile = may_compile
         self.device = choose_device(config.device)
         self.autocast_dtype = choose_autocast_dtype(config.precision, self.device)
         ways_to_try(config.acceleration, self.device, processes)  # told now if it is not to be had
@@ -136,7 +143,8 @@ class Trainer:
     def _make_training_step(self) -> TrainingStep:
         network: torch.nn.Module = self.model
         if self.processes.count > 1:
-            network = torch.nn.parallel.DistributedDataParallel(self.model)
+            local = self.config.batch_norm == "local"  # else all processes have the same statistics anyway
+            network = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=local)
         return TrainingStep(
             self.config,
             network,
@@ -147,6 +155,7 @@ class Trainer:
             label_smoothing=self.label_smoothing,
             processes=self.processes,
             settled=self._way,
+            may_compile=self.may_compile,
         )
 
     def due_for_check(self) -> bool:
@@ -173,6 +182,7 @@ class Trainer:
             raise DivergedError(f"the loss became {loss} in epoch {epoch}: a smaller lr or beta would help")
 
     def evaluate(self, images: ImageSource) -> Evaluation:
+        self.processes.share_buffers(self.model)
         batches = in_order(images, EVAL_BATCH_SIZE[self.device.type], self.normalisation, self.processes)
         return evaluate(self.model, batches, autocast_dtype=self.autocast_dtype, processes=self.processes)
 

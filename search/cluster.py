@@ -20,7 +20,6 @@ RAY_ENVIRONMENT = {
 
 
 START_ATTEMPTS = 3
-ROUNDING = 1e-9  # 1 / (1 / 49) is less than 49
 
 
 class RayStartError(RuntimeError):
@@ -58,7 +57,7 @@ def share(asked: Share, num_cpus: int, num_gpus: int, where: str) -> Slots:
         raise ValueError(f"{cpus} CPU threads each are asked for, but {where} has {num_cpus}")
     room = num_cpus // cpus
     if gpus > 0:
-        room = min(room, int(num_gpus / gpus) if gpus >= 1 else num_gpus * int(1 / gpus + ROUNDING))
+        room = min(room, int(num_gpus / gpus) if gpus >= 1 else num_gpus * int(1 / gpus))
     return Slots(min(asked.max_concurrent or room, room), cpus, gpus, num_cpus, num_gpus)
 
 

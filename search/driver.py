@@ -24,7 +24,7 @@ from byot.stopping import catch_stop_signals
 from byot.trainer import choose_device
 from search.cluster import RayStartError, Share, Slots, share, start_ray
 from search.records import SearchRecords, now, save_search, table_columns
-from search.settings import SearchSettings, expected_epochs
+from search.settings import SearchSettings, expected_epochs, share_of_gpu
 from search.space import Space, first_points, space_to_dict
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _share_by_measuring(plan: SearchPlan, data: SearchData, slots: Slots) -> Slo
     best = best_number(found)
     told = ", ".join(f"{images_per_s:.0f} with {trials}" for trials, images_per_s in found)
     print(f"{best} trials a GPU (images/s in all: {told})", flush=True)
-    asked = Share(slots.cpus, 1 / best, plan.settings.max_concurrent)
+    asked = Share(slots.cpus, share_of_gpu(best), plan.settings.max_concurrent)
     return share(asked, slots.num_cpus, slots.num_gpus, "the machine")
 
 
@@ -209,6 +209,7 @@ def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecord
     while True:
         before = len(records.ended)
         watch = _fit(plan, data, slots, setup, records, deadline, stop_asked)
+        setup = setup._replace(timed=None)
         missing = settings.num_samples - len(records.ended)
         # Some may be missing because their worker died before they began: as long as others end, they are begun again.
         if missing <= 0 or watch.has_to_stop() or len(records.ended) == before:

@@ -15,6 +15,7 @@ import torch
 from byot.data import LabelledImages
 from byot.stopping import OutOfMemoryError
 from byot.trainer import Trainer
+from search.settings import share_of_gpu
 from search.trial import TrialSetup
 
 MOST_TRIALS_PER_GPU = 16
@@ -42,10 +43,11 @@ class Probe:
 
     def __init__(self, setup: TrialSetup, few: LabelledImages) -> None:
         torch.set_num_threads(setup.threads)
-        self._trainer = Trainer(setup.base.with_settings(epochs=10_000, lr=HARMLESS_LR), few)
+        harmless = setup.base.with_settings(epochs=10_000, lr=HARMLESS_LR)
+        self._trainer = Trainer(harmless, few, may_compile=False)
 
     def images_in(self, seconds: float) -> float | None:
-        """Images a second, training for so long; None if there is too little memory."""
+        """Images a second, training for so long once the way of doing a step is settled; None for want of memory."""
         trainer, steps = self._trainer, 0
         started = time.perf_counter()
 
@@ -56,6 +58,9 @@ class Probe:
                 raise EnoughError
 
         try:
+            while trainer.is_choosing:
+                next(trainer.epochs())
+                started, steps = time.perf_counter(), 0
             list(trainer.epochs(on_batch))
         except OutOfMemoryError:
             return None
@@ -123,7 +128,7 @@ def find_trials_per_gpu(setup: TrialSetup, data: LabelledImages, cpus: int, num_
     import ray
 
     most = min(MOST_TRIALS_PER_GPU, num_cpus // cpus)
-    measure, actors = measure_on_ray(setup, data, cpus=cpus, gpus=1 / MOST_TRIALS_PER_GPU)
+    measure, actors = measure_on_ray(setup, data, cpus=cpus, gpus=share_of_gpu(MOST_TRIALS_PER_GPU))
     try:
         return raise_until_it_gains_nothing(measure, most)
     finally:

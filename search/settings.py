@@ -77,7 +77,7 @@ class SearchSettings:
         """GPUs a trial; None leaves it open."""
         if self.trials_per_gpu in (None, "auto"):
             return self.gpus_per_trial
-        return 1 / int(str(self.trials_per_gpu))
+        return share_of_gpu(int(str(self.trials_per_gpu)))
 
     @property
     def mode(self) -> Literal["max", "min"]:
@@ -93,6 +93,11 @@ class SearchSettings:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def share_of_gpu(trials: int) -> float:
+    """The fraction of a GPU that each of so many trials gets, rounded down to what Ray counts in: 1/10,000."""
+    return 10_000 // trials / 10_000
 
 
 def grace_epochs(epochs: int) -> int:

@@ -52,7 +52,7 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
     try:
         with lock_folder(folder, wait_s=WORKER_WAIT_S):
             config = setup.base.with_settings(**suggestion["params"])
-            trainer, _ = restore_trainer(config, train, val, folder)
+            trainer, _ = restore_trainer(config, train, val, folder, may_compile=False)
             for record in list(trainer.history):
                 tune.report(record)
             timed = suggestion["trial_id"] == setup.timed

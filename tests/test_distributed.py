@@ -17,11 +17,11 @@ from byot import step
 from byot.batches import augment
 from byot.config import TrainConfig
 from byot.data import LabelledImages
-from byot.distributed import ALONE, CpuSyncBatchNorm2d, Processes, joined_processes
+from byot.distributed import ALONE, CpuSyncBatchNorm2d, Processes, joined_processes, synchronise_batch_norms
 from byot.files import read_json, read_json_lines
 from byot.runs import open_run, train_run, train_saving
 from byot.stopping import StoppedError
-from byot.trainer import Trainer, check_parts
+from byot.trainer import Trainer, build_model, check_parts
 from tests.helpers import PROJECT, random_pixels
 
 SETTINGS = TrainConfig(width=4, epochs=3, batch_size=64, lr=0.1, device="cpu", precision="fp32")
@@ -204,6 +204,20 @@ def test_two_processes_refuse_in_one_sentence(tmp_path: Path) -> None:
     assert complaint.count("alpha must lie between 0 and 1") == 1
     assert 'train.py", line' not in complaint, "no traceback of ours"
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_network_takes_batch_norms_of_either_kind(device: str) -> None:
+    """torch's own, for GPUs, and ours; in evaluation they need no other process."""
+    model = build_model(SETTINGS).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model(images).logits
+        synchronise_batch_norms(model, torch.device(device))
+        kind = torch.nn.SyncBatchNorm if device == "cuda" else CpuSyncBatchNorm2d
+        assert sum(isinstance(m, kind) for m in model.modules()) == 29
+        for found, logits in zip(model(images).logits, expected, strict=True):
+            torch.testing.assert_close(found, logits)
 
 
 def test_batches_too_small_to_share_are_refused() -> None:

@@ -78,6 +78,9 @@ def test_a_number_is_found_on_a_gpu_that_ray_counts(monkeypatch: pytest.MonkeyPa
 def test_so_many_trials_get_a_gpu(number: int) -> None:
     settings = SearchSettings(trials_per_gpu=str(number))
     assert share(Share(1, settings.gpus_asked_for), 200, 2, "here").max_concurrent == 2 * number
+    share_each = settings.gpus_asked_for
+    assert share_each is not None
+    assert number * round(share_each * 10_000) <= 10_000, "Ray counts in ten-thousandths, rounded to the nearest"
 
 
 def test_auto_begins_with_a_whole_gpu() -> None:

@@ -1,6 +1,7 @@
 """Holds byot/step.py to one result whichever way a step is done, and its choice to what was timed."""
 
 import math
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -109,6 +110,42 @@ def test_compiling_has_to_pay_in_the_steps_to_come(monkeypatch: pytest.MonkeyPat
     for _ in range(2):
         next(running)
     assert ("compile" in done) is pays
+
+
+@pytest.mark.parametrize("failing", [("graph",), ("compile",), ("graph", "compile")])
+def test_a_way_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, failing: tuple[str, ...]) -> None:
+    seconds = {"eager": 1.0, "graph": 0.5, "compile": 0.4}
+    trainer, done = made_step(monkeypatch, seconds, epochs=100)
+    prepare = TrainingStep._prepare
+
+    def fail(self: TrainingStep, way: str, batch: Batch) -> Any:
+        if way in failing:
+            raise RuntimeError("no compiler")
+        return prepare(self, way, batch)
+
+    monkeypatch.setattr(TrainingStep, "_prepare", fail)
+    epochs = iter(trainer)
+    with pytest.warns(UserWarning, match="cannot be done as"):
+        list(islice(epochs, 3))
+    quickest = min((way for way in seconds if way not in failing), key=lambda way: seconds[way])
+    assert trainer.state_dict()["way"] == quickest
+    assert done[-1] == quickest
+    assert not set(done) & set(failing)
+
+
+def test_what_was_asked_for_and_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: TrainingStep, way: str, batch: Batch) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(TrainingStep, "_prepare", fail)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        next(iter(Trainer(SMALL.with_settings(acceleration="compile"), few_images(100))))
+
+
+def test_trials_of_a_search_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "ways_to_try", lambda *_: ["eager", "graph", "compile"])
+    trainer = Trainer(SMALL, few_images(100), may_compile=False)
+    assert trainer._make_training_step()._ways == ["eager", "graph"]
 
 
 def test_ways() -> None:

@@ -20,6 +20,7 @@ from byot.data import LabelledImages, Normalisation, find_normalisation
 from byot.distributed import ALONE, Processes, synchronise_batch_norms
 from byot.metrics import EpochMetrics, Evaluation, TrainingSums, evaluate
 from byot.model import BranchedResNet
+from byot.optimizer import SGD
 from byot.provenance import find_versions
 from byot.step import Pace, TrainingStep, ways_to_try
 from byot.stopping import DivergedError, OutOfMemoryError
@@ -65,7 +66,7 @@ class Trainer:
             synchronise_batch_norms(self.model, self.device)
         recipe = RECIPES[config.recipe]
         self.label_smoothing = recipe.label_smoothing
-        self.optimizer = torch.optim.SGD(
+        self.optimizer = SGD(
             self.model.parameters(),
             lr=config.lr,
             momentum=config.momentum,

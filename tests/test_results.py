@@ -1,6 +1,7 @@
 """What is shipped in results/ is what its records say."""
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from byot.searched import SHIPPED_FOLDER, find_best
 from search.records import best_row, read_rows
 
 RESULTS = PROJECT_ROOT / "results"
+SPEEDS = ("images_per_s", "reference_images_per_s", "ratio", "share_of_matmul_peak", "memory_ratio")
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED_FOLDER.glob("*.json")), ids=lambda path: path.stem)
@@ -50,3 +52,32 @@ def test_readme_tables_stand_in_the_records():
     numbers = [number for row in rows for number in re.findall(r"\b\d\d\.\d\d\b", row)]
     assert len(numbers) >= 15
     assert set(numbers) <= known
+
+
+def test_readme_speeds_stand_in_the_records():
+    """Every row of the speed table is a record's."""
+    section = (PROJECT_ROOT / "README.md").read_text().split("## Speed")[1].split("\n## ")[0]
+    told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if "| ResNet" in line]
+    known = []
+    for path in RESULTS.glob("benchmarks/*thread*.json"):
+        for row in read_json(path)["rows"]:
+            network = f"ResNet{row['model'].removeprefix('resnet')}, width {row['width']}"
+            known.append([network, str(row["threads"]), *(row[name] for name in SPEEDS)])
+    assert len(told) == len(known)
+    for network, threads, *numbers in told:
+        (recorded,) = ([*values] for n, t, *values in known if (n, t) == (network, threads))
+        for number, value in zip(numbers, recorded, strict=True):
+            digits = len(number.partition(".")[2])
+            assert number == f"{value:.{digits}f}"
+
+
+def test_readme_means_are_those_of_the_records():
+    section = (PROJECT_ROOT / "README.md").read_text().split("## Speed")[1].split("\n## ")[0]
+    names = [*(f"test_accuracy_{i}" for i in range(1, 5)), "test_accuracy_ensemble"]
+    for told, precision in (("bf16", "bf16"), ("float32", "fp32")):
+        (line,) = (line for line in section.splitlines() if line.startswith(f"| {told} |"))
+        records = [read_json(path) for path in RESULTS.glob(f"runs/cifar100-w16-e4-{precision}-s*.json")]
+        assert len(records) >= 3
+        found = [[record[name] for record in records] for name in names]
+        expected = [f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" for values in found]
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == expected

@@ -184,11 +184,23 @@ def test_nothing_grows_from_epoch_to_epoch(few_digits: LabelledImages) -> None:
     tensors, resident = [], []
     for _ in Trainer(SMALL.with_settings(epochs=12, val_fraction=0.2), train_part, val):
         gc.collect()
-        tensors.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+        tensors.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
         (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
         resident.append(int(line.split()[1]) / 1024)  # MiB
     assert len(set(tensors[1:])) == 1
     assert resident[-1] - resident[3] < 8
+
+
+def test_training_imports_neither_torchvision_nor_the_compiler(tmp_path: Path) -> None:
+    """Each takes every process, a search's workers too, more than a second."""
+    program = (
+        "import sys; from pathlib import Path; from byot.config import TrainConfig; from byot.runs import open_run\n"
+        "run = open_run(TrainConfig(dataset='digits', width=2, epochs=1, device='cpu'), Path(sys.argv[1]))\n"
+        "list(run.trainer); run.trainer.state_dict()\n"
+        "print([name for name in ('torchvision', 'torch._dynamo', 'ray', 'optuna') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def stop_in_the_middle(trainer: Trainer, epoch: int, step: int) -> None:

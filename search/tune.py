@@ -167,12 +167,17 @@ def search(arguments: argparse.Namespace, held: ExitStack) -> int:
             searches = arguments.storage_path
         folder, base, settings, space = plan_search(arguments, check_writable(searches))
 
+        from byot.distributed import ALONE
+        from byot.step import ways_to_try
+        from byot.trainer import choose_device
         from search.cluster import Share, share_machine
         from search.driver import SearchPlan, check_same_search, load_search_data, run_search
 
         # A cluster's resources are known only once Ray has connected to it.
         asked = Share(settings.cpus_per_trial, settings.gpus_asked_for, settings.max_concurrent)
         slots = share_machine(asked, base.device) if arguments.address is None else None
+        if slots is not None:
+            ways_to_try(base.acceleration, choose_device(base.device), ALONE)
         data = load_search_data(base)
         if arguments.fresh and folder.exists():
             with lock_folder(folder):

@@ -104,7 +104,7 @@ def train_by_hand(config: TrainConfig, images: LabelledImages, trainer: Trainer)
 @pytest.mark.parametrize("recipe", ["reference", "strong"])
 def test_the_loop_is_sgd_on_the_loss(few_digits: LabelledImages, recipe: Any) -> None:
     config = SMALL.with_settings(
-        recipe=recipe, epochs=2, batch_size=100, lr=0.02, alpha=0.4, temperature=2.0, beta=1e-3, loss_form="paper"
+        recipe=recipe, epochs=2, batch_size=100, lr=0.005, alpha=0.4, temperature=2.0, beta=1e-3, loss_form="paper"
     )
     trainer = Trainer(config, few_digits)
     start = {key: value.clone() for key, value in trainer.model.state_dict().items()}

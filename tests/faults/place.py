@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision  # noqa: F401  # which imports torch's compiler, as it must before torch's backends are patched
 
 import analysis.best
 import analysis.report

@@ -10,6 +10,7 @@ on with the others. The test set is read once a run, at its end; the configurati
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from byot.config import TrainConfig, absolute_path, check_writable, outputs_folder
 from byot.files import write_text
 from byot.flags import Parser, flag_name, one_sentence_errors
+from byot.stopping import StoppedError, catch_stop_signals
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from byot.runs import StopAsked
     from search.cluster import Slots
 
 MOST_SEEDS = 10_000
+LOOK_UP_S = 0.5  # between two looks at whether to stop
 MAX_RETRIES = 2  # of a run whose worker died; it goes on from its checkpoint
 
 
@@ -127,8 +131,11 @@ def check_data(config: TrainConfig) -> None:
         load_images(config.dataset, config.data_dir, "test")
 
 
-def run_jobs(jobs: list[Job], slots: "Slots") -> Iterator[Outcome]:
-    """Run the jobs on this machine by Ray and yield each as it ends; one that fails does not stop the others."""
+def run_jobs(jobs: list[Job], slots: "Slots", stop_asked: "StopAsked") -> Iterator[Outcome]:
+    """Run the jobs on this machine by Ray and yield each as it ends; one that fails does not stop the others.
+
+    Raises StoppedError once `stop_asked` says so: an exception out of a signal may be lost within Ray.
+    """
     import ray
 
     from byot.runs import train_run
@@ -141,14 +148,17 @@ def run_jobs(jobs: list[Job], slots: "Slots") -> Iterator[Outcome]:
             while waiting and len(running) < slots.max_concurrent:
                 job = waiting.pop(0)
                 running[train.remote(job.config, job.folder, slots.cpus)] = job
-            (ended, *_), _ = ray.wait(list(running), num_returns=1)
-            job = running.pop(ended)
-            try:
-                yield Outcome(job, ray.get(ended))
-            except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None) or error
-                reason = str(cause).strip().partition("\n")[0]
-                yield Outcome(job, None, f"{type(cause).__name__}: {reason}")
+            ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_UP_S)
+            if stop_asked():
+                raise StoppedError(stop_asked())
+            for reference in ended:
+                job = running.pop(reference)
+                try:
+                    yield Outcome(job, ray.get(reference))
+                except ray.exceptions.RayError as error:
+                    cause = getattr(error, "cause", None) or error
+                    reason = str(cause).strip().partition("\n")[0]
+                    yield Outcome(job, None, f"{type(cause).__name__}: {reason}")
     finally:
         ray.shutdown()
 
@@ -204,12 +214,14 @@ def main() -> None:
     try:
         if waiting:
             start_ray(slots)
-            for position, outcome in enumerate(run_jobs(waiting, slots), start=len(finished) + 1):
-                failed += outcome.result is None
-                print(outcome_line(position, len(jobs), outcome), flush=True)
-    except KeyboardInterrupt:
+            with catch_stop_signals() as stop_asked:  # after Ray has started, which has handlers of its own
+                for position, outcome in enumerate(run_jobs(waiting, slots, stop_asked), start=len(finished) + 1):
+                    failed += outcome.result is None
+                    print(outcome_line(position, len(jobs), outcome), flush=True)
+    except (KeyboardInterrupt, StoppedError) as stopped:
         print(f"\nstopped; go on with: {go_on}", file=sys.stderr)
-        raise SystemExit(130) from None
+        number = stopped.signal_number if isinstance(stopped, StoppedError) else signal.SIGINT
+        raise SystemExit(128 + number) from None
     except RayStartError as error:
         print(f"retrain.py: Ray did not start ({error}); try again with: {go_on}", file=sys.stderr)
         raise SystemExit(1) from None

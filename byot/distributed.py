@@ -119,7 +119,7 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
     def like(cls, other: nn.BatchNorm2d) -> Self:
         made = cls(other.num_features, other.eps, other.momentum)
         made.load_state_dict(other.state_dict())
-        return made
+        return made.train(other.training)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W], this process's part
         if not self.training:

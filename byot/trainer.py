@@ -144,8 +144,7 @@ class Trainer:
     def _make_training_step(self) -> TrainingStep:
         network: torch.nn.Module = self.model
         if self.processes.count > 1:
-            local = self.config.batch_norm == "local"  # else all processes have the same statistics anyway
-            network = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=local)
+            network = torch.nn.parallel.DistributedDataParallel(self.model)
         return TrainingStep(
             self.config,
             network,

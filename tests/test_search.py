@@ -247,6 +247,7 @@ def test_noise_for_test_labels_changes_no_choice(tmp_path: Path, parquet_folder:
 def test_no_data_and_no_network_is_one_sentence_before_ray_starts(tmp_path: Path):
     if (PROJECT / "data" / "cifar-100-python").exists():
         pytest.skip("a data set lies in the project's default data folder")
+    before = sorted((PROJECT / "data").glob("*"))
     result = run_command(
         ["--model", "resnet18", "--outputs", tmp_path / "outputs"],
         cwd=tmp_path,
@@ -257,7 +258,7 @@ def test_no_data_and_no_network_is_one_sentence_before_ray_starts(tmp_path: Path
     assert result.returncode == 2
     assert_one_sentence(result.stderr, "cifar100", "--data-dir", "--dataset digits")
     assert not (tmp_path / "outputs").exists()
-    assert not (PROJECT / "data").exists()
+    assert sorted((PROJECT / "data").glob("*")) == before
 
 
 @pytest.mark.parametrize(

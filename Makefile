@@ -27,7 +27,7 @@ faults: $(INSTALLED)
 	BYOT_FAULTS=long $(BIN)/python -m pytest tests/faults
 
 # Speed on what is here: training against a plain loop that works as the reference does, in turns; the overhead of a
-# search; trials at once. DATA_DIR names CIFAR-100's parquet files; without it images are random. About 15 minutes.
+# search; trials at once. DATA_DIR names CIFAR-100's parquet files; without it images are random. About 20 minutes on 2 cores.
 DATA_DIR ?=
 CIFAR := $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 RECORDS ?= outputs/benchmarks

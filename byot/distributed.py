@@ -90,7 +90,7 @@ def joined_processes(device: str = "auto") -> Iterator[Processes]:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"there are {torch.cuda.device_count()} GPUs here, one for each process: "
-                f"--nproc-per-node must be at most that"
+                "--nproc-per-node must be at most that"
             )
         torch.cuda.set_device(local_rank)
     # gloo beside nccl: what is no tensor is exchanged on the CPU

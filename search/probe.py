@@ -20,7 +20,7 @@ from search.trial import TrialSetup
 
 MOST_TRIALS_PER_GPU = 16
 WARMUP_S, MEASURED_S = 3.0, 4.0
-GAIN = 1.05  # one more trial has to make all of them together so much quicker to be worth its memory
+GAIN = 1.05  # in images a second, at least
 PROBED_STEPS = 60  # steps an epoch of the images that are trained on, over and over
 HARMLESS_LR = 1e-6  # so that a search whose lr makes trials diverge can still be timed
 
@@ -100,6 +100,11 @@ def measure_on_ray(setup: TrialSetup, data: LabelledImages, *, cpus: int, gpus: 
     return measure, actors
 
 
+def gains(fewer: Throughput, more: Throughput) -> bool:
+    """Whether one more trial makes all of them together so much quicker that it is worth its memory."""
+    return more.images_per_s >= GAIN * fewer.images_per_s
+
+
 def raise_until_it_gains_nothing(measure: Measure, most: int) -> list[Throughput]:
     """Measure one trial, two, and so on, as long as one more makes all together quicker; the last may not have."""
     found: list[Throughput] = []
@@ -108,7 +113,7 @@ def raise_until_it_gains_nothing(measure: Measure, most: int) -> list[Throughput
         if images_per_s is None:
             break
         found.append(Throughput(trials, images_per_s))
-        if trials > 1 and images_per_s < GAIN * found[-2].images_per_s:
+        if trials > 1 and not gains(*found[-2:]):
             break
     return found
 
@@ -117,7 +122,7 @@ def best_number(found: list[Throughput]) -> int:
     """The fewest trials that nothing beats by more than the gain asked for; 1 where nothing could be measured."""
     best = 1
     for fewer, more in pairwise(found):
-        if more.images_per_s < GAIN * fewer.images_per_s:
+        if not gains(fewer, more):
             break
         best = more.trials
     return best

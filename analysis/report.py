@@ -146,7 +146,11 @@ def tune_command(search: dict[str, Any]) -> str:
         for name, value in search["config"].items()
         if name not in search["space"] and value != defaults[name] and value is not None
     }
-    flags = [word for name, value in settings.items() for word in (flag_name(name), str(value))]
+    flags = [
+        word
+        for name, value in settings.items()
+        for word in (flag_name(name), *map(str, value if isinstance(value, list) else [value]))
+    ]
     return shlex.join(["python", "search/tune.py", "--space", "space.toml", *flags])
 
 

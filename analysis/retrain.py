@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from search.cluster import Slots
 
 MOST_SEEDS = 10_000
-LOOK_UP_S = 0.5  # between two looks at whether to stop
-MAX_RETRIES = 2  # of a run whose worker died; it goes on from its checkpoint
 
 
 class Job(NamedTuple):
@@ -132,33 +130,16 @@ def check_data(config: TrainConfig) -> None:
 
 
 def run_jobs(jobs: list[Job], slots: "Slots", stop_asked: "StopAsked") -> Iterator[Outcome]:
-    """Run the jobs on this machine by Ray and yield each as it ends; one that fails does not stop the others.
-
-    Raises StoppedError once `stop_asked` says so: an exception out of a signal may be lost within Ray.
-    """
+    """Run the jobs on this machine by Ray and yield each as it ends; one that fails does not stop the others."""
     import ray
 
     from byot.runs import train_run
+    from search.tasks import Task, run_tasks
 
-    train = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus, max_retries=MAX_RETRIES)(train_run)
-    waiting = list(jobs)
-    running: dict[Any, Job] = {}
+    waiting = iter([Task(job, train_run, (job.config, job.folder, slots.cpus)) for job in jobs])
     try:
-        while waiting or running:
-            while waiting and len(running) < slots.max_concurrent:
-                job = waiting.pop(0)
-                running[train.remote(job.config, job.folder, slots.cpus)] = job
-            ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_UP_S)
-            if stop_asked():
-                raise StoppedError(stop_asked())
-            for reference in ended:
-                job = running.pop(reference)
-                try:
-                    yield Outcome(job, ray.get(reference))
-                except ray.exceptions.RayError as error:
-                    cause = getattr(error, "cause", None) or error
-                    reason = str(cause).strip().partition("\n")[0]
-                    yield Outcome(job, None, f"{type(cause).__name__}: {reason}")
+        for done in run_tasks(lambda: next(waiting, None), slots, stop_asked):
+            yield Outcome(*done)
     finally:
         ray.shutdown()
 

@@ -57,16 +57,21 @@ def add_settings(
         kind = hints[f.name]
         if get_origin(kind) in (Union, types.UnionType):  # `str | None`: the flag takes the str
             kind = next(a for a in get_args(kind) if a is not type(None))
+        several = get_origin(kind) is tuple  # `tuple[str, ...]`: the flag takes one or more
+        if several:
+            kind = get_args(kind)[0]
         default = defaults.get(f.name, f.default)
-        text = f.metadata["help"] + ("" if default is None else f" [{default}]")
+        shown = " ".join(default) if several else default
+        text = f.metadata["help"] + ("" if default is None else f" [{shown}]")
         choices = get_args(kind) if get_origin(kind) is Literal else None
         group.add_argument(
             flag_name(f.name),
             dest=f.name,
             default=argparse.SUPPRESS,
+            nargs="+" if several else None,
             type=str if choices else kind,
             choices=choices,
-            metavar=None if choices else kind.__name__.upper(),
+            metavar=f.name.upper() if several else None if choices else kind.__name__.upper(),
             help=text.replace("%", "%%"),
         )
 

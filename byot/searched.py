@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from byot.config import PROJECT_ROOT, TrainConfig, absolute_path
 from byot.files import errors_in, read_json
 
+CONFIRMATION = "confirmation.json"  # of a search whose best configurations were run again over fresh seeds
 SHIPPED_FOLDER = PROJECT_ROOT / "results" / "best"
 
 
@@ -17,8 +18,11 @@ class SearchedChoice(NamedTuple):
 
 
 def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedChoice:
-    """The best configuration of the named search; of the newest finished one for this model and data set if `search`
-    is empty; else the shipped one. Raises ValueError where there is none."""
+    """The configuration that the named search confirmed, else its best.
+
+    If `search` is empty, of the newest finished one for this model and data set, else the shipped one. Raises
+    ValueError where there is none.
+    """
     searches = outputs / "searches"
     if search:
         named, folder = absolute_path(search), absolute_path(searches / search)
@@ -26,7 +30,7 @@ def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedC
             folder = named
         if not (folder / "best.json").is_file():
             raise ValueError(f"the search {search} has no best.json: no trial of it has reached its last epoch yet")
-        return _read_choice(folder / "best.json", f"the search {folder.name}")
+        return _find_choice(folder, f"the search {folder.name}")
     finished = []
     for record_path in searches.glob("*/search.json"):
         try:
@@ -42,7 +46,7 @@ def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedC
             finished.append((str(record.get("finished_at")), record_path.parent))
     if finished:
         folder = max(finished)[1]
-        return _read_choice(folder / "best.json", f"the newest finished search, {folder.name}")
+        return _find_choice(folder, f"the newest finished search, {folder.name}")
     shipped = SHIPPED_FOLDER / f"{model}-{dataset}.json"
     if shipped.is_file():
         return _read_choice(shipped, "results/best, shipped with the project, as no search here has finished")
@@ -50,6 +54,17 @@ def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedC
         f"no finished search of {model} on {dataset} is in {searches} and none is shipped: "
         f"run python search/tune.py --model {model} --dataset {dataset} first"
     )
+
+
+def _find_choice(folder: Path, source: str) -> SearchedChoice:
+    """What was confirmed over fresh seeds, else the best single run."""
+    if (folder / CONFIRMATION).is_file():
+        confirmation = read_json(folder / CONFIRMATION)
+        if confirmation.get("status") == "finished":
+            how = "confirmed" if confirmation.get("resolved") is True else "not resolved"
+            seeds = confirmation.get("num_rounds")
+            return _read_choice(folder / CONFIRMATION, f"{source}, {how} over {seeds} fresh seeds")
+    return _read_choice(folder / "best.json", source)
 
 
 def _read_choice(path: Path, source: str) -> SearchedChoice:

@@ -20,15 +20,18 @@ from byot.files import describe_refusal, read_json, remove_leftovers
 from byot.flags import one_sentence_errors
 from byot.provenance import find_commit, find_versions, provenance
 from byot.runs import StopAsked
-from byot.stopping import catch_stop_signals
+from byot.searched import CONFIRMATION
+from byot.stopping import StoppedError, catch_stop_signals
 from byot.trainer import choose_device
 from search.cluster import RayStartError, Share, Slots, share, start_ray
-from search.records import SearchRecords, now, save_search, table_columns
+from search.records import SearchRecords, load_search, now, save_search, table_columns
 from search.settings import SearchSettings, expected_epochs, share_of_gpu
 from search.space import Space, first_points, space_to_dict
 
 if TYPE_CHECKING:
+    from search.confirm import Confirmation
     from search.trial import TrialSetup  # importing it imports Ray
+    from search.warm import WarmStart
     from search.watch import SearchWatch
 
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
@@ -45,6 +48,7 @@ class SearchPlan(NamedTuple):
     space: Space
     address: str | None  # of a Ray cluster; None: this machine
     retry_failed: bool = False
+    warm: "WarmStart | None" = None
     recorded: dict[str, Any] | None = None  # what search.json said; None: new, or nothing can be read of it
 
 
@@ -91,7 +95,8 @@ def open_records(plan: SearchPlan) -> SearchRecords:
     records = SearchRecords(
         plan.folder,
         parameters=list(plan.space),
-        metric=plan.settings.metric,
+        metric=plan.settings.main_metric,
+        further_metrics=plan.settings.metric[1:],
         mode=plan.settings.mode,
         epochs=plan.base.epochs,
         seed=plan.base.seed,
@@ -115,11 +120,14 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
             told = f"{plan.folder} has {len(records.rows)} trials already: give that --num-samples or more"
             print(f"tune.py: {told}", file=sys.stderr)
             return 2
-        if len(records.ended) >= plan.settings.num_samples and plan.recorded is not None:
+        if is_complete(plan, records):
+            assert plan.recorded is not None
             records.search = plan.recorded
             records.write_tables()
-            print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
-            return tell_result(plan, records)
+            confirmation = find_confirmation(plan, data, records)
+            if confirmation is None or confirmation.is_done:
+                print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
+                return tell_result(plan, records)
         start_ray(room if isinstance(room, Slots) else None, plan.address)
         return _run_on_ray(plan, data, room, records)
     except RayStartError as error:
@@ -146,10 +154,53 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
             plan = plan._replace(base=plan.base.with_settings(device="cpu"))  # asked for none, Ray hides the GPUs
         if plan.settings.trials_per_gpu == "auto" and slots.num_gpus:
             slots = _share_by_measuring(plan, data, slots)
+        budget_s = plan.settings.time_budget_s()
+        deadline = None if budget_s is None else time.monotonic() + budget_s
         with catch_stop_signals() as stop_asked:  # after ray.init, which has a handler of its own
-            return _run(plan, data, slots, records, stop_asked)
+            code = 0 if is_complete(plan, records) else _run(plan, data, slots, records, deadline, stop_asked)
+            confirmation = find_confirmation(plan, data, records) if code == 0 else None
+            if confirmation is not None and not confirmation.is_done:
+                code = _confirm(plan, confirmation, slots, deadline, stop_asked)
+        return code or tell_result(plan, records)
     finally:
         ray.shutdown()
+
+
+def is_complete(plan: SearchPlan, records: SearchRecords) -> bool:
+    """Whether all trials have ended, so that the search itself has nothing to do."""
+    return plan.recorded is not None and len(records.ended) >= plan.settings.num_samples
+
+
+def find_confirmation(plan: SearchPlan, data: SearchData, records: SearchRecords) -> "Confirmation | None":
+    """What is to be run again over fresh seeds, and what of it is done; None where there is nothing to run again."""
+    if plan.settings.confirm is None or records.best() is None:
+        return None
+    from search.confirm import Confirmation
+
+    rows = list(records.rows.values())
+    return Confirmation(plan.folder, rows, plan.space, plan.base, plan.settings, len(data.val.labels))
+
+
+def _confirm(
+    plan: SearchPlan, confirmation: "Confirmation", slots: Slots, deadline: float | None, stop_asked: StopAsked
+) -> int:
+    """Run the best again over fresh seeds; returns the exit code."""
+    from search.confirm import confirm
+
+    save_search(plan.folder, load_search(plan.folder) | {"settings": plan.settings.to_dict()})
+    arms = len(confirmation.arms)
+    print(f"\n{arms} configurations again, over at most {confirmation.max_rounds} fresh seeds each", flush=True)
+    try:
+        is_over, trouble = confirm(confirmation, slots, stop_asked, deadline)
+    except StoppedError as stopped:
+        print(f"stopped; {_go_on(plan)}", flush=True)
+        return 128 + stopped.signal_number
+    if trouble:
+        print(f"tune.py: {trouble}; when that is mended, {_go_on(plan)}", file=sys.stderr)
+        return 1
+    if not is_over:
+        print(f"{plan.settings.time_budget} are over; {_go_on(plan)}", flush=True)
+    return 0
 
 
 def _share_by_measuring(plan: SearchPlan, data: SearchData, slots: Slots) -> Slots:
@@ -157,7 +208,7 @@ def _share_by_measuring(plan: SearchPlan, data: SearchData, slots: Slots) -> Slo
     from search.probe import best_number, find_trials_per_gpu
     from search.trial import TrialSetup
 
-    setup = TrialSetup(plan.base, plan.folder, plan.settings.metric, slots.cpus, timed=None)
+    setup = TrialSetup(plan.base, plan.folder, plan.settings.main_metric, slots.cpus, timed=None)
     found = find_trials_per_gpu(setup, data.train, slots.cpus, slots.num_cpus)
     best = best_number(found)
     told = ", ".join(f"{images_per_s:.0f} with {trials}" for trials, images_per_s in found)
@@ -166,13 +217,28 @@ def _share_by_measuring(plan: SearchPlan, data: SearchData, slots: Slots) -> Slo
     return share(asked, slots.num_cpus, slots.num_gpus, "the machine")
 
 
-def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecords, stop_asked: StopAsked) -> int:
+def _run(
+    plan: SearchPlan,
+    data: SearchData,
+    slots: Slots,
+    records: SearchRecords,
+    deadline: float | None,
+    stop_asked: StopAsked,
+) -> int:
+    """Run the trials; returns the exit code."""
     from search.trial import TrialSetup
 
     folder, base, settings, space = plan.folder, plan.base, plan.settings, plan.space
     _log_to_file(folder / "search.log")
     is_new = plan.recorded is None
-    setup = TrialSetup(base, folder / "trials", settings.metric, slots.cpus, timed=records.next_id if is_new else None)
+    setup = TrialSetup(
+        base,
+        folder / "trials",
+        settings.main_metric,
+        slots.cpus,
+        timed=records.next_id if is_new else None,
+        num_seeds=settings.seeds_per_trial,
+    )
     record = dict(plan.recorded or {})
     record |= {
         "name": folder.name,  # it may have been moved
@@ -182,13 +248,16 @@ def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecord
         "config": base.to_dict(),
         "settings": settings.to_dict(),
         "space": space_to_dict(space),
-        "metric": settings.metric,
+        "metric": settings.main_metric,
         "mode": settings.mode,
         "num_samples": settings.num_samples,
         "max_concurrent": slots.max_concurrent,
         "num_train_images": len(data.train.labels),
         "num_val_images": len(data.val.labels),
     }
+    if is_new and plan.warm is not None:
+        plan.warm.save(folder)
+        record |= {"warm_start": plan.warm.search}
     if is_new:
         record |= provenance(torch.device("cuda" if slots.gpus else "cpu"))
     else:
@@ -198,14 +267,14 @@ def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecord
     records.write_tables()
     print(f"search {folder.name}: {settings.num_samples} trials of {base.model} width {base.width} on {base.dataset}")
     print(f"{len(data.train.labels)} images to train on, {len(data.val.labels)} to compare on, {folder}", flush=True)
+    if is_new and plan.warm is not None:
+        print(plan.warm.describe(), flush=True)
     if not is_new:
         print(
             f"{len(records.ended)} trials have ended, {len(records.unfinished)} go on from their checkpoints, "
             f"{settings.num_samples - len(records.rows)} are to come",
             flush=True,
         )
-    budget_s = settings.time_budget_s()
-    deadline = None if budget_s is None else time.monotonic() + budget_s
     while True:
         before = len(records.ended)
         watch = _fit(plan, data, slots, setup, records, deadline, stop_asked)
@@ -227,7 +296,7 @@ def _run(plan: SearchPlan, data: SearchData, slots: Slots, records: SearchRecord
         return 128 + stop_asked() if stop_asked() else 1
     if missing > 0:
         print(f"{settings.time_budget} are over with {missing} trials to end; {_go_on(plan)}", flush=True)
-    return tell_result(plan, records)
+    return 0
 
 
 def _fit(
@@ -257,8 +326,10 @@ def _fit(
         first=first_points(plan.space, base),
         num_samples=settings.num_samples,
         seed=base.seed,
+        sampler=settings.sampler,
+        warm=plan.warm,
     )
-    scheduler = RecordedAsha(records, mode=settings.mode)
+    scheduler = RecordedAsha(records, mode=settings.mode, stops_early=settings.stops_early, patience=settings.patience)
     watch = SearchWatch(
         records,
         searcher,
@@ -333,12 +404,12 @@ def describe_time(
 ) -> str:
     """How long a search will take at this speed, and, where that is days, what would make it hours."""
     epoch_s = (num_train + num_val * EVALUATION_COST) / images_per_s
-    about = expected_epochs(settings.num_samples, base.epochs) * epoch_s / slots.max_concurrent
-    at_most = settings.num_samples * base.epochs * epoch_s / slots.max_concurrent
-    text = (
-        f"{images_per_s:.0f} images/s a trial, {slots.max_concurrent} at a time: about {_duration(about)}, "
-        f"at most {_duration(at_most)}"
-    )
+    slot_epoch_s = settings.seeds_per_trial * epoch_s / slots.max_concurrent
+    about = expected_epochs(settings.num_samples, base.epochs, stops_early=settings.stops_early) * slot_epoch_s
+    at_most = settings.num_samples * base.epochs * slot_epoch_s
+    text = f"{images_per_s:.0f} images/s a trial, {slots.max_concurrent} at a time: about {_duration(about)}"
+    if at_most > about:
+        text += f", at most {_duration(at_most)}"
     budget = settings.time_budget_s()
     if budget is not None and budget < about:
         text += f"; it will stop after {settings.time_budget}"
@@ -371,10 +442,22 @@ def _verdict(folder: Path) -> str:
         name = "the reference's setting" if other["role"] == "reference" else "deep supervision alone"
         if other["role"] != best["role"]:
             lines.append(f"      {name}: {metric} {other['value']:.2f}")
+    if front := best.get("pareto_front"):
+        lines += ["", "no other is better in one without being worse in another:"]
+        lines += [
+            f"      {one['trial_id']}  " + "  ".join(f"{name} {value:.2f}" for name, value in one["values"].items())
+            for one in front
+        ]
     name = shlex.quote(folder.name)
+    if (folder / CONFIRMATION).is_file():
+        lines += ["", *read_json(folder / CONFIRMATION)["verdict"], ""]
+    else:
+        lines += [
+            "one run each: whether the difference is more than noise, a confirmation over fresh seeds says",
+            "",
+            f"python search/tune.py --name {name} --resume --confirm 3",
+        ]
     lines += [
-        "one run each: whether the difference is more than noise, analysis/best.py says",
-        "",
         f"python analysis/best.py {name}",
         f"python byot/train.py --best {name}",
         f"python analysis/retrain.py {name} --top 3 --seeds 3",

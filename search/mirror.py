@@ -9,7 +9,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from search.records import Row, SearchRecords
 from search.space import Space
-from search.study import study_direction, to_optuna
+from search.study import study_directions, to_optuna
 
 JOURNAL = "optuna.log"
 
@@ -46,7 +46,7 @@ class OptunaMirror:
         return optuna.create_study(
             study_name=names[0] if names else self._records.folder.name,
             storage=storage,
-            direction=study_direction(self._records),
+            directions=study_directions(self._records),
             load_if_exists=True,
         )
 

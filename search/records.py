@@ -14,6 +14,7 @@ search.log                    what Ray and the libraries had to say
 import csv
 import io
 import math
+import pickle
 import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from byot.config import NUM_CLASSIFIERS
 from byot.files import read_json, read_json_lines, write_json, write_text
+from search.settings import metric_mode
 from search.space import Role
 
 Status = Literal["completed", "stopped", "failed", "running"]  # running: begun and not ended, whether it runs or not
@@ -32,6 +34,15 @@ ACCURACIES = (
     "val_accuracy_ensemble",
 )
 MEASURES = (*ACCURACIES, "val_nll", "val_nll_ensemble", "val_ece", "val_ece_ensemble")
+# What CMA-ES keeps with the trials: its generation and, pickled, its distribution; and what such a pickle is made of.
+CMA_STATE = "cma:"
+CMA_CLASSES = {
+    ("cmaes._cma", "CMA"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+}
 DIVERGED = "diverged: "  # how the error of such a trial begins; tried again it would diverge again
 
 Row = dict[str, Any]
@@ -47,11 +58,25 @@ class EpochResult(NamedTuple):
 class SearchRecords:
     """The trials of a search, in memory and on disk: proposed, measured epoch by epoch, ended."""
 
-    def __init__(self, folder: Path, *, parameters: list[str], metric: str, mode: str, epochs: int, seed: int) -> None:
-        """Reads what the folder holds. A damaged trial.json is made good from trials.csv, and trials.csv from them."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        parameters: list[str],
+        metric: str,
+        mode: str,
+        epochs: int,
+        seed: int,
+        further_metrics: tuple[str, ...] = (),
+    ) -> None:
+        """Reads what the folder holds. A damaged trial.json is made good from trials.csv, and trials.csv from them.
+
+        `further_metrics` are those that are searched for beside `metric`, by which trials are ranked.
+        """
         self.folder = folder
         self.parameters = parameters
         self.metric = metric
+        self.metrics = (metric, *further_metrics)
         self.mode = mode
         self.epochs = epochs
         self.seed = seed
@@ -59,6 +84,7 @@ class SearchRecords:
         self.history: dict[str, dict[int, EpochResult]] = {}  # trial id -> epoch -> result
         # Trial id -> epoch -> value with which ASHA let it go on or stopped it; None where that record is lost.
         self.judged: dict[str, dict[int, float] | None] = {}
+        self.sampler_state: dict[str, dict[str, Any]] = {}  # trial id -> what the sampler keeps with its proposal
         self.notes: list[str] = []  # what was found damaged, one sentence each
         self.rows = {row["trial_id"]: row for row in self._read_rows()}
 
@@ -94,9 +120,12 @@ class SearchRecords:
         try:
             row = read_json(path)
             judged, curve = _by_epoch(row.pop("judged", None)), _by_epoch(row.pop("curve", None))
+            state = row.pop("sampler_state", None)
             wrong = [name for name in table_columns(self.parameters) if not _is_cell(name, row.get(name, row))]
             if not wrong:
                 self.judged[trial_id] = judged
+                if is_sampler_state(state):
+                    self.sampler_state[trial_id] = state
                 if row["status"] != "running" and curve is not None:  # metrics.jsonl may have been cut
                     self.history[trial_id] = {epoch: EpochResult(value, 0.0) for epoch, value in curve.items()}
                 return row
@@ -135,7 +164,7 @@ class SearchRecords:
     def next_id(self) -> str:
         return f"t{self.next_number:04d}"  # no spreadsheet takes it for a number
 
-    def begin(self, role: Role, params: dict[str, float]) -> Row:
+    def begin(self, role: Role, params: dict[str, float], sampler_state: dict[str, Any] | None = None) -> Row:
         """Record a trial that is proposed, before anything of it is done."""
         row: Row = {
             "trial_id": self.next_id,
@@ -149,6 +178,8 @@ class SearchRecords:
             "error": "",
         }
         self.history[row["trial_id"]], self.judged[row["trial_id"]] = {}, {}
+        if sampler_state:
+            self.sampler_state[row["trial_id"]] = sampler_state
         self._write_trial(row)
         self.rows[row["trial_id"]] = row
         self.write_table()
@@ -156,7 +187,9 @@ class SearchRecords:
 
     def _write_trial(self, row: Row) -> None:
         trial_id = row["trial_id"]
-        known = {"judged": self.judged[trial_id], "curve": self.curve(trial_id)}
+        known: dict[str, Any] = {"judged": self.judged[trial_id], "curve": self.curve(trial_id)}
+        if trial_id in self.sampler_state:
+            known["sampler_state"] = self.sampler_state[trial_id]
         write_json(self.trial_folder(trial_id) / "trial.json", row | known)
 
     def judge(self, trial_id: str, epoch: int, value: float, *, goes_on: bool) -> None:
@@ -184,7 +217,8 @@ class SearchRecords:
         self._write_trial(row)
         self.rows[trial_id] = row
         if status == "stopped" or error.startswith(DIVERGED):
-            shutil.rmtree(self.trial_folder(trial_id) / "checkpoints", ignore_errors=True)
+            for folder in (self.trial_folder(trial_id), *self.trial_folder(trial_id).glob("seed-*")):
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self.write_table()
         if status == "completed":
             self.write_best()
@@ -215,12 +249,34 @@ class SearchRecords:
     def write_best(self) -> None:
         best = self.best()
         if best is not None and self.search:
-            write_best(self.folder, self.search, best, list(self.rows.values()), self.parameters)
+            write_best(self.folder, self.search, best, list(self.rows.values()), self.parameters, self.metrics)
 
 
 def trial_number(trial_id: str) -> int:
     """The place of a trial in the order of proposals; -1 for an id that another version gave."""
     return int(trial_id[1:]) if trial_id[:1] == "t" and trial_id[1:].isdecimal() else -1
+
+
+def is_sampler_state(state: Any) -> bool:
+    """Whether this is what CMA-ES keeps with a proposal, and safe to hand to it.
+
+    It unpickles its distribution, and a pickle may run anything: this one may make numbers and arrays alone.
+    """
+    if not isinstance(state, dict) or not isinstance(state.get(CMA_STATE + "generation"), int):
+        return False
+    parts = [state[name] for name in sorted(state, key=len) if name.startswith(CMA_STATE + "optimizer:")]
+    try:
+        NumbersOnly(io.BytesIO(bytes.fromhex("".join(parts)))).load() if parts else None
+    except Exception:  # whatever a damaged pickle raises
+        return False
+    return True
+
+
+class NumbersOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in CMA_CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place here")
+        return super().find_class(module, name)
 
 
 def _by_epoch(table: Any) -> dict[int, float] | None:
@@ -247,19 +303,49 @@ def _is_cell(column: str, value: Any) -> bool:
     return isinstance(value, int) if column in WHOLE_COLUMNS else _is_number(value)
 
 
+def ranked(rows: Iterable[Row], metric: str, mode: str) -> list[Row]:
+    """The trials that reached their last epoch, best first; the control, another method, does not compete."""
+    whole = [r for r in rows if r["status"] == "completed" and r["role"] != "control"]
+    return sorted(whole, key=lambda row: row[metric], reverse=mode == "max")
+
+
 def best_row(rows: Iterable[Row], metric: str, mode: str) -> Row | None:
-    """The best trial that reached its last epoch; the control, another method, does not compete."""
-    ranked = [r for r in rows if r["status"] == "completed" and r["role"] != "control"]
-    if not ranked:
-        return None
-    return (max if mode == "max" else min)(ranked, key=lambda row: row[metric])
+    return next(iter(ranked(rows, metric, mode)), None)
 
 
-def write_best(folder: Path, search: dict[str, Any], best: Row, rows: list[Row], parameters: list[str]) -> None:
-    """Write best.json: the settings with which byot/train.py --best trains, and what they are compared with."""
+def pareto_front(rows: Iterable[Row], metrics: Iterable[str]) -> list[Row]:
+    """Of those trials the ones that no other is better than in one metric without being worse in another."""
+    signs = {metric: -1 if metric_mode(metric) == "max" else 1 for metric in metrics}
+    main = next(iter(signs))
+    whole = ranked(rows, main, metric_mode(main))
+    costs = [tuple(sign * row[metric] for metric, sign in signs.items()) for row in whole]
+
+    def is_beaten(cost: tuple[float, ...]) -> bool:
+        return any(other != cost and all(o <= c for o, c in zip(other, cost, strict=True)) for other in costs)
+
+    return [row for row, cost in zip(whole, costs, strict=True) if not is_beaten(cost)]
+
+
+def write_best(
+    folder: Path,
+    search: dict[str, Any],
+    best: Row,
+    rows: list[Row],
+    parameters: list[str],
+    metrics: tuple[str, ...] = (),
+) -> None:
+    """Write best.json: the settings with which byot/train.py --best trains, and what they are compared with.
+
+    Where several metrics were searched for, also the Pareto front.
+    """
     metric = search["metric"]
     params = {name: best[name] for name in parameters}
     compared = [r for r in rows if r["role"] != "sampled" and r["status"] == "completed"]
+
+    def describe(row: Row) -> dict[str, Any]:
+        values = {name: row[name] for name in metrics}
+        return {"trial_id": row["trial_id"], "params": {name: row[name] for name in parameters}, "values": values}
+
     write_json(
         folder / "best.json",
         {
@@ -276,6 +362,7 @@ def write_best(folder: Path, search: dict[str, Any], best: Row, rows: list[Row],
                 {"role": r["role"], "params": {name: r[name] for name in parameters}, "value": r[metric]}
                 for r in compared
             ],
+            **({"pareto_front": [describe(row) for row in pareto_front(rows, metrics)]} if len(metrics) > 1 else {}),
             # Retraining uses all training images: nothing is held out.
             "config": {**search["config"], **params, "val_fraction": 0.0},
             **{key: search.get(key) for key in ("commit", "versions", "hardware")},

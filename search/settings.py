@@ -18,8 +18,18 @@ Metric = Literal[
     "val_nll_ensemble",
 ]
 
+Mode = Literal["max", "min"]
+Scheduler = Literal["asha", "none"]
+Sampler = Literal["tpe", "gp", "random", "cmaes"]
+
 REDUCTION_FACTOR = 3  # of the trials at a rung, the best third goes on
 GRACE_FRACTION = 0.1  # no trial is stopped before this share of its epochs
+WHOLE_NUMBERS = (
+    *("num_samples", "max_concurrent", "cpus_per_trial", "patience", "seeds_per_trial", "confirm", "confirm_seeds"),
+)
+OPTIONAL = ("max_concurrent", "cpus_per_trial", "patience", "confirm")
+LEAST = {"confirm_seeds": 2}  # one seed says nothing of the noise; of the others 1
+GREATEST = {"confirm_seeds": 1000, "seeds_per_trial": 1000}  # of the others MOST
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -37,27 +47,50 @@ class SearchSettings:
     )
     cpus_per_trial: int | None = setting(None, "CPU threads a trial (default: 1)")
     time_budget: str | None = setting(None, "stop after this time, such as 90s, 30m, 8h or 2d")
-    metric: Metric = setting("val_accuracy", "what is searched for; val_accuracy is the deepest classifier's")
+    metric: tuple[Metric, ...] = setting(
+        ("val_accuracy",),
+        "what is searched for: val_accuracy, the deepest classifier's, val_accuracy_1 to _4 or _ensemble, val_nll or "
+        "val_nll_ensemble; of several the Pareto front",
+    )
+    sampler: Sampler = setting("tpe", "what proposes; gp and cmaes learn from trials that reached their last epoch")
+    scheduler: Scheduler | None = setting(
+        None, "asha stops trials that are behind; none lets all run whole (default: asha, with several metrics none)"
+    )
+    patience: int | None = setting(None, "also stop a trial that has not got better for so many epochs")
+    seeds_per_trial: int = setting(1, "runs of each trial, with seeds one after the other; their mean is compared")
+    warm_start: str | None = setting(None, "name of an earlier search: its trials are known, or its best tried early")
+    confirm: int | None = setting(
+        None,
+        "then run the best so many and both controls again over fresh seeds, until it is clear which is best",
+    )
+    confirm_seeds: int = setting(8, "fresh seeds of each, at most")
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_concurrent", "cpus_per_trial", "gpus_per_trial"):
-            value, whole = getattr(self, name), name != "gpus_per_trial"
-            kinds = int if whole else int | float
-            optional = value is None and name != "num_samples"
-            if not optional and (not isinstance(value, kinds) or isinstance(value, bool)):
-                raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r:.40}")
-        if self.metric not in get_args(Metric):
-            raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, not {self.metric!r:.40}")
+        for name in WHOLE_NUMBERS:
+            value = getattr(self, name)
+            if not (value is None and name in OPTIONAL) and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be a whole number, not {value!r:.40}")
+            least, most = LEAST.get(name, 1), GREATEST.get(name, MOST)
+            if value is not None and not least <= value <= most:
+                bound = f"at least {least}" if value < least else f"at most {most}"
+                raise ValueError(f"{name} must be {bound}, not {value}")
+        if self.gpus_per_trial is not None and (
+            not isinstance(self.gpus_per_trial, int | float) or isinstance(self.gpus_per_trial, bool)
+        ):
+            raise ValueError(f"gpus_per_trial must be a number, not {self.gpus_per_trial!r:.40}")
+        self._check_metrics()
+        for name, kinds in (("sampler", get_args(Sampler)), ("scheduler", (*get_args(Scheduler), None))):
+            if getattr(self, name) not in kinds:
+                allowed = " or ".join(filter(None, kinds))
+                raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r:.40}")
+        if len(self.metric) > 1 and self.scheduler == "asha":
+            raise ValueError("asha stops trials by one metric: give one --metric, or --scheduler none")
+        if len(self.metric) > 1 and self.sampler == "cmaes":
+            raise ValueError("cmaes searches for one metric: give one --metric, or another --sampler")
+        if not isinstance(self.warm_start, str | None) or self.warm_start == "":
+            raise ValueError(f"warm_start must be the name of a search, not {self.warm_start!r:.40}")
         if not isinstance(self.time_budget, str | None):
             raise ValueError(f"time_budget must be a time such as 90s, 30m, 8h or 2d, not {self.time_budget!r:.40}")
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {self.num_samples}")
-        if self.num_samples > MOST:
-            raise ValueError(f"num_samples must be at most {MOST}")
-        if self.max_concurrent is not None and self.max_concurrent < 1:
-            raise ValueError(f"max_concurrent must be at least 1, not {self.max_concurrent}")
-        if self.cpus_per_trial is not None and self.cpus_per_trial < 1:
-            raise ValueError(f"cpus_per_trial must be at least 1, not {self.cpus_per_trial}")
         gpus = self.gpus_per_trial
         if gpus is not None and not (0 <= gpus < math.inf and (gpus <= 1 or gpus == int(gpus))):
             raise ValueError(f"gpus_per_trial must be a fraction of 1 or a whole number, not {gpus:g}")
@@ -72,6 +105,29 @@ class SearchSettings:
             raise ValueError("trials_per_gpu and gpus_per_trial say the same in two ways: give one of them")
         self.time_budget_s()
 
+    def _check_metrics(self) -> None:
+        """Take one metric, as older searches recorded it, or a list of them."""
+        given: Any = self.metric
+        asked = (given,) if isinstance(given, str) else given
+        if not isinstance(asked, tuple | list) or not asked:
+            raise ValueError(f"metric must name what is searched for, not {self.metric!r:.40}")
+        for metric in asked:
+            if metric not in get_args(Metric):
+                raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, not {metric!r:.40}")
+        if len(set(asked)) < len(asked):
+            raise ValueError(f"metric names {asked[0]} twice" if len(asked) == 2 else "metric names one of them twice")
+        object.__setattr__(self, "metric", tuple(asked))
+
+    @property
+    def main_metric(self) -> str:
+        """The first: by it trials are ranked where one number has to do."""
+        return self.metric[0]
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether ASHA stops trials."""
+        return self.scheduler == "asha" or (self.scheduler is None and len(self.metric) == 1)
+
     @property
     def gpus_asked_for(self) -> float | None:
         """GPUs a trial; None leaves it open."""
@@ -80,8 +136,8 @@ class SearchSettings:
         return share_of_gpu(int(str(self.trials_per_gpu)))
 
     @property
-    def mode(self) -> Literal["max", "min"]:
-        return "min" if "nll" in self.metric else "max"
+    def mode(self) -> Mode:
+        return metric_mode(self.main_metric)
 
     def time_budget_s(self) -> float | None:
         if self.time_budget is None:
@@ -92,7 +148,12 @@ class SearchSettings:
         return float(match[1]) * SECONDS[match[2] or "s"]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As it is in JSON."""
+        return asdict(self) | {"metric": list(self.metric)}
+
+
+def metric_mode(metric: str) -> Mode:
+    return "min" if "nll" in metric else "max"
 
 
 def share_of_gpu(trials: int) -> float:
@@ -105,8 +166,10 @@ def grace_epochs(epochs: int) -> int:
     return min(epochs, max(2, math.ceil(GRACE_FRACTION * epochs)))
 
 
-def expected_epochs(num_samples: int, epochs: int) -> float:
-    """About how many epochs a search trains in all: two trials whole, of the others a third past each rung."""
+def expected_epochs(num_samples: int, epochs: int, *, stops_early: bool = True) -> float:
+    """About how many epochs the trials of a search have in all: two are whole, of the others a third past each rung."""
+    if not stops_early:
+        return num_samples * epochs
     grace = grace_epochs(epochs)
     each, reached, survivors = float(grace), grace, 1.0
     while reached < epochs:

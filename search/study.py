@@ -1,4 +1,4 @@
-"""The searcher and the scheduler: Optuna's TPE and Ray's ASHA, each told what it needs to judge by budgets.
+"""The searcher and the scheduler: Optuna's samplers and Ray's ASHA, each told what it needs to judge by budgets.
 
 Both are made from the search's own records, whether it starts or goes on: there is no other state to restore.
 """
@@ -6,7 +6,7 @@ Both are made from the search's own records, whether it starts or goes on: there
 import math
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import optuna
@@ -17,16 +17,19 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
-from search.records import DIVERGED, Row, SearchRecords
-from search.settings import REDUCTION_FACTOR, grace_epochs
+from search.records import CMA_STATE, DIVERGED, Row, SearchRecords
+from search.settings import REDUCTION_FACTOR, Mode, Sampler, grace_epochs, metric_mode
 from search.space import FirstPoint, Space
 from search.trial import PACE
+from search.warm import WarmStart
 
 MAX_STARTUP_TRIALS = 10  # Optuna's default number of random trials before TPE models anything
 
 
-def study_direction(records: SearchRecords) -> StudyDirection:
-    return StudyDirection.MAXIMIZE if records.mode == "max" else StudyDirection.MINIMIZE
+def study_directions(records: SearchRecords) -> list[StudyDirection]:
+    """Of each metric searched for."""
+    modes = (records.mode, *map(metric_mode, records.metrics[1:]))
+    return [StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE for mode in modes]
 
 
 def make_distributions(space: Space) -> dict[str, BaseDistribution]:
@@ -59,35 +62,65 @@ def to_optuna(row: Row, records: SearchRecords, space: Space) -> FrozenTrial:
     told = is_told(row, space)
     return optuna.trial.create_trial(
         state=state,
-        value=row[records.metric] if state == TrialState.COMPLETE else None,
+        values=[row[metric] for metric in records.metrics] if state == TrialState.COMPLETE else None,
         params={name: row[name] for name in space} if told else {},
         distributions=make_distributions(space) if told else {},
-        intermediate_values=curve,
+        intermediate_values=curve if len(records.metrics) == 1 else {},  # Optuna has none for several
+        system_attrs=records.sampler_state.get(row["trial_id"]),
         user_attrs={key: row[key] for key in ("trial_id", "role", "status", "error", "seconds")}
         | ({} if told else {name: row[name] for name in space}),
     )
 
 
-class BudgetAwareSearch(Searcher):
-    """Proposes what is unfinished, then the first points, then what Optuna's TPE samples.
+def make_sampler(name: Sampler, seed: int, startup: int) -> optuna.samplers.BaseSampler:
+    """A sampler whose first `startup` proposals are random."""
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
+    if name == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=startup)
+    return optuna.samplers.TPESampler(
+        seed=seed,
+        n_startup_trials=startup,
+        multivariate=True,
+        constant_liar=True,  # trials that run count as bad for the time, so that their likes are not proposed
+    )
 
-    What is proposed as number n depends on the seed, on n and on the trials begun before, of those that had ended also
-    on how, and on nothing that a restart would lose.
+
+class BudgetAwareSearch(Searcher):
+    """Proposes what is unfinished, then the first points, then what an Optuna sampler draws.
+
+    What is proposed as number n depends on the seed, on n, on the earlier search it was warmed with and on the trials
+    begun before, of those that had ended also on how, and on nothing that a restart would lose.
     """
 
     def __init__(
-        self, records: SearchRecords, space: Space, *, first: list[FirstPoint], num_samples: int, seed: int
+        self,
+        records: SearchRecords,
+        space: Space,
+        *,
+        first: list[FirstPoint],
+        num_samples: int,
+        seed: int,
+        sampler: Sampler = "tpe",
+        warm: WarmStart | None = None,
     ) -> None:
         super().__init__(metric=records.metric, mode=records.mode)
         self._records = records
         self._space = space
         self._num_samples = num_samples
         self._seed = seed
+        self._sampler_name = sampler
         self._unfinished = records.unfinished
-        roles = {row["role"] for row in records.rows.values()}
+        roles = [row["role"] for row in records.rows.values()]
         self._first = [point for point in first if point.role not in roles]
+        if warm is not None:  # of its points those that have not been begun: the first that the study proposed
+            self._first += [FirstPoint("sampled", params) for params in warm.points[roles.count("sampled") :]]
         self._trials: dict[str, optuna.Trial] = {}  # by our trial id, those that run and of which the sampler learns
-        self.study = optuna.create_study(direction=study_direction(records), sampler=self._sampler(0))
+        self.study = optuna.create_study(directions=study_directions(records), sampler=self._sampler(0))
+        for trial in warm.trials if warm is not None else ():
+            self.study.add_trial(trial.to_optuna(make_distributions(space)))
         for row in records.rows.values():
             if is_told(row, space):
                 if row["status"] == "running":
@@ -95,21 +128,19 @@ class BudgetAwareSearch(Searcher):
                 else:
                     self.study.add_trial(to_optuna(row, records, space))
 
-    def _sampler(self, number: int) -> optuna.samplers.TPESampler:
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """A sampler of its own for each proposal: a long-lived one has a generator that a restart would lose."""
         seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
         startup = max(2, min(MAX_STARTUP_TRIALS, self._num_samples // 4))
-        return optuna.samplers.TPESampler(
-            seed=seed,
-            n_startup_trials=startup,
-            multivariate=True,
-            constant_liar=True,  # trials that run count as bad for the time, so that their likes are not proposed
-        )
+        return make_sampler(self._sampler_name, seed, startup)
 
     def _ask(self, row: Row) -> None:
         """Let the study know that a trial with these parameters runs."""
         self.study.enqueue_trial({name: row[name] for name in self._space})
-        self._trials[row["trial_id"]] = self.study.ask(make_distributions(self._space))
+        trial = self.study.ask(make_distributions(self._space))
+        for name, value in self._records.sampler_state.get(row["trial_id"], {}).items():
+            self.study._storage.set_trial_system_attr(trial._trial_id, name, value)  # Optuna has no open way
+        self._trials[row["trial_id"]] = trial
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         if self._unfinished:
@@ -122,7 +153,9 @@ class BudgetAwareSearch(Searcher):
         else:
             self.study.sampler = self._sampler(self._records.next_number)
             trial = self.study.ask(make_distributions(self._space))
-            row = self._records.begin("sampled", trial.params)
+            kept = self.study._storage.get_trial_system_attrs(trial._trial_id)
+            state = {name: value for name, value in kept.items() if name.startswith(CMA_STATE)}
+            row = self._records.begin("sampled", trial.params, state)
             self._trials[row["trial_id"]] = trial
         params = {name: row[name] for name in self._space}
         return {"trial_id": row["trial_id"], "role": row["role"], "params": params}
@@ -133,9 +166,11 @@ class BudgetAwareSearch(Searcher):
         if trial is None:
             return
         state, curve = describe_end(row, self._records.curve(row["trial_id"]))
-        for epoch, value in sorted(curve.items()):
-            trial.report(value, epoch)
-        self.study.tell(trial, row[self._records.metric] if state == TrialState.COMPLETE else None, state)
+        if len(self._records.metrics) == 1:
+            for epoch, value in sorted(curve.items()):
+                trial.report(value, epoch)
+        values = [row[metric] for metric in self._records.metrics] if state == TrialState.COMPLETE else None
+        self.study.tell(trial, values, state)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Ray's word that a trial ended says not how; `tell` is called for those that really did."""
@@ -147,13 +182,18 @@ class BudgetAwareSearch(Searcher):
 class RecordedAsha(AsyncHyperBandScheduler):
     """ASHA by epochs that records each judgement and fills its rungs from those records, since Ray restores none.
 
-    The first points always run to their last epoch and stand outside the rungs: compared with at the end, they must
-    not stop whatever learns slower than they do at the start. A trial that diverged ends at once. A trial that goes on
+    With `stops_early` False no trial is stopped for being behind others. With `patience` one is stopped that has had no
+    better epoch for so many.
+
+    The first points always run to their last epoch and stand outside the rungs: compared with at the end, they must not
+    stop whatever learns slower than they do at the start. A trial that diverged ends at once. A trial that goes on
     after a restart reports all its epochs again, so that no rung is filled with a later, better value; it is judged
     where it had not been.
     """
 
-    def __init__(self, records: SearchRecords, *, mode: Literal["max", "min"]) -> None:
+    def __init__(
+        self, records: SearchRecords, *, mode: Mode, stops_early: bool = True, patience: int | None = None
+    ) -> None:
         super().__init__(
             time_attr="epoch",
             metric=records.metric,
@@ -164,6 +204,8 @@ class RecordedAsha(AsyncHyperBandScheduler):
         )
         self._metric_name = records.metric
         self._records = records
+        self._stops_early = stops_early
+        self._patience = patience
         self.stopped: set[str] = set()  # trial ids
         self._sign = 1.0 if mode == "max" else -1.0
         for trial_id, row in records.rows.items():
@@ -190,6 +232,11 @@ class RecordedAsha(AsyncHyperBandScheduler):
         if trial.config["role"] != "sampled":
             return self.CONTINUE
         trial_id = trial.config["trial_id"]  # Ray's own id changes when the search goes on
+        if self._is_on_plateau(trial_id, result["epoch"], value):
+            self.stopped.add(trial_id)
+            return self.STOP
+        if not self._stops_early:
+            return self.CONTINUE
         named: Any = SimpleNamespace(trial_id=trial_id)  # all that the bracket looks at
         rung = dict(self._brackets[0]._rungs).get(result["epoch"])
         decision: str = self._brackets[0].on_result(named, result["epoch"], self._sign * value)
@@ -199,6 +246,14 @@ class RecordedAsha(AsyncHyperBandScheduler):
             with suppress(OSError):  # a full disk: not recorded, it will be judged again
                 self._records.judge(trial_id, result["epoch"], value, goes_on=decision == self.CONTINUE)
         return decision
+
+    def _is_on_plateau(self, trial_id: str, epoch: int, value: float) -> bool:
+        """Whether the best of the trial's epochs so far, the earliest of equals, is `patience` epochs ago."""
+        if self._patience is None:
+            return False
+        curve = self._records.curve(trial_id) | {epoch: value}  # it may know later epochs: one that goes on tells again
+        best = max((e for e in curve if e <= epoch), key=lambda e: (self._sign * curve[e], -e))
+        return epoch - best >= self._patience
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Nothing: a trial that ends must not fill rungs with its last value."""

@@ -6,7 +6,9 @@ starts it, looks into its own folder.
 
 import math
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from ray import tune
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages
-from byot.files import describe_refusal
+from byot.files import append_json_line, describe_refusal, write_json_lines
 from byot.lock import WORKER_WAIT_S, LockedError, lock_folder
 from byot.runs import restore_trainer, train_saving
 from byot.stopping import DivergedError, TrainingError
@@ -39,6 +41,7 @@ class TrialSetup(NamedTuple):
     metric: str
     threads: int
     timed: str | None  # the trial that reports its speed early
+    num_seeds: int = 1
 
 
 def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledImages, val: LabelledImages) -> None:
@@ -52,18 +55,58 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
     try:
         with lock_folder(folder, wait_s=WORKER_WAIT_S):
             config = setup.base.with_settings(**suggestion["params"])
-            trainer, _ = restore_trainer(config, train, val, folder, may_compile=False)
-            for record in list(trainer.history):
+            timed = setup.metric if suggestion["trial_id"] == setup.timed else None
+            for record in train_seeds(config, setup.num_seeds, folder, train, val, timed):
                 tune.report(record)
-            timed = suggestion["trial_id"] == setup.timed
-            for _ in train_saving(trainer, folder, on_batch=report_pace(trainer, setup.metric) if timed else None):
-                tune.report(trainer.history[-1])
     except TrainingError as error:
         tune.report(ending | {FAILED: f"{DIVERGED if isinstance(error, DivergedError) else ''}{error}"})
     except LockedError as error:
         tune.report(ending | {UNWRITABLE: str(error)})
     except OSError as error:
         tune.report(ending | {UNWRITABLE: describe_refusal(error, folder)})
+
+
+def train_seeds(
+    config: TrainConfig, num_seeds: int, folder: Path, train: LabelledImages, val: LabelledImages, timed: str | None
+) -> Iterator[dict[str, Any]]:
+    """Train with one seed or several, epoch by epoch side by side; yields each epoch's record, of several the mean.
+
+    The epochs that were done before come first. Several seeds have folders of their own, and the folder's
+    metrics.jsonl has their means. `timed` is the metric of a trial that reports its speed early.
+    """
+    seeds = range(config.seed, config.seed + num_seeds)
+    folders = [folder] if num_seeds == 1 else [folder / f"seed-{seed}" for seed in seeds]
+    trainers = [
+        restore_trainer(config.with_settings(seed=seed), train, val, place, may_compile=False)[0]
+        for seed, place in zip(seeds, folders, strict=True)
+    ]
+    done = [mean_record(records) for records in zip(*(trainer.history for trainer in trainers), strict=False)]
+    if num_seeds > 1 and done:
+        write_json_lines(folder / "metrics.jsonl", done)
+    yield from done
+    on_batch = report_pace(trainers[0], timed) if timed is not None else None
+    running = [
+        train_saving(trainer, place, on_batch=on_batch if trainer is trainers[0] else None)
+        for trainer, place in zip(trainers, folders, strict=True)
+    ]
+    for epoch in range(len(done) + 1, config.epochs + 1):
+        for trainer, epochs in zip(trainers, running, strict=True):
+            if trainer.epoch < epoch:  # a kill may have left one ahead of the others
+                next(epochs)
+        record = mean_record(trainer.history[epoch - 1] for trainer in trainers)
+        if num_seeds > 1:
+            append_json_line(folder / "metrics.jsonl", record)
+        yield record
+
+
+def mean_record(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of what several seeds measured in the same epoch; their seconds are added up."""
+    first, *others = records
+    if not others:
+        return first
+    mean = {name: fmean(record[name] for record in (first, *others)) for name in first if name != "epoch"}
+    seconds = sum(record["elapsed_s"] for record in (first, *others))
+    return {"epoch": first["epoch"], **mean, "elapsed_s": seconds}
 
 
 def report_pace(trainer: Trainer, metric: str) -> OnBatch:

@@ -36,6 +36,7 @@ SEARCHED = ("alpha", "temperature", "beta")
 FREE = (
     *NOT_IDENTITY,
     *("num_samples", "time_budget", "max_concurrent", "gpus_per_trial", "trials_per_gpu", "cpus_per_trial"),
+    *("confirm", "confirm_seeds"),
 )
 VAL_FRACTION = 0.1
 
@@ -74,6 +75,7 @@ def plan_search(arguments: argparse.Namespace, searches: Path) -> tuple[Path, Tr
         raise ValueError("val_fraction must be above 0 in a search: trials are compared on the images held out")
     given_search = given_settings(arguments, SearchSettings)
     settings = SearchSettings(**given_search)
+    given_search = {name: value for name, value in settings.to_dict().items() if name in given_search}
     space = DEFAULT_SPACE if arguments.space is None else read_space(absolute_path(arguments.space))
     if arguments.resume:
         folder = _find_resumable(searches, arguments.name, given)
@@ -184,7 +186,14 @@ def search(arguments: argparse.Namespace, held: ExitStack) -> int:
                 print(f"what was in {folder} is now in {set_aside(folder)}")
         held.enter_context(lock_folder(folder))
         recorded = find_search(folder)
-        plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed, recorded)
+        warm = None
+        if settings.warm_start is not None:
+            from search.warm import load_warm_start, make_warm_start
+
+            warm = load_warm_start(folder) or make_warm_start(
+                Path(searches), settings.warm_start, base, settings, space
+            )
+        plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed, warm, recorded)
         check_same_search(plan, data)
     return run_search(plan, data, slots or asked)
 

@@ -86,7 +86,7 @@ def test_time_budgets_and_modes():
     times = [SearchSettings(time_budget=t).time_budget_s() for t in (None, "90", "90s", "1.5m", "2h", "1d")]
     assert times == [None, 90, 90, 90, 7200, 86400]
     assert SearchSettings().mode == "max"
-    assert SearchSettings(metric="val_nll").mode == "min"
+    assert SearchSettings(metric=("val_nll",)).mode == "min"
 
 
 def test_epochs_expected_of_asha():

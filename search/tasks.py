@@ -1,0 +1,60 @@
+"""Work done by Ray a few pieces at a time, each in its own process, until there is no more or one is asked to stop."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from byot.runs import StopAsked
+from byot.stopping import StoppedError
+from search.cluster import Slots
+
+LOOK_UP_S = 0.5  # between two looks at whether to stop
+MAX_RETRIES = 2  # of a piece whose worker died; what it does has to go on from a checkpoint of its own
+
+Key = TypeVar("Key")
+
+
+class Task(NamedTuple, Generic[Key]):
+    """What is to be called, and what its caller knows it by."""
+
+    key: Key
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+class Done(NamedTuple, Generic[Key]):
+    """How a task ended: what it returned, or why it failed."""
+
+    key: Key
+    result: Any
+    error: str = ""
+
+
+def run_tasks(
+    take: Callable[[], Task[Key] | None], slots: Slots, stop_asked: StopAsked = lambda: 0
+) -> Iterator[Done[Key]]:
+    """Run tasks on a Ray that is started and yield each as it ends; one that fails does not stop the others.
+
+    `take` gives the next task whenever there is room, and None when there is none for now; the iterator ends when none
+    runs and none is given. Raises StoppedError once `stop_asked` says so: an exception out of a signal may be lost
+    within Ray.
+    """
+    import ray
+
+    running: dict[Any, Key] = {}
+    while True:
+        while len(running) < slots.max_concurrent and (task := take()) is not None:
+            remote = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus, max_retries=MAX_RETRIES)(task.function)
+            running[remote.remote(*task.arguments)] = task.key
+        if not running:
+            return
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_UP_S)
+        if stop_asked():
+            raise StoppedError(stop_asked())
+        for reference in ended:
+            key = running.pop(reference)
+            try:
+                yield Done(key, ray.get(reference))
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None) or error
+                reason = str(cause).strip().partition("\n")[0]
+                yield Done(key, None, f"{type(cause).__name__}: {reason}")

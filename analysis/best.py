@@ -31,11 +31,12 @@ def main() -> None:
         from datetime import UTC, datetime
 
         from analysis.listing import bullets, ranking_table
-        from analysis.trials import find_search, last_sign_of_life, load_search, load_trials, rank
+        from analysis.trials import find_search, last_sign_of_life, load_confirmation, load_search, load_trials, rank
         from analysis.verdict import count_statuses, describe_status, judge_search, next_commands
 
         folder = find_search(outputs, arguments.search)
         search, trials = load_search(folder), load_trials(folder)
+        confirmation = load_confirmation(folder)
         ranked = rank(trials, search["metric"], search["mode"], search["config"]["epochs"])
         commands = [] if ranked.empty else next_commands(folder, outputs)
         if target is not None:
@@ -50,6 +51,8 @@ def main() -> None:
     if not ranked.empty:
         print(f"\n{ranking_table(search, trials, arguments.top).to_text()}")
     print(f"\n{bullets(judge_search(search, trials))}")
+    if confirmation is not None:
+        print(f"\nrun again over fresh seeds:\n{bullets(confirmation['verdict'])}")
     if commands:
         print("\nnext:")
         print("\n".join(f"  {command}" for command in commands))

@@ -19,8 +19,16 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.trials import CLASSIFIER_NAMES, SUFFIXES, find_role, parameter_columns, rank
-from analysis.verdict import ROLE_NAMES, accuracy_standard_error, describe_metric, format_value, unit
+from analysis.trials import (
+    CLASSIFIER_NAMES,
+    SUFFIXES,
+    find_role,
+    parameter_columns,
+    pareto_front,
+    rank,
+    search_metrics,
+)
+from analysis.verdict import ROLE_NAMES, accuracy_standard_error, describe_metric, format_value, metric_mode, unit
 
 BLUE, ORANGE, GREEN, GREY, PALE = "#0b5cad", "#d1600a", "#1a8f63", "#8a8f98", "#c9cdd3"
 RED = "#b3261e"
@@ -96,11 +104,14 @@ def draw_pictures(
     curves: pd.DataFrame,
     retrained: pd.DataFrame,
     summary: pd.DataFrame,
+    confirmation: Mapping[str, Any] | None = None,
 ) -> list[Picture]:
     """Every figure there is something to draw in."""
     with style():
         pictures = (
+            draw_confirmation(confirmation),
             draw_history(search, trials),
+            draw_front(search, trials),
             draw_parameters(search, trials),
             draw_curves(search, trials, curves),
             draw_classifiers(search, trials),
@@ -282,6 +293,73 @@ def draw_curves(search: Mapping[str, Any], trials: pd.DataFrame, curves: pd.Data
         f"{describe_metric(metric)} against the epoch, one line for each of {curves['trial_id'].nunique()} trials.",
         figure,
     )
+
+
+def draw_front(search: Mapping[str, Any], trials: pd.DataFrame) -> Picture | None:
+    """The first two of several metrics against each other, with the Pareto front."""
+    metrics, epochs = search_metrics(search)[:2], search["config"]["epochs"]
+    whole = trials[_whole(trials, metrics[0], epochs)]
+    if len(metrics) < 2 or whole.empty:
+        return None
+    first, second = metrics
+    front = pareto_front(trials, {metric: metric_mode(metric) for metric in metrics}, epochs)
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.scatter(whole[first], whole[second], s=22, color="#3c434c", edgecolor="white", label="completed")
+    axes.plot(front[first], front[second], color=BLUE, linewidth=1.2, marker="o", markersize=5, label="Pareto front")
+    for role, name in ROLE_NAMES.items():
+        trial = find_role(trials, role, first, epochs)
+        if trial is not None:
+            axes.scatter(trial[first], trial[second], color=ROLE_COLOURS[role], label=name, **DIAMOND)
+    axes.set_xlabel(metric_label(first))
+    axes.set_ylabel(metric_label(second))
+    _legend(figure)
+    return Picture(
+        "front",
+        "Pareto front",
+        "Trials that reached their last epoch, one run each. On the front none is beaten in one metric by another that "
+        "is not worse in the other. Deep supervision alone, another method, is shown and not on the front.",
+        f"{describe_metric(first)} against {describe_metric(second)}; {len(front)} trials are on the front.",
+        figure,
+    )
+
+
+def draw_confirmation(confirmation: Mapping[str, Any] | None) -> Picture | None:
+    """How far each configuration is from the chosen one on the same fresh seed."""
+    if confirmation is None:
+        return None
+    arms = {arm["trial_id"]: arm for arm in confirmation["arms"]}
+    chosen = arms.get(confirmation.get("choice"))
+    if chosen is None or not any(value is not None for value in chosen["values"]):
+        return None
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.42 * len(arms)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color=BLUE, linewidth=1.2)
+    words = []
+    for y, arm in enumerate(arms.values()):
+        pairs = zip(arm["values"], chosen["values"], strict=False)
+        apart = [value - other for value, other in pairs if value is not None and other is not None]
+        colour = BLUE if arm is chosen else ROLE_COLOURS.get(arm["role"], GREY)
+        axes.scatter(apart, [y] * len(apart), s=16, color=colour, alpha=0.6, linewidths=0)
+        if apart:
+            axes.scatter(np.mean(apart), y, color=colour, **DIAMOND)
+            words.append(f"{_arm_name(arm)} {np.mean(apart):+.2f}")
+    axes.set_yticks(range(len(arms)), [_arm_name(arm) for arm in arms.values()])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    metric = confirmation["metric"]
+    axes.set_xlabel(f"{describe_metric(metric)}: from {_arm_name(chosen)} on the same seed, {unit(metric)}")
+    return Picture(
+        "confirmation",
+        "Run again over fresh seeds",
+        "Each dot is one seed: the same weights, order of images and validation split for all configurations. Diamonds "
+        "are the means. One that was clearly worse was not run with all seeds.",
+        f"Mean difference from {_arm_name(chosen)}: {'; '.join(words)}.",
+        figure,
+    )
+
+
+def _arm_name(arm: Mapping[str, Any]) -> str:
+    return ROLE_NAMES.get(arm["role"], f"trial {arm['trial_id']}")
 
 
 def draw_classifiers(search: Mapping[str, Any], trials: pd.DataFrame) -> Picture | None:

@@ -41,6 +41,7 @@ def render_page(folder: Path, outputs: Path) -> str:
     from analysis.listing import ranking_table, summary_table, trials_table
     from analysis.trials import (
         last_sign_of_life,
+        load_confirmation,
         load_curves,
         load_runs,
         load_search,
@@ -52,10 +53,11 @@ def render_page(folder: Path, outputs: Path) -> str:
     from analysis.verdict import count_statuses, describe_status, judge_retrained, judge_search, next_commands
 
     search, trials = load_search(folder), load_trials(folder)
+    confirmation = load_confirmation(folder)
     retrained = retrained_runs(load_runs(outputs), search, trials)
     summary = summarise_runs(retrained)
     ranked = rank(trials, search["metric"], search["mode"], search["config"]["epochs"])
-    pictures = draw_pictures(search, trials, load_curves(folder), retrained, summary)
+    pictures = draw_pictures(search, trials, load_curves(folder), retrained, summary, confirmation)
     now = datetime.now(UTC)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -69,6 +71,7 @@ def render_page(folder: Path, outputs: Path) -> str:
         status=describe_status(search, last_sign_of_life(folder), now),
         counts=count_statuses(trials),
         verdict=judge_search(search, trials),
+        confirmed_verdict=[] if confirmation is None else confirmation["verdict"],
         retrained_verdict=judge_retrained(search, trials, summary),
         facts=list_facts(search, trials),
         ranking=None if ranked.empty else ranking_table(search, trials, TOP),

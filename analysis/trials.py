@@ -24,6 +24,7 @@ import pandas as pd
 
 from byot.config import MOST, NUM_CLASSIFIERS, TrainConfig, absolute_path, check_name
 from byot.files import errors_in, read_json, read_json_lines
+from byot.searched import CONFIRMATION
 
 STATUSES = ("completed", "stopped", "failed", "running")
 ROLES = ("sampled", "reference", "control")
@@ -99,6 +100,40 @@ def load_search(path: Path) -> dict[str, Any]:
         for name, bounds in record["space"].items():
             _check_bounds(name, bounds)
     return record
+
+
+def search_metrics(search: Mapping[str, Any]) -> list[str]:
+    """What was searched for; several have a Pareto front."""
+    asked = (search.get("settings") or {}).get("metric")
+    if isinstance(asked, list) and len(asked) > 1 and all(metric in VAL_MEASURES for metric in asked):
+        return asked
+    return [search["metric"]]
+
+
+def load_confirmation(path: Path) -> dict[str, Any] | None:
+    """What running the best again over fresh seeds found, None where that was not done.
+
+    Raises ValueError if its record is damaged.
+    """
+    record_path = path / CONFIRMATION
+    if not record_path.is_file():
+        return None
+    record = read_json(record_path)
+    verdict, arms = record.get("verdict"), record.get("arms")
+    if not isinstance(verdict, list) or not all(isinstance(sentence, str) for sentence in verdict):
+        raise ValueError(f"{record_path} has no verdict")
+    if not isinstance(arms, list) or not all(_is_arm(arm) for arm in arms):
+        raise ValueError(f"{record_path} has no arms as a search writes them")
+    if record.get("metric") not in VAL_MEASURES:
+        raise ValueError(f"{record_path}: metric must be a measure such as val_accuracy")
+    return record
+
+
+def _is_arm(arm: Any) -> bool:
+    if not isinstance(arm, dict) or arm.get("role") not in ROLES or not isinstance(arm.get("trial_id"), str):
+        return False
+    values = arm.get("values")
+    return isinstance(values, list) and all(value is None or type(value) in (int, float) for value in values)
 
 
 def _check_bounds(name: str, bounds: Any) -> None:
@@ -254,6 +289,16 @@ def rank(trials: pd.DataFrame, metric: str, mode: str, full_budget_epochs: int) 
         _reached_the_end(trials, full_budget_epochs) & (trials["role"] != "control") & trials[metric].notna()
     ]
     return whole.sort_values(metric, ascending=mode == "min", kind="stable").reset_index(drop=True)
+
+
+def pareto_front(trials: pd.DataFrame, modes: Mapping[str, str], full_budget_epochs: int) -> pd.DataFrame:
+    """Of the trials that `rank` ranks those that no other beats in one metric without being worse in another."""
+    main = next(iter(modes))
+    whole = rank(trials, main, modes[main], full_budget_epochs)
+    costs = [whole[metric] * (-1 if mode == "max" else 1) for metric, mode in modes.items()]
+    cost = pd.concat(costs, axis=1).to_numpy(dtype=float)
+    beaten = [bool(((cost <= own).all(axis=1) & (cost < own).any(axis=1)).any()) for own in cost]
+    return whole[~pd.Series(beaten, index=whole.index, dtype=bool)].reset_index(drop=True)
 
 
 def find_role(trials: pd.DataFrame, role: str, metric: str, full_budget_epochs: int) -> pd.Series | None:

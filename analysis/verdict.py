@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis.trials import CLASSIFIER_NAMES, STATUSES, SUFFIXES, find_role, parse_time, rank
+from analysis.trials import (
+    CLASSIFIER_NAMES,
+    STATUSES,
+    SUFFIXES,
+    find_role,
+    pareto_front,
+    parse_time,
+    rank,
+    search_metrics,
+)
 from byot.config import default_outputs
 
 ROLE_NAMES = {"reference": "the reference setting", "control": "deep supervision alone"}
@@ -171,6 +180,10 @@ def judge_search(search: Mapping[str, Any], trials: pd.DataFrame) -> list[str]:
         sentences.append(_judge_equals(metric, best, others, num_images))
     for role in ROLE_NAMES:
         sentences.append(_judge_role(search, best, role, find_role(trials, role, metric, epochs), num_images))
+    sentences += _judge_front(search, trials)
+    if (runs := int((search.get("settings") or {}).get("seeds_per_trial") or 1)) > 1:
+        sentences.append(f"Each value is the mean of {runs} runs, whose spread is not in the errors above.")
+        return [*sentences, *_caution(search)]
     seeds = "one seed" if trials["seed"].nunique() <= 1 else "one seed each"
     if num_images:
         sentences.append(
@@ -182,9 +195,30 @@ def judge_search(search: Mapping[str, Any], trials: pd.DataFrame) -> list[str]:
             f"These are single runs, {seeds}, and one run gives no error of this measure: retraining over seeds shows "
             "which differences are real."
         )
-    if search["status"] != "finished":
-        sentences.append("The search has not finished: all of this may change.")
-    return sentences
+    return [*sentences, *_caution(search)]
+
+
+def _caution(search: Mapping[str, Any]) -> list[str]:
+    return [] if search["status"] == "finished" else ["The search has not finished: all of this may change."]
+
+
+def metric_mode(metric: str) -> str:
+    return "min" if "_nll" in metric else "max"
+
+
+def _judge_front(search: Mapping[str, Any], trials: pd.DataFrame) -> list[str]:
+    metrics = search_metrics(search)
+    if len(metrics) < 2:
+        return []
+    front = pareto_front(trials, {metric: metric_mode(metric) for metric in metrics}, search["config"]["epochs"])
+    listed = "; ".join(
+        f"{trial['trial_id']} {' / '.join(format_value(metric, trial[metric]) for metric in metrics)}"
+        for _, trial in front.iterrows()
+    )
+    names = " and ".join(describe_metric(metric) for metric in metrics)
+    return [
+        f"Of {names}, these are on the Pareto front, beaten by none in one without being better in another: {listed}."
+    ]
 
 
 def _num_images(search: Mapping[str, Any]) -> int:

@@ -21,7 +21,7 @@ from search.records import CMA_STATE, DIVERGED, Row, SearchRecords
 from search.settings import REDUCTION_FACTOR, Mode, Sampler, grace_epochs, metric_mode
 from search.space import FirstPoint, Space
 from search.trial import PACE
-from search.warm import WarmStart
+from search.warm import WarmStart, WarmTrial
 
 MAX_STARTUP_TRIALS = 10  # Optuna's default number of random trials before TPE models anything
 
@@ -72,14 +72,26 @@ def to_optuna(row: Row, records: SearchRecords, space: Space) -> FrozenTrial:
     )
 
 
+def warm_to_optuna(trial: WarmTrial, space: Space) -> FrozenTrial:
+    """A trial of an earlier search as Optuna is to know it: of one that was stopped, its last epoch alone."""
+    single = len(trial.values) == 1
+    return optuna.trial.create_trial(
+        state=TrialState.COMPLETE if trial.completed else TrialState.PRUNED,
+        values=trial.values if trial.completed else None,
+        params=trial.params,
+        distributions=make_distributions(space),
+        intermediate_values={trial.epochs_done: trial.values[0]} if single else {},
+    )
+
+
 def make_sampler(name: Sampler, seed: int, startup: int) -> optuna.samplers.BaseSampler:
-    """A sampler whose first `startup` proposals are random."""
+    """A sampler; of TPE and GP the first `startup` proposals are random."""
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if name == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
     if name == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=startup)
+        return optuna.samplers.CmaEsSampler(seed=seed)  # its first generation is as wide as the space
     return optuna.samplers.TPESampler(
         seed=seed,
         n_startup_trials=startup,
@@ -120,7 +132,7 @@ class BudgetAwareSearch(Searcher):
         self._trials: dict[str, optuna.Trial] = {}  # by our trial id, those that run and of which the sampler learns
         self.study = optuna.create_study(directions=study_directions(records), sampler=self._sampler(0))
         for trial in warm.trials if warm is not None else ():
-            self.study.add_trial(trial.to_optuna(make_distributions(space)))
+            self.study.add_trial(warm_to_optuna(trial, space))
         for row in records.rows.values():
             if is_told(row, space):
                 if row["status"] == "running":

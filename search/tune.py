@@ -190,7 +190,7 @@ def search(arguments: argparse.Namespace, held: ExitStack) -> int:
         if settings.warm_start is not None:
             from search.warm import load_warm_start, make_warm_start
 
-            warm = load_warm_start(folder) or make_warm_start(
+            warm = load_warm_start(folder, space) or make_warm_start(
                 Path(searches), settings.warm_start, base, settings, space
             )
         plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed, warm, recorded)

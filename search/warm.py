@@ -4,12 +4,9 @@ Where both train the same way and measure the same, the earlier trials are told 
 values mean something else, and the best of their settings are tried early, each measured anew.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
-
-import optuna
-from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial, TrialState
 
 from byot.config import TrainConfig, absolute_path
 from byot.files import errors_in, read_json, write_json
@@ -29,16 +26,6 @@ class WarmTrial(NamedTuple):
     values: list[float]  # of each metric after its last epoch; empty where it diverged
     completed: bool
 
-    def to_optuna(self, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
-        one = self.values[0] if len(self.values) == 1 else None
-        return optuna.trial.create_trial(
-            state=TrialState.COMPLETE if self.completed else TrialState.PRUNED,
-            values=self.values if self.completed else None,
-            params=self.params,
-            distributions=distributions,
-            intermediate_values={} if one is None else {self.epochs_done: one},
-        )
-
 
 class WarmStart(NamedTuple):
     """Of the two lists one is empty."""
@@ -57,7 +44,7 @@ class WarmStart(NamedTuple):
         write_json(folder / FILE, {**self._asdict(), "trials": [trial._asdict() for trial in self.trials]})
 
 
-def load_warm_start(folder: Path) -> WarmStart | None:
+def load_warm_start(folder: Path, space: Space) -> WarmStart | None:
     """What a search's folder has of its warm start. Raises ValueError where that is damaged."""
     if not (folder / FILE).is_file():
         return None
@@ -65,8 +52,13 @@ def load_warm_start(folder: Path) -> WarmStart | None:
     with errors_in(folder / FILE):
         try:
             trials = [WarmTrial(**trial) for trial in record["trials"]]
-            return WarmStart(record["search"], [dict(point) for point in record["points"]], trials)
-        except (KeyError, TypeError, ValueError) as error:
+            for params in (*record["points"], *(trial.params for trial in trials)):
+                if set(params) != set(space) or not all(space[name].holds(value) for name, value in params.items()):
+                    raise ValueError("parameters that are not of the space")
+            if not all(math.isfinite(value) for trial in trials for value in (*trial.values, trial.epochs_done)):
+                raise ValueError("values that are no numbers")
+            return WarmStart(str(record["search"]), record["points"], trials)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError("it is not what a search writes there; --fresh starts the search anew") from error
 
 

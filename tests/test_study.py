@@ -1,5 +1,6 @@
 """The searcher and the scheduler do right what Ray's own do wrong: budgets, NaN, and a restart that changes nothing."""
 
+import json
 import math
 import pickle
 from pathlib import Path
@@ -12,7 +13,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from byot.config import TrainConfig
 from byot.files import append_json_line
-from search.records import DIVERGED, MEASURES, SearchRecords
+from search.records import DIVERGED, MEASURES, Row, SearchRecords, pareto_front
 from search.space import DEFAULT_SPACE, Range, first_points
 from search.study import BudgetAwareSearch, RecordedAsha
 
@@ -20,30 +21,39 @@ EPOCHS = 18
 CONTROLLER: Any = None  # the scheduler does without
 
 
-def open_records(folder: Path, mode: str = "max") -> SearchRecords:
+def open_records(folder: Path, mode: str = "max", further: tuple[str, ...] = ()) -> SearchRecords:
     return SearchRecords(
-        folder, parameters=list(DEFAULT_SPACE), metric="val_accuracy", mode=mode, epochs=EPOCHS, seed=0
+        folder,
+        parameters=list(DEFAULT_SPACE),
+        metric="val_accuracy",
+        further_metrics=further,
+        mode=mode,
+        epochs=EPOCHS,
+        seed=0,
     )
 
 
-def make_searcher(records: SearchRecords, num_samples: int = 40) -> BudgetAwareSearch:
+def make_searcher(records: SearchRecords, num_samples: int = 40, **options: Any) -> BudgetAwareSearch:
     first = first_points(DEFAULT_SPACE, TrainConfig())
-    return BudgetAwareSearch(records, DEFAULT_SPACE, first=first, num_samples=num_samples, seed=0)
+    return BudgetAwareSearch(records, DEFAULT_SPACE, first=first, num_samples=num_samples, seed=0, **options)
 
 
 class MadeUpSearch:
     """A search on disk whose trials report made-up values; `restart` throws away all that is not on the disk."""
 
-    def __init__(self, folder: Path, mode: Any = "max") -> None:
-        self.folder, self.mode = folder, mode
+    def __init__(self, folder: Path, mode: Any = "max", further: tuple[str, ...] = (), **options: Any) -> None:
+        """`options` are the searcher's, and those of the scheduler."""
+        self.folder, self.mode, self.further = folder, mode, further
+        self.judging = {name: options.pop(name) for name in ("stops_early", "patience") if name in options}
+        self.options = options
         (folder / "search.json").write_text("{}")
         self.restart()
 
     def restart(self) -> None:
-        self.records = open_records(self.folder, self.mode)
+        self.records = open_records(self.folder, self.mode, self.further)
         self.records.write_best = lambda: None  # type: ignore[method-assign]  # there is no search.json to speak of
-        self.searcher = make_searcher(self.records)
-        self.scheduler = RecordedAsha(self.records, mode=self.mode)
+        self.searcher = make_searcher(self.records, **self.options)
+        self.scheduler = RecordedAsha(self.records, mode=self.mode, **self.judging)
 
     def suggest(self) -> dict[str, Any]:
         return self.searcher.suggest("an id that Ray gave")
@@ -140,14 +150,15 @@ def test_a_minimised_metric(tmp_path: Path):
     assert search.searcher.study.best_value == 1.0  # the control's 0.1 was not told
 
 
-def test_a_restart_changes_no_proposal(tmp_path: Path):
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "cmaes"])
+def test_a_restart_changes_no_proposal(tmp_path: Path, sampler: str):
     """Whether the driver lived through or was started anew before every proposal."""
     proposals = []
     for name, restarts in (("whole", False), ("broken", True)):
         (tmp_path / name).mkdir()
-        search = MadeUpSearch(tmp_path / name)
+        search = MadeUpSearch(tmp_path / name, sampler=sampler)
         running = search.suggest()
-        for value in range(14):
+        for value in range(26 if sampler == "cmaes" else 14):
             if restarts:
                 search.restart()
                 assert search.suggest() == running, "what is unfinished goes on first"
@@ -264,3 +275,118 @@ def test_a_trial_left_out_is_followed_by_no_copy(begun: MadeUpSearch):
 def test_few_trials_are_not_all_random(tmp_path: Path, num_samples: int, startup: int):
     sampler: Any = make_searcher(open_records(tmp_path), num_samples).study.sampler
     assert sampler._n_startup_trials == startup
+
+
+# ---------------------------------------------------------------- other samplers, metrics and ways to stop
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
+def test_samplers_learn(tmp_path: Path, sampler: str):
+    """Of an accuracy that falls with the distance from alpha 0.7 the later proposals are nearer than random ones."""
+    search = MadeUpSearch(tmp_path, sampler=sampler)
+    for _ in range(80 if sampler == "cmaes" else 40):
+        suggestion = search.suggest()
+        search.report(suggestion, EPOCHS, 90 - 40 * abs(suggestion["params"]["alpha"] - 0.7))
+        search.end(suggestion, "completed")
+    late = [abs(row["alpha"] - 0.7) for row in list(search.records.rows.values())[-12:]]
+    assert sum(late) / len(late) < 0.15, "a random one is 0.29 away"
+
+
+def test_cmaes_learns_from_its_own_proposals_after_a_restart(tmp_path: Path):
+    search = MadeUpSearch(tmp_path, sampler="cmaes")
+    for value in range(30):
+        search.complete(float(value))
+    state = search.records.sampler_state
+    assert {kept["cma:generation"] for kept in state.values()} >= {0, 1, 2}
+    assert any("cma:optimizer:0" in kept for kept in state.values())
+    search.restart()
+    assert search.records.sampler_state == state
+
+
+def test_a_hostile_sampler_state_is_not_unpickled(tmp_path: Path):
+    search = MadeUpSearch(tmp_path, sampler="cmaes")
+    for value in range(30):
+        search.complete(float(value))
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "touched",)
+
+    trial_id, _ = next((i, kept) for i, kept in search.records.sampler_state.items() if "cma:optimizer:0" in kept)
+    path = tmp_path / "trials" / trial_id / "trial.json"
+    record = json.loads(path.read_text())
+    record["sampler_state"]["cma:optimizer:0"] = pickle.dumps(Hostile()).hex()
+    path.write_text(json.dumps(record))
+    search.restart()
+    search.suggest()
+    assert trial_id not in search.records.sampler_state
+    assert not (tmp_path / "touched").exists()
+
+
+def test_no_scheduler_stops_nothing_but_what_diverges(tmp_path: Path):
+    search = MadeUpSearch(tmp_path, stops_early=False)
+    search.complete(50.0)
+    search.complete(50.0)
+    trials = [search.suggest() for _ in range(4)]
+    for value, trial in zip((60.0, 50.0, 40.0, 30.0), trials, strict=True):
+        for epoch in range(1, EPOCHS):
+            assert search.report(trial, epoch, value) == TrialScheduler.CONTINUE
+        assert search.report(trial, EPOCHS, value) == TrialScheduler.STOP, "at its end"
+    nan: Any = SimpleNamespace(config=trials[0])
+    assert search.scheduler.on_trial_result(CONTROLLER, nan, {"epoch": 3, "val_accuracy": math.nan}) == "STOP"
+
+
+def test_patience_ends_a_plateau(tmp_path: Path):
+    search = MadeUpSearch(tmp_path, stops_early=False, patience=3)
+    reference, control, trial = search.suggest(), search.suggest(), search.suggest()
+    values = [50.0, 60.0, 59.0, 60.0, 58.0]
+    decisions = [search.report(trial, epoch, value) for epoch, value in enumerate(values, start=1)]
+    assert decisions == ["CONTINUE"] * 4 + ["STOP"], "its best, the earliest of equals, is three epochs ago"
+    assert search.scheduler.stopped == {trial["trial_id"]}
+    for first in (reference, control):
+        assert [search.report(first, epoch, 1.0) for epoch in range(1, 9)] == ["CONTINUE"] * 8
+
+
+def test_patience_judges_a_trial_that_goes_on_as_it_did_before(tmp_path: Path):
+    search = MadeUpSearch(tmp_path, stops_early=False, patience=3)
+    search.complete(50.0)
+    search.complete(50.0)
+    trial = search.suggest()
+    for epoch, value in enumerate((50.0, 49.0, 48.0, 70.0), start=1):
+        search.report(trial, epoch, value)
+    search.restart()
+    assert search.suggest() == trial
+    again = [search.report(trial, epoch, value) for epoch, value in enumerate((50.0, 49.0, 48.0, 70.0), start=1)]
+    assert again == ["CONTINUE"] * 3 + ["CONTINUE"]
+    assert search.report(trial, 5, 1.0) == "CONTINUE"
+
+
+def test_several_metrics_reach_the_study(tmp_path: Path):
+    search = MadeUpSearch(tmp_path, further=("val_nll",), stops_early=False)
+    for value in (50.0, 60.0, 70.0, 80.0):
+        search.complete(value)
+    assert [direction.name for direction in search.searcher.study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert [trial.values for trial in search.searcher.study.trials] == [[v, v] for v in (50.0, 70.0, 80.0)]
+    stopped = search.suggest()
+    search.report(stopped, 2, 90.0)
+    search.end(stopped, "stopped")
+    search.restart()
+    assert search.states() == [TrialState.COMPLETE] * 3 + [TrialState.PRUNED]
+    assert search.suggest()["role"] == "sampled"
+
+
+def test_pareto_front():
+    def row(trial_id: str, accuracy: float, nll: float, role: str = "sampled", status: str = "completed") -> Row:
+        return {"trial_id": trial_id, "role": role, "status": status, "val_accuracy": accuracy, "val_nll": nll}
+
+    rows = [
+        row("t0", 70.0, 1.0),
+        row("t1", 71.0, 1.2),
+        row("t2", 69.0, 1.1),
+        row("t3", 70.0, 1.0),
+        row("t4", 99.0, 0.1, role="control"),
+        row("t5", 99.0, 0.1, status="stopped"),
+    ]
+    assert [r["trial_id"] for r in pareto_front(rows, ("val_accuracy", "val_nll"))] == ["t1", "t0", "t3"]
+    assert [r["trial_id"] for r in pareto_front(rows, ("val_accuracy",))] == ["t1"]
+    assert pareto_front([], ("val_accuracy", "val_nll")) == []

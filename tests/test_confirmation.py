@@ -1,0 +1,237 @@
+"""A confirmation says which is best only when it knows: equal settings stay unresolved, real gaps are found."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from byot.config import TrainConfig
+from byot.files import read_json, write_json
+from byot.searched import find_best
+from search.confirm import FRESH, Confirmation, Run, choose_arms
+from search.confirmation import MOST_RUNS_NAMED, Comparison, judge
+from search.records import MEASURES
+from search.settings import SearchSettings
+from search.space import DEFAULT_SPACE, Role
+
+SD = 0.3  # points, of a run; what its seed does to all arms comes on top
+MAX_ROUNDS = 8
+REPETITIONS = 600
+
+
+def simulate(truth: list[float], seed: int, max_rounds: int = MAX_ROUNDS) -> dict[str, list[float]]:
+    noise = np.random.default_rng(seed)
+    rounds = noise.normal(0, SD, max_rounds)
+    return {str(arm): list(value + rounds + noise.normal(0, SD, max_rounds)) for arm, value in enumerate(truth)}
+
+
+@pytest.mark.parametrize("num_arms", [2, 5])
+def test_equal_settings_stay_unresolved(num_arms: int):
+    judged = [judge(simulate([70.0] * num_arms, seed), MAX_ROUNDS) for seed in range(REPETITIONS)]
+    unresolved = sum(not any(one.resolved for one in found.comparisons.values()) for found in judged)
+    assert unresolved >= 0.95 * REPETITIONS
+
+
+@pytest.mark.parametrize("num_arms", [2, 5])
+def test_a_gap_of_one_point_is_resolved(num_arms: int):
+    judged = [judge(simulate([71.0] + [70.0] * (num_arms - 1), seed), MAX_ROUNDS) for seed in range(REPETITIONS)]
+    right = sum(found.remaining == ["0"] for found in judged)
+    assert right >= 0.8 * REPETITIONS
+    assert np.mean([found.rounds for found in judged]) < MAX_ROUNDS, "it stops before all seeds are used up"
+
+
+def test_what_all_arms_share_is_no_noise():
+    """A seed that is good for all, as an easy validation split is, does not hide a difference."""
+    values = simulate([71.0, 70.0], 0)
+    shaken = {arm: [v + 20 * (i % 3) for i, v in enumerate(runs)] for arm, runs in values.items()}
+    assert judge(values, MAX_ROUNDS).comparisons["1"].half_width == pytest.approx(
+        judge(shaken, MAX_ROUNDS).comparisons["1"].half_width
+    )
+
+
+def test_interval_of_two_arms_is_that_of_the_paired_t_test():
+    """With two arms Tukey's interval is Student's for paired differences, here with the error shared by the looks."""
+    from scipy.stats import t
+
+    values = {"a": [71.2, 70.9, 71.6, 70.7], "b": [70.1, 70.6, 70.2, 70.4]}
+    one = judge(values, max_rounds=4).comparisons["b"]
+    differences = np.subtract(values["a"], values["b"])
+    looks = 3
+    half_width = t.isf(0.05 / looks / 2, df=3) * differences.std(ddof=1) / math.sqrt(4)
+    assert one.difference == pytest.approx(differences.mean())
+    assert one.half_width == pytest.approx(half_width, rel=1e-6)
+
+
+def test_judged_round_by_round_or_at_once_is_the_same():
+    values = simulate([71.0, 70.9, 70.0, 69.0, 70.0], 3)
+    at_once = judge(values, MAX_ROUNDS)
+    stepwise: dict[str, list[float]] = {arm: [] for arm in values}
+    for number in range(MAX_ROUNDS):
+        for arm in judge(stepwise, MAX_ROUNDS).remaining:
+            stepwise[arm].append(values[arm][number])
+    assert judge(stepwise, MAX_ROUNDS) == at_once
+    assert sum(map(len, stepwise.values())) < sum(map(len, values.values())), "arms that are out are not run on"
+
+
+def test_a_diverged_run_takes_its_arm_out():
+    values = {"a": [70.0, 71.0], "b": [math.nan, 90.0], "c": [70.5]}
+    found = judge(values, MAX_ROUNDS)
+    assert set(found.remaining) == {"a", "c"}
+    assert (found.rounds, found.is_over) == (1, False)
+    assert judge({"a": [math.nan], "b": [math.nan]}, MAX_ROUNDS).is_over
+
+
+def test_before_the_second_round_nothing_is_said():
+    found = judge({"a": [90.0, 91.0], "b": [10.0]}, MAX_ROUNDS)
+    assert (found.comparisons, found.is_over, found.leader) == ({}, False, "a")
+    assert judge({"a": [], "b": []}, MAX_ROUNDS).rounds == 0
+    assert judge({"a": [1.0]}, MAX_ROUNDS).is_over, "one arm alone needs no test"
+
+
+def test_a_chance_coincidence_is_no_certainty():
+    """Few validation images give equal differences now and then; their spread of 0 would resolve anything."""
+    values = {"a": [71.0, 73.0], "b": [70.0, 72.0]}
+    assert judge(values, MAX_ROUNDS).comparisons["b"].resolved
+    assert not judge(values, MAX_ROUNDS, least_sd=100 / 143).comparisons["b"].resolved
+
+
+@pytest.mark.parametrize(("gap", "needed"), [(0.3, 16 - 3), (0.5, 7 - 3), (5.0, 1), (0.001, MOST_RUNS_NAMED + 1)])
+def test_runs_needed(gap: float, needed: int):
+    """As the standard power calculation has it: 16 runs an arm for a gap of one standard deviation."""
+    assert Comparison("a", "b", gap, 9.0, SD, rounds=3).runs_needed == pytest.approx(needed, abs=1)
+
+
+# ---------------------------------------------------------------- of a search
+
+
+def row(trial_id: str, role: Role, value: float, **params: float) -> dict[str, Any]:
+    params = {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6, **params}
+    return {"trial_id": trial_id, "role": role, "status": "completed", **params, **dict.fromkeys(MEASURES, value)}
+
+
+ROWS = [
+    row("t0000", "reference", 70.0),
+    row("t0001", "control", 75.0, alpha=0.0, beta=0.0),
+    row("t0002", "sampled", 71.0, alpha=0.3),
+    row("t0003", "sampled", 72.0, alpha=0.4),
+    row("t0004", "sampled", 72.0, alpha=0.4),
+    {**row("t0005", "sampled", 99.0, alpha=0.9), "status": "stopped"},
+]
+BASE = TrainConfig(dataset="digits", width=4, epochs=2, val_fraction=0.2, seed=7)
+
+
+def open_confirmation(folder: Path, top: int = 1, max_seeds: int = 4) -> Confirmation:
+    settings = SearchSettings(confirm=top, confirm_seeds=max_seeds)
+    return Confirmation(folder, ROWS, DEFAULT_SPACE, BASE, settings, num_val=287)
+
+
+def run_all(confirmation: Confirmation, truth: dict[str, float]) -> list[Run]:
+    """Do what is asked for, with made-up values; what is found is on the disk."""
+    noise = np.random.default_rng(0)
+    done = []
+    while (run := confirmation.next_run()) is not None:
+        config = confirmation.config(run).to_dict()
+        result = {"config": config, "error": "", "val_accuracy": truth[run.arm] + noise.normal(0, SD)}
+        write_json(confirmation.run_folder(run) / "result.json", result)
+        confirmation.results[run] = result
+        done.append(run)
+    confirmation.save("finished")
+    return done
+
+
+def test_the_best_different_settings_and_both_controls():
+    def chosen(top: int) -> list[str]:
+        return [a.trial_id for a in choose_arms(ROWS, DEFAULT_SPACE, BASE, SearchSettings(confirm=top))]
+
+    assert chosen(1) == ["t0003", "t0000", "t0001"]
+    assert chosen(2) == ["t0003", "t0002", "t0000", "t0001"]
+    assert chosen(9) == ["t0003", "t0002", "t0000", "t0001"], "the reference is among the best: it is run once"
+
+
+def test_seeds_are_fresh_and_shared(tmp_path: Path):
+    confirmation = open_confirmation(tmp_path)
+    configs = {arm: confirmation.config(Run(arm, 2)) for arm in confirmation.arms}
+    assert {config.seed for config in configs.values()} == {7 + FRESH + 2}
+    assert {config.split_seed for config in configs.values()} == {FRESH + 2}
+    assert configs["t0001"].alpha == 0
+    assert all(config.val_fraction == BASE.val_fraction for config in configs.values())
+
+
+def test_a_clear_winner_is_chosen_and_taken_by_train(tmp_path: Path):
+    folder = tmp_path / "searches" / "s"
+    confirmation = open_confirmation(folder)
+    run_all(confirmation, {"t0003": 80.0, "t0000": 70.0, "t0001": 75.0})
+    assert confirmation.is_done
+    record = read_json(folder / "confirmation.json")
+    assert (record["choice"], record["resolved"], record["status"]) == ("t0003", True, "finished")
+    assert "Resolved" in record["verdict"][0]
+    assert "deep supervision alone" in " ".join(record["verdict"]).lower()
+    write_json(folder / "best.json", {"config": {**BASE.to_dict(), "alpha": 0.9}})
+    choice = find_best(tmp_path, "s", "resnet18", "digits")
+    assert (choice.settings["alpha"], choice.settings["val_fraction"], choice.settings["seed"]) == (0.4, 0.0, 7)
+    assert "confirmed" in choice.source
+
+
+def test_an_unfinished_confirmation_chooses_nothing(tmp_path: Path):
+    folder = tmp_path / "searches" / "s"
+    open_confirmation(folder).save("interrupted")
+    write_json(folder / "best.json", {"config": {**BASE.to_dict(), "alpha": 0.9}})
+    assert find_best(tmp_path, "s", "resnet18", "digits").settings["alpha"] == 0.9
+
+
+def test_deep_supervision_alone_is_chosen_only_when_that_is_resolved(tmp_path: Path):
+    clear, near = open_confirmation(tmp_path / "clear"), open_confirmation(tmp_path / "near")
+    run_all(clear, {"t0003": 70.0, "t0000": 70.0, "t0001": 80.0})
+    run_all(near, {"t0003": 70.0, "t0000": 60.0, "t0001": 70.05})
+    assert clear.choice(clear.judge()).role == "control"
+    assert near.choice(near.judge()).trial_id == "t0003"
+    assert "not resolved" in " ".join(near.verdict(near.judge()))
+    assert "more run" in " ".join(near.verdict(near.judge()))
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path: Path):
+    truth = {"t0003": 70.1, "t0000": 70.0, "t0001": 70.05}
+    whole = run_all(open_confirmation(tmp_path / "whole"), truth)
+    first = open_confirmation(tmp_path / "broken")
+    for run in whole[:5]:
+        write_json(
+            first.run_folder(run) / "result.json",
+            {"config": first.config(run).to_dict(), "error": "", "val_accuracy": 70.0},
+        )
+    (first.run_folder(whole[4]) / "result.json").write_text("{")
+    rest = run_all(open_confirmation(tmp_path / "broken"), truth)
+    assert rest == whole[4:], "a damaged record is a run that has not been done"
+
+
+def test_results_of_other_settings_do_not_count(tmp_path: Path):
+    confirmation = open_confirmation(tmp_path)
+    run = confirmation.next_run()
+    assert run is not None
+    other = confirmation.config(run).with_settings(alpha=0.77).to_dict()
+    write_json(confirmation.run_folder(run) / "result.json", {"config": other, "error": "", "val_accuracy": 99.0})
+    assert open_confirmation(tmp_path).results == {}
+
+
+def test_a_diverged_run_is_told(tmp_path: Path):
+    confirmation = open_confirmation(tmp_path)
+    run = Run("t0003", 0)
+    result = {"config": confirmation.config(run).to_dict(), "error": "the loss became nan in epoch 1"}
+    write_json(confirmation.run_folder(run) / "result.json", result)
+    confirmation = open_confirmation(tmp_path)
+    run_all(confirmation, {"t0000": 70.0, "t0001": 60.0})
+    assert "a run of it diverged" in " ".join(confirmation.verdict(confirmation.judge()))
+    assert confirmation.choice(confirmation.judge()).trial_id == "t0000"
+
+
+def test_a_metric_that_is_minimised(tmp_path: Path):
+    settings = SearchSettings(confirm=9, confirm_seeds=4, metric=("val_nll",))
+    confirmation = Confirmation(tmp_path, ROWS, DEFAULT_SPACE, BASE, settings, num_val=287)
+    nll = {"t0000": 2.0, "t0001": 1.0, "t0002": 3.0, "t0003": 4.0}
+    assert set(confirmation.arms) == set(nll)
+    for run in (Run(arm, number) for arm in nll for number in range(2)):
+        confirmation.results[run] = {"error": "", "val_nll": nll[run.arm] + 0.001 * run.round}
+    judgement = confirmation.judge()
+    assert judgement.remaining == ["t0001"]
+    assert "nats behind" in " ".join(confirmation.verdict(judgement))

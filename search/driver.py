@@ -24,6 +24,7 @@ from byot.searched import CONFIRMATION
 from byot.stopping import StoppedError, catch_stop_signals
 from byot.trainer import choose_device
 from search.cluster import RayStartError, Share, Slots, share, start_ray
+from search.live import DAY_S, LiveTable, format_duration
 from search.records import SearchRecords, load_search, now, save_search, table_columns
 from search.settings import SearchSettings, expected_epochs, share_of_gpu
 from search.space import Space, first_points, space_to_dict
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from search.watch import SearchWatch
 
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
-DAY_S = 86400
 QUICK_WIDTH = 16
 
 
@@ -275,9 +275,10 @@ def _run(
             f"{settings.num_samples - len(records.rows)} are to come",
             flush=True,
         )
+    live = LiveTable()
     while True:
         before = len(records.ended)
-        watch = _fit(plan, data, slots, setup, records, deadline, stop_asked)
+        watch = _fit(plan, data, slots, setup, records, live, deadline, stop_asked)
         setup = setup._replace(timed=None)
         missing = settings.num_samples - len(records.ended)
         # Some may be missing because their worker died before they began: as long as others end, they are begun again.
@@ -305,6 +306,7 @@ def _fit(
     slots: Slots,
     setup: "TrialSetup",
     records: SearchRecords,
+    live: LiveTable,
     deadline: float | None,
     stop_asked: StopAsked,
 ) -> "SearchWatch":
@@ -335,6 +337,7 @@ def _fit(
         searcher,
         scheduler,
         OptunaMirror(records, plan.space),
+        live,
         num_samples=settings.num_samples,
         deadline=deadline,
         stop_asked=stop_asked,
@@ -368,7 +371,7 @@ def _fit(
         ),
     )
     try:
-        with redirect_stdout(LogWriter()):
+        with redirect_stdout(LogWriter()), live:
             tuner.fit()
     except TuneError as error:
         logging.getLogger("ray.tune").exception("the search was broken off")
@@ -407,9 +410,9 @@ def describe_time(
     slot_epoch_s = settings.seeds_per_trial * epoch_s / slots.max_concurrent
     about = expected_epochs(settings.num_samples, base.epochs, stops_early=settings.stops_early) * slot_epoch_s
     at_most = settings.num_samples * base.epochs * slot_epoch_s
-    text = f"{images_per_s:.0f} images/s a trial, {slots.max_concurrent} at a time: about {_duration(about)}"
+    text = f"{images_per_s:.0f} images/s a trial, {slots.max_concurrent} at a time: about {format_duration(about)}"
     if at_most > about:
-        text += f", at most {_duration(at_most)}"
+        text += f", at most {format_duration(at_most)}"
     budget = settings.time_budget_s()
     if budget is not None and budget < about:
         text += f"; it will stop after {settings.time_budget}"
@@ -420,16 +423,6 @@ def describe_time(
         ways.append(f"fewer --epochs than {base.epochs}")
         text += f"\nto make that hours: {', '.join(ways)}"
     return text
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 2 * DAY_S:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / DAY_S:.1f} days"
 
 
 def _verdict(folder: Path) -> str:

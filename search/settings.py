@@ -23,6 +23,7 @@ Scheduler = Literal["asha", "none"]
 Sampler = Literal["tpe", "gp", "random", "cmaes"]
 
 REDUCTION_FACTOR = 3  # of the trials at a rung, the best third goes on
+NUM_FIRST_POINTS = 2  # tried first and always trained whole: the reference and the control
 GRACE_FRACTION = 0.1  # no trial is stopped before this share of its epochs
 WHOLE_NUMBERS = (
     *("num_samples", "max_concurrent", "cpus_per_trial", "patience", "seeds_per_trial", "confirm", "confirm_seeds"),
@@ -170,12 +171,17 @@ def expected_epochs(num_samples: int, epochs: int, *, stops_early: bool = True) 
     """About how many epochs the trials of a search have in all: two are whole, of the others a third past each rung."""
     if not stops_early:
         return num_samples * epochs
-    grace = grace_epochs(epochs)
-    each, reached, survivors = float(grace), grace, 1.0
+    whole = min(NUM_FIRST_POINTS, num_samples)
+    return whole * epochs + (num_samples - whole) * expected_epochs_left(0, epochs)
+
+
+def expected_epochs_left(done: int, epochs: int) -> float:
+    """About how many more epochs a trial trains that ASHA may stop: at each rung to come it goes on in a third."""
+    left, share, reached, rung = 0.0, 1.0, done, grace_epochs(epochs)
     while reached < epochs:
-        following = min(reached * REDUCTION_FACTOR, epochs)
-        survivors /= REDUCTION_FACTOR
-        each += survivors * (following - reached)
-        reached = following
-    whole = min(2, num_samples)
-    return whole * epochs + (num_samples - whole) * each
+        if rung > reached:
+            left += share * (rung - reached)
+            share /= REDUCTION_FACTOR
+            reached = rung
+        rung = min(rung * REDUCTION_FACTOR, epochs)
+    return left

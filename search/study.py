@@ -216,7 +216,7 @@ class RecordedAsha(AsyncHyperBandScheduler):
         )
         self._metric_name = records.metric
         self._records = records
-        self._stops_early = stops_early
+        self.stops_early = stops_early
         self._patience = patience
         self.stopped: set[str] = set()  # trial ids
         self._sign = 1.0 if mode == "max" else -1.0
@@ -247,7 +247,7 @@ class RecordedAsha(AsyncHyperBandScheduler):
         if self._is_on_plateau(trial_id, result["epoch"], value):
             self.stopped.add(trial_id)
             return self.STOP
-        if not self._stops_early:
+        if not self.stops_early:
             return self.CONTINUE
         named: Any = SimpleNamespace(trial_id=trial_id)  # all that the bracket looks at
         rung = dict(self._brackets[0]._rungs).get(result["epoch"])

@@ -1,9 +1,7 @@
 """What happens in the driver while Ray runs a search: every event is recorded, told, and may end the search."""
 
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from byot.files import describe_refusal, write_text
+from search.live import LiveTable, view_search
 from search.mirror import OptunaMirror
 from search.records import DIVERGED, Row, SearchRecords, Status, format_value
 from search.study import BudgetAwareSearch, RecordedAsha
@@ -21,7 +20,7 @@ MAX_FAILURES = 5  # of the first trials, or crashes one after another, before th
 
 
 class SearchWatch(tune.Callback):
-    """Records each trial that ends, once, and prints a line for it; knows when the whole search has to stop.
+    """Records each trial that ends, once, and has a line printed for it; knows when the whole search has to stop.
 
     A trial has ended when it reached its last epoch, when ASHA stopped it or when it failed. One that is cut off with
     the search has not: it goes on with the search.
@@ -33,6 +32,7 @@ class SearchWatch(tune.Callback):
         searcher: BudgetAwareSearch,
         scheduler: RecordedAsha,
         mirror: OptunaMirror,
+        live: LiveTable,
         *,
         num_samples: int,
         deadline: float | None,
@@ -44,6 +44,7 @@ class SearchWatch(tune.Callback):
         self.searcher = searcher
         self.scheduler = scheduler
         self.mirror = mirror
+        self.live = live
         self.num_samples = num_samples
         self.deadline = deadline  # on the monotonic clock
         self.stop_asked = stop_asked
@@ -64,6 +65,7 @@ class SearchWatch(tune.Callback):
             trial_id = trial.config["trial_id"]
             if result["epoch"] not in self.records.history[trial_id]:
                 trial.run_metadata.num_failures = 0  # a trial that gets on is not given up, however often it is killed
+                self.live.rate.add(time.monotonic())
             self.records.add_epoch(trial_id, result)
             self._tell_pace(result)  # where an epoch has fewer steps than are timed
 
@@ -86,6 +88,11 @@ class SearchWatch(tune.Callback):
             reason = f"out of memory, as Ray's memory monitor saw it; fewer trials at once would help ({reason})"
         self._write(lambda: write_text(self.records.trial_folder(trial_id) / "error.txt", text + "\n"))
         self._end(trial_id, "failed", reason)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Ray calls this several times a second, whether anything has happened or not."""
+        if self.live.is_due():
+            self._show([trial.config["trial_id"] for trial in trials if trial.status == Trial.RUNNING])
 
     # ------------------------------------------------------------ what is made of it
 
@@ -121,7 +128,7 @@ class SearchWatch(tune.Callback):
     def _tell_pace(self, result: dict[str, Any]) -> None:
         if self.tell_pace is not None:
             tell, self.tell_pace = self.tell_pace, None
-            _say(tell(result[PACE] if PACE in result else result["images_per_s"]))
+            self.live.say(tell(result[PACE] if PACE in result else result["images_per_s"]))
 
     def _print(self, row: Row) -> None:
         metric, best = self.records.metric, self.records.best()
@@ -133,7 +140,21 @@ class SearchWatch(tune.Callback):
             line += f"  {row['error']}"
         elif best is not None:
             line += f"  best {format_value(best[metric])}"
-        _say(line)
+        self.live.say(line)
+
+    def _show(self, running: list[str]) -> None:
+        now = time.monotonic()
+        view = view_search(
+            self.records,
+            running,
+            num_samples=self.num_samples,
+            stops_early=self.scheduler.stops_early,
+            elapsed_s=now - self.live.began_at,
+            epochs_per_s=self.live.rate.per_second(now, len(running)),
+            budget_s=None if self.deadline is None else self.deadline - now,
+            stopping=self.has_to_stop(),
+        )
+        self.live.show(view)
 
 
 class StopWatch(tune.Stopper):
@@ -147,11 +168,6 @@ class StopWatch(tune.Stopper):
 
     def stop_all(self) -> bool:
         return self.watch.has_to_stop()
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):  # whoever read it may be gone, which is no trouble of the search
-        print(text, file=sys.__stdout__, flush=True)  # sys.stdout goes to the log while Ray runs
 
 
 def _diverged(row: Row) -> bool:

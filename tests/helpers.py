@@ -53,6 +53,22 @@ def run_command(
     )
 
 
+class FakeTerminal(io.StringIO):
+    """Keeps what is written to it as to a terminal; with an error it is one that has gone away."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        super().__init__()
+        self.error = error
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.error is not None:
+            raise self.error
+        return super().write(text)
+
+
 def call_main(
     module: Any,
     program: str,

@@ -1,6 +1,7 @@
 """What the driver makes of what Ray tells it: how trials end, when a search gives up, what a full disk leaves."""
 
 import math
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from byot.config import TrainConfig
 from byot.files import read_json
 from search import records as records_module
+from search.live import LiveTable
 from search.mirror import OptunaMirror
 from search.records import DIVERGED, MEASURES, SearchRecords, read_rows, save_search
 from search.space import DEFAULT_SPACE, first_points
@@ -18,6 +20,7 @@ from search.study import BudgetAwareSearch, RecordedAsha
 from search.trial import FAILED, UNWRITABLE
 from search.watch import MAX_FAILURES, MAX_RETRIES, SearchWatch, StopWatch
 from tests.faults.searches import load_mirror
+from tests.helpers import FakeTerminal
 
 EPOCHS = 4
 
@@ -43,6 +46,7 @@ class Driver:
             self.searcher,
             RecordedAsha(self.records, mode="max"),
             OptunaMirror(self.records, DEFAULT_SPACE),
+            LiveTable(),
             num_samples=20,
             deadline=None if time_budget_s is None else time.monotonic() + time_budget_s,
             stop_asked=lambda: self.asked_to_stop,
@@ -51,6 +55,7 @@ class Driver:
     def start(self) -> Any:
         return SimpleNamespace(
             trial_id="of Ray",
+            status="RUNNING",
             config=self.searcher.suggest("of Ray"),
             last_result={},
             error_file=None,
@@ -154,6 +159,40 @@ def test_a_terminal_that_is_gone_changes_no_trial(driver: Driver, monkeypatch: p
     assert driver.complete(trial) == "completed"
     assert driver.records.rows[trial.config["trial_id"]]["val_accuracy"] == 50.0
     assert not driver.watch.has_to_stop()
+
+
+def test_a_terminal_sees_the_trials_that_run(driver: Driver, monkeypatch: pytest.MonkeyPatch):
+    terminal = FakeTerminal()
+    monkeypatch.setattr(sys, "__stdout__", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    first, second = driver.start(), driver.start()
+    second.status = "PENDING"
+    with driver.watch.live:
+        driver.epoch(first, 3, value=12.34)
+        driver.epoch(first, 3, value=12.34)  # again, as after a restart
+        driver.watch.on_step_end(0, [first, second])
+        driver.watch.on_step_end(0, [first, second])  # too soon to draw again
+    shown = terminal.getvalue()
+    assert shown.count("trials have ended") == 1
+    assert "t0000" in shown
+    assert "3/4" in shown
+    assert "12.34" in shown
+    assert "t0001" not in shown
+    assert driver.watch.live.rate.per_second(driver.watch.live.began_at + 1000, 0) == 2 / 1000, "one epoch, one to come"
+
+
+def test_without_a_terminal_there_are_lines_alone(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    with open("/dev/stdout", "w") as pipe, driver.watch.live:
+        monkeypatch.setattr(sys, "__stdout__", pipe)
+        trial = driver.start()
+        driver.epoch(trial, EPOCHS)
+        driver.watch.on_step_end(0, [trial])
+        driver.complete(trial)
+    said = capfd.readouterr().out
+    assert said.startswith("  1/20  t0000  completed    4 epochs  val_accuracy 50.00  alpha 0.1")
+    assert said.count("\n") == 1
 
 
 def test_it_gives_up_when_nothing_works(driver: Driver):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from byot.checkpoint import load_checkpoint
 from byot.config import TrainConfig
 from byot.files import read_json, read_json_lines
 from byot.lock import lock_folder
-from search.records import Row, read_rows
+from search.records import Row, pareto_front, read_rows
 from tests.helpers import (
     PROJECT,
     ParquetMaker,
     assert_one_sentence,
     assert_same_state,
+    command_environment,
+    command_line,
     picture_of,
     run_command,
 )
@@ -180,6 +183,74 @@ def test_more_trials_fresh_start_and_one_process_at_a_time(
     (aside,) = (tmp_path / "searches" / "replaced").iterdir()
     assert rows_of(aside) == rows
     assert str(aside) in fresh.stdout
+
+
+@pytest.mark.slow
+def test_the_best_are_confirmed_over_fresh_seeds(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+):
+    """After the search, stopped on the way, and gone on with; then the verdict is what train.py goes by."""
+    folder = tmp_path / "searches" / "small"
+    shutil.copytree(finished[0] / "searches" / "small", folder)
+    before = picture_of(folder / "trials")
+    asked = ("--resume", "--name", "small", "--confirm", 1, "--confirm-seeds", 2, "--outputs", tmp_path)
+    with subprocess.Popen(
+        command_line(TUNE, *asked), cwd=tmp_path, env=command_environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("round 1"):
+                process.send_signal(signal.SIGINT)
+                break
+        told = process.stdout.read()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "go on with: " in told
+    done = {path.parent.name for path in folder.glob("confirmation/*/result.json")}
+    assert done
+    assert read_json(folder / "confirmation.json")["status"] == "interrupted"
+    times = {name: (folder / "confirmation" / name / "result.json").stat().st_mtime_ns for name in done}
+
+    result = search_again(tmp_path, "--resume", "--name", "small")
+    assert result.returncode == 0, result.stderr
+    for name, time in times.items():
+        assert (folder / "confirmation" / name / "result.json").stat().st_mtime_ns == time, "it is not done again"
+    record = read_json(folder / "confirmation.json")
+    assert record["status"] == "finished"
+    assert {arm["role"] for arm in record["arms"]} >= {"reference", "control"}
+    assert all(len(arm["values"]) == 2 for arm in record["arms"])
+    assert all(sentence in result.stdout for sentence in record["verdict"])
+    assert picture_of(folder / "trials") == before, "the search itself is as it was"
+    for run in folder.glob("confirmation/*"):
+        lines = read_json_lines(run / "metrics.jsonl")
+        assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
+        assert not (run / "checkpoints").exists()
+
+    again = picture_of(folder)
+    assert "finished already" in search_again(tmp_path, "--resume", "--name", "small").stdout
+    assert picture_of(folder) == again
+    trained = run_command(["--best", "small", "--outputs", tmp_path, "--name", "r"], cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "over 2 fresh seeds" in trained.stdout
+    config = read_json(tmp_path / "runs" / "r" / "config.json")
+    assert config == TrainConfig.from_dict(record["config"]).to_dict()
+    for script in ("analysis/best.py", "analysis/report.py"):
+        shown = run_command(["small", "--outputs", tmp_path], cwd=tmp_path, script=script)
+        assert shown.returncode == 0, shown.stderr
+    assert record["verdict"][0] in (tmp_path / "reports" / "small.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_several_metrics_end_in_a_pareto_front(tmp_path: Path):
+    result = search_again(tmp_path, *SMALL, "--metric", "val_accuracy", "val_accuracy_1", "--name", "s")
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "searches" / "s"
+    rows = rows_of(folder)
+    assert {row["status"] for row in rows} == {"completed"}, "none is stopped by one of two metrics"
+    front = [one["trial_id"] for one in read_json(folder / "best.json")["pareto_front"]]
+    assert front == [row["trial_id"] for row in pareto_front(rows, ("val_accuracy", "val_accuracy_1"))]
+    assert all(f"      {trial_id}  val_accuracy " in result.stdout for trial_id in front)
+    shown = run_command(["s", "--outputs", tmp_path], cwd=tmp_path, script="analysis/best.py")
+    assert "Pareto front" in shown.stdout
 
 
 @pytest.mark.slow

@@ -281,6 +281,35 @@ TUNE: list[Line] = [
     ("--cpus-per-trial 0", "cpus_per_trial must be at least 1, not 0"),
     ("--cpus-per-trial -1", "cpus_per_trial must be at least 1, not -1"),
     ("--dataset digits --cpus-per-trial 100000", "100000 CPU threads each are asked for"),
+    ("--metric val_nll val_nll", "metric names val_nll twice"),
+    ("--metric val_nll test_nll", "--metric: invalid choice: 'test_nll'"),
+    ("--metric", "--metric: expected at least one argument"),
+    ("--metric val_accuracy val_nll --scheduler asha", "asha stops trials by one metric"),
+    ("--metric val_accuracy val_nll --sampler cmaes", "cmaes searches for one metric"),
+    ("--sampler grid", "--sampler: invalid choice: 'grid'"),
+    ("--scheduler hyperband", "--scheduler: invalid choice: 'hyperband'"),
+    *(
+        (f"--{flag} {value}", f"{words} {value}")
+        for flag, value, words in (
+            ("patience", 0, "patience must be at least 1, not"),
+            ("patience", -3, "patience must be at least 1, not"),
+            ("patience", 1000001, "patience must be at most 1000000, not"),
+            ("seeds-per-trial", 0, "seeds_per_trial must be at least 1, not"),
+            ("seeds-per-trial", 1001, "seeds_per_trial must be at most 1000, not"),
+            ("confirm", 0, "confirm must be at least 1, not"),
+            ("confirm-seeds", 1, "confirm_seeds must be at least 2, not"),
+            ("confirm-seeds", 1001, "confirm_seeds must be at most 1000, not"),
+        )
+    ),
+    *(
+        (f"--{flag} x", f"--{flag}: invalid int value: 'x'")
+        for flag in ("patience", "seeds-per-trial", "confirm", "confirm-seeds")
+    ),
+    ("--dataset digits --warm-start nowhere", "there is no search nowhere"),
+    ("--dataset digits --warm-start ''", "warm_start must be the name of a search"),
+    ("--dataset digits --warm-start file", "there is no search file"),
+    ("--resume --name done --sampler gp", "--sampler tpe"),
+    ("--resume --name done --confirm 0", "confirm must be at least 1, not 0"),
     ("--time-budget soon", "time_budget must be a time such as 90s"),
     ("--time-budget ''", "time_budget must be a time such as 90s"),
     ("--time-budget 0", "time_budget must be a time such as 90s"),

@@ -33,9 +33,9 @@ def open_records(folder: Path, mode: str = "max", further: tuple[str, ...] = ())
     )
 
 
-def make_searcher(records: SearchRecords, num_samples: int = 40, **options: Any) -> BudgetAwareSearch:
+def make_searcher(records: SearchRecords, num_samples: int = 40, seed: int = 0, **options: Any) -> BudgetAwareSearch:
     first = first_points(DEFAULT_SPACE, TrainConfig())
-    return BudgetAwareSearch(records, DEFAULT_SPACE, first=first, num_samples=num_samples, seed=0, **options)
+    return BudgetAwareSearch(records, DEFAULT_SPACE, first=first, num_samples=num_samples, seed=seed, **options)
 
 
 class MadeUpSearch:

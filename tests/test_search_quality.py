@@ -1,0 +1,261 @@
+"""Searches in simulated time spend what they are given, replay what was recorded and call the real classes."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from optuna.trial import TrialState
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from benchmarks import families, search_quality
+from benchmarks.families import NUM_LOOKED_AT, SYNTHETIC, Family, Run, load_family
+from benchmarks.search_quality import Estimate, Name, Ours, Proposal, Stock, Task, make_method, simulate
+from byot.files import read_json
+from search.records import MEASURES
+from search.space import DEFAULT_SPACE, Role, Space, space_to_dict
+from search.study import BudgetAwareSearch, RecordedAsha
+from tests.helpers import assert_one_sentence, call_main
+
+NOWHERE = Path("no such folder")
+NAMES: tuple[Name, ...] = get_args(Name)
+EPOCHS = 3
+CORNERS = {"low": (0.1, 2.0, 1e-7), "high": (0.9, 9.0, 1e-4)}  # alpha, temperature, beta
+PLANTED = {  # (corner or role, seed): val_accuracy by epoch
+    ("low", 0): [10.0, 20.0, 30.0],
+    ("low", 1): [11.0, 21.0, 34.0],
+    ("high", 0): [42.0, 50.0],  # diverged
+    ("high", 1): [41.0, 51.0, 62.0],
+    ("reference", 0): [1.0, 2.0, 36.0],
+    ("control", 0): [1.0, 2.0, 99.0],
+}
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """A folder with a recorded family of two configurations and the two settings that are tried first."""
+    header = {"space": space_to_dict(DEFAULT_SPACE), "config": {"epochs": EPOCHS}}
+    numbers = {"reference": -2, "control": -1, "low": 0, "high": 1}
+    lines = [json.dumps(header)]
+    for (name, seed), values in PLANTED.items():
+        place = CORNERS.get(name, (0.0, 3.0, 0.0 if name == "control" else 1e-6))
+        curve = {
+            "number": numbers[name],
+            "role": "sampled" if name in CORNERS else name,
+            "seed": seed,
+            "params": dict(zip(DEFAULT_SPACE, place, strict=True)),
+            "values": dict.fromkeys(MEASURES, values),
+            "seconds": 1.0,
+        }
+        lines.append(json.dumps(curve))
+    (tmp_path / "digits.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    return tmp_path
+
+
+def constant_family(value_of: Any, space: Space = DEFAULT_SPACE, epochs: int = 9) -> Family:
+    """Without noise: a configuration has its final value from its first epoch on."""
+
+    def train(role: Role, params: dict[str, float], rng: np.random.Generator) -> Run:
+        value = value_of(params)
+        return Run([value] * epochs, value)
+
+    return Family(space, epochs, train, best=1.0, typical=0.0)
+
+
+class Scripted:
+    """A method that proposes the same and stops where it is told; it counts what it is told of."""
+
+    def __init__(self, family: Family, stop_at: int) -> None:
+        self.family, self.stop_at = family, stop_at
+        self.reports: list[tuple[str, int]] = []
+        self.num_begun = 0
+
+    def begin(self) -> Proposal:
+        self.num_begun += 1
+        return Proposal(str(self.num_begun), "sampled", {"alpha": 0.1, "temperature": 2.0, "beta": 1e-7})
+
+    def report(self, trial: Proposal, epoch: int, value: float) -> bool:
+        self.reports.append((trial.trial_id, epoch))
+        return epoch < self.stop_at
+
+
+@pytest.mark.parametrize("budget", [1, 40, 163])
+@pytest.mark.parametrize("stop_at", [1, 4, 9])
+def test_the_budget_is_spent_exactly(budget: int, stop_at: int) -> None:
+    method = Scripted(constant_family(lambda params: 0.5), stop_at)
+    outcome = simulate(method, method.family, budget=budget, seed=0)
+    assert len(method.reports) == len(set(method.reports)) == len(outcome.regret) == budget
+    by_trial: dict[str, list[int]] = {}
+    for trial_id, epoch in method.reports:
+        by_trial.setdefault(trial_id, []).append(epoch)
+    assert all(epochs == list(range(1, len(epochs) + 1)) for epochs in by_trial.values())
+    ended = sum(len(epochs) == stop_at for epochs in by_trial.values())
+    assert outcome.num_begun == method.num_begun == ended + search_quality.NUM_WORKERS
+    assert outcome.num_completed == (ended if stop_at == 9 else 0)
+    # A trial that did not reach its last epoch was not found, whatever its values.
+    assert outcome.regret[-1] == (0.5 if outcome.num_completed else 1.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_in_every_way_of_ending(name: Name, planted: Path) -> None:
+    """Diverged, stopped and complete trials; what a method's own study then knows is what it should."""
+    family = load_family("digits", planted)
+    method = make_method(name, family, 0)
+    outcome = simulate(method, family, budget=120, seed=0)
+    assert isinstance(method, Ours | Stock)
+    study: Any = method.searcher.study if isinstance(method, Ours) else method.searcher._ot_study
+    states = [trial.state for trial in study.trials]
+    # Ours tells Optuna of every end; Ray's tell of a NaN is refused, and its trial runs for ever.
+    running = states.count(TrialState.RUNNING)
+    assert running == search_quality.NUM_WORKERS if isinstance(method, Ours) else running > search_quality.NUM_WORKERS
+    complete = [trial.value for trial in study.trials if trial.state == TrialState.COMPLETE]
+    if isinstance(method, Ours) or name in ("tpe", "random"):
+        assert set(complete) <= {curve[-1] for curve in PLANTED.values() if len(curve) == EPOCHS}
+        assert len(complete) == outcome.num_completed - (name == "shipped")  # the control is not told
+    else:
+        assert len(complete) > outcome.num_completed, "Ray calls stopped trials complete"
+    assert outcome.num_completed > 0
+
+
+def test_recorded_values_are_replayed(planted: Path) -> None:
+    family = load_family("digits", planted)
+    rng = np.random.default_rng(0)
+
+    def runs(role: Role, params: dict[str, float]) -> set[tuple[float, ...]]:
+        found = [family.train(role, params, rng) for _ in range(30)]
+        assert len({run.truth for run in found}) == 1
+        return {tuple(run.values) for run in found}
+
+    def recorded(name: str) -> set[tuple[float, ...]]:
+        return {tuple(values) for (which, _), values in PLANTED.items() if which == name}
+
+    assert runs("sampled", {"alpha": 0.4, "temperature": 3.0, "beta": 1e-8}) == recorded("low")
+    assert runs("sampled", {"alpha": 0.6, "temperature": 8.0, "beta": 1e-3}) == recorded("high")
+    # The logarithm of beta alone decides: 1e-5 is nearer to 1e-4 than to 1e-7 only there.
+    assert runs("sampled", {"alpha": 0.5, "temperature": 5.5, "beta": 1e-5}) == recorded("high")
+    for role in ("reference", "control"):
+        assert runs(role, {"alpha": 0.9, "temperature": 9.0, "beta": 1e-4}) == recorded(role)
+    low, high = 32.0, 31.0  # the diverged run counts as 0 %
+    assert family.train("sampled", dict(zip(DEFAULT_SPACE, CORNERS["low"], strict=True)), rng).truth == low
+    assert family.train("sampled", dict(zip(DEFAULT_SPACE, CORNERS["high"], strict=True)), rng).truth == high
+    assert (family.best, family.typical) == (36.0, (low + high) / 2)  # the reference's; never the control's
+
+
+def test_the_control_is_never_what_was_found(planted: Path) -> None:
+    family = load_family("digits", planted)
+    outcome = simulate(make_method("shipped", family, 0), family, budget=200, seed=0)
+    assert outcome.regret.min() >= 0.0
+    assert set(outcome.regret) <= {36.0 - 31.5, 0.0, 36.0 - 32.0, 36.0 - 31.0}
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_the_best_of_a_synthetic_family(name: str) -> None:
+    """No configuration is better than what regret is measured from, and training ends at the truth but for noise."""
+    family = load_family(name, NOWHERE)
+    rng = np.random.default_rng(1)
+    drawn = [
+        {n: float(r.low * (r.high / r.low) ** u if r.log else r.low + u * (r.high - r.low)) for (n, r), u in pairs}
+        for pairs in (list(zip(family.space.items(), rng.random(4), strict=True)) for _ in range(2000))
+    ]
+    runs = [family.train("sampled", params, rng) for params in drawn]
+    truths = np.array([run.truth for run in runs])
+    assert truths.max() <= family.best < truths.max() + 0.05
+    assert abs(truths.mean() - family.typical) < 4 * truths.std() / math.sqrt(len(truths)) + 1 / NUM_LOOKED_AT
+    errors = np.array([run.values[-1] - run.truth for run in runs])
+    assert errors.std() == pytest.approx(families.NOISE, rel=0.1)
+    assert all(len(run.values) == family.epochs for run in runs)
+
+
+@pytest.mark.parametrize("name", ["ours", "stock"])
+def test_the_same_seed_gives_the_same_search(name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 5)
+    first, again, other = (search_quality.run_task(Task("acc", name, seed, NOWHERE)) for seed in (5, 5, 6))
+    assert first.regret.tolist() == again.regret.tolist()
+    assert first.num_begun == again.num_begun
+    assert first.regret.tolist() != other.regret.tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_noise_regret_never_grows(name: Name) -> None:
+    family = constant_family(lambda params: params["alpha"])
+    regret = simulate(make_method(name, family, 0), family, budget=180, seed=0).regret
+    assert (np.diff(regret) <= 0).all()
+    assert regret[-1] < regret[0] == 1.0
+
+
+def test_what_is_compared_is_the_real_thing(planted: Path) -> None:
+    """Ray's classes are Ray's own with their defaults; ours are those of a search but for the disk."""
+    family = load_family("digits", planted)
+    stock = Stock(family, 0, random=False, stops=True)
+    assert type(stock.searcher) is OptunaSearch
+    assert type(stock.scheduler) is AsyncHyperBandScheduler
+    default = AsyncHyperBandScheduler(max_t=EPOCHS)
+    assert stock.scheduler._reduction_factor == default._reduction_factor
+    assert [rung for rung, _ in stock.scheduler._brackets[0]._rungs] == [
+        rung for rung, _ in default._brackets[0]._rungs
+    ]
+    study: Any = stock.searcher._ot_study
+    plain: Any = OptunaSearch(stock.searcher._space, metric="x", mode="max")._ot_study
+    assert study.direction == plain.direction
+    assert type(study.sampler) is type(plain.sampler)
+    for option in ("_n_startup_trials", "_n_ei_candidates", "_multivariate", "_constant_liar"):
+        assert getattr(study.sampler, option) == getattr(plain.sampler, option)
+    assert type(Stock(family, 0, random=True, stops=False).scheduler) is FIFOScheduler
+    ours = Ours(family, 0, first=True)
+    assert (type(ours.searcher), type(ours.scheduler)) == (BudgetAwareSearch, RecordedAsha)
+    assert [ours.begin().role for _ in range(3)] == ["reference", "control", "sampled"]
+    assert Ours(family, 0, first=False).begin().role == "sampled"
+
+
+def test_statistics() -> None:
+    # t of 2 degrees of freedom at 97.5 % is 4.303; the standard error of 1, 2, 3 is 1/sqrt(3).
+    mean, half = search_quality.estimate(np.array([1.0, 2.0, 3.0]))
+    assert mean == pytest.approx(2.0)
+    assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert str(Estimate(0.01234, 0.00056)) == "0.01234 ± 0.00056"
+    regret = np.array([5.0, 3.0, 4.0, 1.0])
+    assert [search_quality.first_reached(regret, level) for level in (9.0, 3.0, 2.0, 0.5)] == [1, 2, 4, None]
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 4)
+    record, figure = tmp_path / "made" / "record.json", tmp_path / "figure.png"
+    arguments = ["--families", "acc", "--seeds", 2, "--output", record, "--figure", figure]
+    code, out, _ = call_main(search_quality, "search_quality.py", arguments, monkeypatch, capsys)
+    assert code == 0
+    found = read_json(record)
+    assert found["versions"]["ray"]
+    acc = found["families"]["acc"]
+    assert acc["budget"] == acc["grid"][-1] == 4 * 27
+    assert set(acc["methods"]) == set(NAMES)
+    for name, row in acc["methods"].items():
+        assert search_quality.LABELS[name] in out
+        assert len(row["regret"]) == len(row["half_width"]) == len(acc["grid"])
+        assert row["final"]["mean"] == pytest.approx(np.mean(row["final_by_seed"])) == pytest.approx(row["regret"][-1])
+        paired = np.subtract(row["final_by_seed"], acc["methods"]["stock"]["final_by_seed"])
+        assert row["minus_stock"]["mean"] == pytest.approx(paired.mean())
+    assert acc["methods"]["random"]["reaches_random_at"] <= acc["budget"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--seeds", "1"], "--seeds"),
+        (["--first-seed", "-1"], "--first-seed"),
+        (["--processes", "0"], "--processes"),
+        (["--figure", "x.pdf"], ".png"),
+        (["--families", "mnist"], "mnist"),
+        (["--families", "digits", "--curves", "no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_bad_command_lines(
+    arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call_main(search_quality, "search_quality.py", arguments, monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert_one_sentence(err, word)

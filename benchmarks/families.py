@@ -126,6 +126,9 @@ def synthetic_family(shape: Shape, noise: float = NOISE) -> Family:
 # ---------------------------------------------------------------- recorded
 
 
+NUM_NEIGHBOURS = 4
+
+
 class Recorded(NamedTuple):
     """A configuration that was trained, once for each seed."""
 
@@ -134,9 +137,11 @@ class Recorded(NamedTuple):
 
 
 def recorded_family(path: Path) -> Family:
-    """A proposal takes the curve of the configuration trained next to it, one of its seeds at random.
+    """A proposal takes a mean of the curves trained around it, of each configuration one of its seeds at random.
 
-    Next to it in the unit cube of the space. The settings that a search tries first have curves of their own. A
+    That is of the four nearest in the unit cube of the space, weighted by the inverse of their squared distance: the
+    curve of a single one, the answer for its whole cell, would make the search a lottery for the best cell. Where the
+    nearest diverged, so does the proposal. The settings that a search tries first have curves of their own. A
     configuration's truth is the mean of its last values over the seeds; a run that diverged counts as 0 % there.
     """
     recorded = load_curves(path)
@@ -151,7 +156,7 @@ def recorded_family(path: Path) -> Family:
         found[same[0].role].append(Recorded(runs, truth))
         if same[0].role == "sampled":
             places.append(to_unit_cube(same[0].params, recorded.space))
-    train = partial(_replay, found=found, places=np.array(places), space=recorded.space)
+    train = partial(_replay, found=found, places=np.array(places), space=recorded.space, epochs=recorded.epochs)
     # The control is another method: it is no answer to a search.
     best = max(one.truth for role in ("sampled", "reference") for one in found[role])
     return Family(recorded.space, recorded.epochs, train, best, float(np.mean([s.truth for s in found["sampled"]])))
@@ -165,9 +170,18 @@ def _replay(
     found: dict[Role, list[Recorded]],
     places: np.ndarray,
     space: Space,
+    epochs: int,
 ) -> Run:
-    nearest = 0
-    if role == "sampled":
-        nearest = int(((places - to_unit_cube(params, space)) ** 2).sum(axis=1).argmin())
-    runs, truth = found[role][nearest]
-    return Run(runs[rng.integers(len(runs))], truth)
+    if role != "sampled":
+        (recorded,) = found[role]
+        return Run(recorded.runs[rng.integers(len(recorded.runs))], recorded.truth)
+    squared = ((places - to_unit_cube(params, space)) ** 2).sum(axis=1)
+    around = [found["sampled"][number] for number in np.argsort(squared, kind="stable")[:NUM_NEIGHBOURS]]
+    weights = 1 / (np.sort(squared)[:NUM_NEIGHBOURS] + 1e-9)
+    runs = [recorded.runs[rng.integers(len(recorded.runs))] for recorded in around]
+    truth = float(np.average([recorded.truth for recorded in around], weights=weights))
+    whole = [len(run) == epochs for run in runs]
+    if not whole[0]:
+        return Run(runs[0], truth)
+    curves = np.array([run for run, is_whole in zip(runs, whole, strict=True) if is_whole])
+    return Run(np.average(curves, axis=0, weights=weights[whole]).tolist(), truth)

@@ -210,6 +210,11 @@ CHOICES = (
 NOT_IDENTITY = ("data_dir", "device", "acceleration", "placement")
 
 
+def first_drop(config: TrainConfig) -> float | None:
+    """The share of the run after which a stepwise schedule lowers the learning rate; None where it changes smoothly."""
+    return MULTISTEP_MILESTONES[0] if RECIPES[config.recipe].schedule == "multistep" else None
+
+
 def learning_rate(config: TrainConfig, progress: float) -> float:
     """The learning rate at `progress`, the share of the run already done (0 <= progress < 1).
 

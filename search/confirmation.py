@@ -9,8 +9,8 @@ two-way layout arm + round, with the pooled variance of the residuals. The error
 the looks that may be taken (Bonferroni), so that stopping early does not raise it. An arm that is resolved to be worse
 than the leader is out; when the leader stands alone, or the seeds are used up, the test ends.
 
-Equal variances and normal residuals are assumed. Tukey, The Problem of Multiple Comparisons (1953); for looks see Jennison and Turnbull, Group Sequential
-Methods (2000), chapter 2.
+Equal variances and normal residuals are assumed. Intervals: Tukey, The Problem of Multiple Comparisons (1953); looks:
+Jennison and Turnbull, Group Sequential Methods (2000), chapter 2.
 """
 
 import math

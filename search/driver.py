@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from byot.config import TrainConfig
+from byot.config import TrainConfig, first_drop
 from byot.data import LabelledImages, load_images, split_validation
 from byot.files import describe_refusal, read_json, remove_leftovers
 from byot.flags import one_sentence_errors
@@ -26,7 +26,7 @@ from byot.trainer import choose_device
 from search.cluster import RayStartError, Share, Slots, share, start_ray
 from search.live import DAY_S, LiveTable, format_duration
 from search.records import SearchRecords, load_search, now, save_search, table_columns
-from search.settings import SearchSettings, expected_epochs, share_of_gpu
+from search.settings import SearchSettings, expected_epochs, grace_epochs, share_of_gpu
 from search.space import Space, first_points, space_to_dict
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ def check_same_search(plan: SearchPlan, data: SearchData) -> None:
             )
 
 
+def choose_grace(base: TrainConfig, settings: SearchSettings) -> int:
+    """Epochs before ASHA may stop a trial."""
+    return grace_epochs(base.epochs, first_drop(base)) if settings.grace is None else settings.grace
+
+
 def open_records(plan: SearchPlan) -> SearchRecords:
     """What the search's folder holds of its trials; what was found damaged is told."""
     for folder in (plan.folder, plan.folder / "state", *plan.folder.glob("trials/t*")):
@@ -100,6 +105,7 @@ def open_records(plan: SearchPlan) -> SearchRecords:
         mode=plan.settings.mode,
         epochs=plan.base.epochs,
         seed=plan.base.seed,
+        grace=choose_grace(plan.base, plan.settings),
     )
     for note in records.notes:
         print(f"tune.py: {note}", file=sys.stderr)
@@ -251,6 +257,7 @@ def _run(
         "metric": settings.main_metric,
         "mode": settings.mode,
         "num_samples": settings.num_samples,
+        "grace_epochs": records.grace if settings.stops_early else None,
         "max_concurrent": slots.max_concurrent,
         "num_train_images": len(data.train.labels),
         "num_val_images": len(data.val.labels),
@@ -408,7 +415,8 @@ def describe_time(
     """How long a search will take at this speed, and, where that is days, what would make it hours."""
     epoch_s = (num_train + num_val * EVALUATION_COST) / images_per_s
     slot_epoch_s = settings.seeds_per_trial * epoch_s / slots.max_concurrent
-    about = expected_epochs(settings.num_samples, base.epochs, stops_early=settings.stops_early) * slot_epoch_s
+    grace = choose_grace(base, settings) if settings.stops_early else base.epochs
+    about = expected_epochs(settings.num_samples, base.epochs, grace) * slot_epoch_s
     at_most = settings.num_samples * base.epochs * slot_epoch_s
     text = f"{images_per_s:.0f} images/s a trial, {slots.max_concurrent} at a time: about {format_duration(about)}"
     if at_most > about:

@@ -87,7 +87,7 @@ def estimate_left_s(
 
     def expect(role: str, done: int) -> float:
         may_be_stopped = stops_early and role == "sampled"
-        return expected_epochs_left(done, records.epochs) if may_be_stopped else records.epochs - done
+        return expected_epochs_left(done, records.epochs, records.grace) if may_be_stopped else records.epochs - done
 
     epochs_left = whole * records.epochs + (to_come - whole) * expect("sampled", 0)
     longest_s = 0.0

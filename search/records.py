@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from byot.config import NUM_CLASSIFIERS
 from byot.files import read_json, read_json_lines, write_json, write_text
-from search.settings import metric_mode
+from search.settings import grace_epochs, metric_mode
 from search.space import Role
 
 Status = Literal["completed", "stopped", "failed", "running"]  # running: begun and not ended, whether it runs or not
@@ -68,10 +68,12 @@ class SearchRecords:
         epochs: int,
         seed: int,
         further_metrics: tuple[str, ...] = (),
+        grace: int | None = None,
     ) -> None:
         """Reads what the folder holds. A damaged trial.json is made good from trials.csv, and trials.csv from them.
 
-        `further_metrics` are those that are searched for beside `metric`, by which trials are ranked.
+        `further_metrics` are those that are searched for beside `metric`, by which trials are ranked. `grace` is the
+        number of epochs before a trial may be stopped.
         """
         self.folder = folder
         self.parameters = parameters
@@ -79,6 +81,7 @@ class SearchRecords:
         self.metrics = (metric, *further_metrics)
         self.mode = mode
         self.epochs = epochs
+        self.grace = grace_epochs(epochs) if grace is None else min(grace, epochs)
         self.seed = seed
         self.search: dict[str, Any] = {}  # what search.json holds, for best.json to tell
         self.history: dict[str, dict[int, EpochResult]] = {}  # trial id -> epoch -> result

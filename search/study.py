@@ -18,7 +18,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
 from search.records import CMA_STATE, DIVERGED, Row, SearchRecords
-from search.settings import REDUCTION_FACTOR, Mode, Sampler, grace_epochs, metric_mode
+from search.settings import REDUCTION_FACTOR, Mode, Sampler, metric_mode
 from search.space import FirstPoint, Space
 from search.trial import PACE
 from search.warm import WarmStart, WarmTrial
@@ -211,7 +211,7 @@ class RecordedAsha(AsyncHyperBandScheduler):
             metric=records.metric,
             mode=mode,
             max_t=records.epochs,
-            grace_period=grace_epochs(records.epochs),
+            grace_period=records.grace,
             reduction_factor=REDUCTION_FACTOR,
         )
         self._metric_name = records.metric

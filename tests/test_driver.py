@@ -39,9 +39,9 @@ def test_days_come_with_advice_and_hours_do_not():
     assert "days" in told
     for advice in ("a GPU", "--width 16", "fewer --epochs"):
         assert advice in told
-    # 8 trials of 6 epochs: two whole, six of 2 + 4/3 epochs; (45,000 + 5,000 / 3) / 400 s an epoch, two at a time
+    # 8 trials of 6 epochs: two whole, six of 4 + 2/3 epochs; (45,000 + 5,000 / 3) / 400 s an epoch, two at a time
     quick = describe_time(400, TrainConfig(width=16, epochs=6), SearchSettings(num_samples=8), cpu, 45_000, 5_000)
-    assert quick == "400 images/s a trial, 2 at a time: about 31 min, at most 47 min"
+    assert quick == "400 images/s a trial, 2 at a time: about 39 min, at most 47 min"
     slow_gpu = describe_time(4000, TrainConfig(), SearchSettings(num_samples=200), gpu, 45_000, 5_000)
     assert "a GPU" not in slow_gpu
     assert "fewer --epochs" in slow_gpu

@@ -91,6 +91,8 @@ def test_time_budgets_and_modes():
 
 def test_epochs_expected_of_asha():
     assert [grace_epochs(e) for e in (1, 2, 6, 20, 30, 200)] == [1, 2, 2, 2, 3, 20]
-    assert expected_epochs(1, 6) == 6
+    assert [grace_epochs(e, 75 / 200) for e in (1, 2, 6, 27, 200)] == [1, 2, 4, 12, 76]
+    assert expected_epochs(1, 6, 2) == 6
+    assert expected_epochs(5, 6, 6) == 30, "none is stopped"
     # 200 epochs, rungs at 20, 60, 180: 20 + 40/3 + 120/9 + 20/27 a sampled trial
-    assert expected_epochs(10, 200) == pytest.approx(2 * 200 + 8 * (20 + 40 / 3 + 120 / 9 + 20 / 27))
+    assert expected_epochs(10, 200, 20) == pytest.approx(2 * 200 + 8 * (20 + 40 / 3 + 120 / 9 + 20 / 27))

@@ -383,6 +383,7 @@ def _fit(
     except TuneError as error:
         logging.getLogger("ray.tune").exception("the search was broken off")
         watch.trouble = watch.trouble or f"Ray gave up ({str(error).strip().splitlines()[-1]}; more is in search.log)"
+    watch.catch_up(at_once=True)
     return watch
 
 

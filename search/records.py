@@ -1,7 +1,7 @@
 """What a search leaves on disk, which is all it needs to go on: Ray's own state is never read again.
 
 search.json                   settings, seed, versions, commit, hardware, status; state/search.json is its copy
-trials.csv                    one row a trial, failed ones too; rewritten whole at every change
+trials.csv                    one row a trial, failed ones too; rewritten whole, in a large search not at every change
 best.json                     the best configuration that reached its last epoch
 trials/TRIAL_ID/trial.json    the trial's row, written when it is proposed and when it ends
 trials/TRIAL_ID/metrics.jsonl one line an epoch, written by the trial itself
@@ -16,6 +16,7 @@ import io
 import math
 import pickle
 import shutil
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,10 @@ CMA_CLASSES = {
     ("numpy._core.multiarray", "scalar"),
 }
 DIVERGED = "diverged: "  # how the error of such a trial begins; tried again it would diverge again
+
+# A table of more rows takes so long to write that writing it at every change would make a search ever slower.
+MOST_ROWS_AT_ONCE = 100
+TABLE_SHARE = 0.02  # of the time may then go into it
 
 Row = dict[str, Any]
 
@@ -89,6 +94,8 @@ class SearchRecords:
         self.judged: dict[str, dict[int, float] | None] = {}
         self.sampler_state: dict[str, dict[str, Any]] = {}  # trial id -> what the sampler keeps with its proposal
         self.notes: list[str] = []  # what was found damaged, one sentence each
+        self.is_behind = False  # trials.csv, of the trials' own records
+        self._next_table_at = 0.0  # on the monotonic clock
         self.rows = {row["trial_id"]: row for row in self._read_rows()}
 
     def _read_rows(self) -> list[Row]:
@@ -243,11 +250,18 @@ class SearchRecords:
 
     def write_tables(self) -> None:
         """Bring trials.csv and best.json in line with the trials' own records."""
-        self.write_table()
+        self.write_table(at_once=True)
         self.write_best()
 
-    def write_table(self) -> None:
-        write_rows(self.folder / "trials.csv", self.rows.values(), self.parameters)
+    def write_table(self, *, at_once: bool = False) -> None:
+        """Write trials.csv now or, once it is long, soon: whoever goes on calling this sees it written."""
+        began_at = time.monotonic()
+        self.is_behind = True
+        if at_once or len(self.rows) <= MOST_ROWS_AT_ONCE or began_at >= self._next_table_at:
+            write_rows(self.folder / "trials.csv", self.rows.values(), self.parameters)
+            self.is_behind = False
+            done_at = time.monotonic()
+            self._next_table_at = done_at + (done_at - began_at) / TABLE_SHARE
 
     def write_best(self) -> None:
         best = self.best()

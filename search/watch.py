@@ -71,6 +71,9 @@ class SearchWatch(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         trial_id, last = trial.config["trial_id"], trial.last_result
+        # Ray's running means of all that was reported, 90 kB a trial for as long as the search runs. Nobody reads them.
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
         if FAILED in last:
             self._end(trial_id, "failed", last[FAILED])
         elif self.records.rows[trial_id]["epochs_done"] >= self.records.epochs:
@@ -91,10 +94,16 @@ class SearchWatch(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Ray calls this several times a second, whether anything has happened or not."""
+        self.catch_up()
         if self.live.is_due():
             self._show([trial.config["trial_id"] for trial in trials if trial.status == Trial.RUNNING])
 
     # ------------------------------------------------------------ what is made of it
+
+    def catch_up(self, *, at_once: bool = False) -> None:
+        """Bring trials.csv up to date, where it is behind."""
+        if self.records.is_behind:
+            self._write(lambda: self.records.write_table(at_once=at_once))
 
     def _write(self, write: Callable[[], Any]) -> Any:
         """Write a record; where that cannot be, what was to be recorded is as if it had not happened yet."""

@@ -90,6 +90,19 @@ def test_the_overhead_of_a_search_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_many_trials_are_measured_in_blocks(tmp_path: Path) -> None:
+    arguments = ["--num-samples", 6, "--block", 3, "--output", tmp_path / "many.json"]
+    done = run_command(arguments, cwd=tmp_path, script="benchmarks/many_trials.py")
+    assert done.returncode == 0, done.stderr
+    found = read_json(tmp_path / "many.json")
+    assert [row["trials"] for row in found["blocks"]] == [3, 6]
+    for row in found["blocks"]:
+        assert row["all_s_a_trial"] > row["propose_s_a_trial"] > row["begin_s_a_trial"] > 0
+        assert row["memory_mib"] > 0
+    assert "memory_mib" in done.stdout
+
+
+@pytest.mark.slow
 def test_trials_at_once_are_measured(tmp_path: Path) -> None:
     arguments = ["--width", 2, "--batch-size", 16, "--most", 1, "--output", tmp_path / "c.json"]
     done = run_command(arguments, cwd=tmp_path, script="benchmarks/concurrent_trials.py")
@@ -105,6 +118,8 @@ def test_trials_at_once_are_measured(tmp_path: Path) -> None:
         ("search_overhead.py", ["--width", "0"], "width"),
         ("search_overhead.py", ["--num-samples", "0"], "num_samples"),
         ("concurrent_trials.py", ["--most", "0"], "--most"),
+        ("many_trials.py", ["--block", "0"], "--block"),
+        ("many_trials.py", ["--num-samples", "0", "--block", "1"], "num_samples"),
         ("concurrent_trials.py", ["--model", "vgg"], "vgg"),
     ],
 )

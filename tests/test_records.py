@@ -3,9 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from byot.config import TrainConfig
 from byot.files import read_json
-from search.records import MEASURES, best_row, read_rows, trials_table, write_best, write_rows
+from search.records import (
+    MEASURES,
+    MOST_ROWS_AT_ONCE,
+    SearchRecords,
+    best_row,
+    read_rows,
+    trials_table,
+    write_best,
+    write_rows,
+)
 
 PARAMETERS = ["alpha", "temperature", "beta"]
 
@@ -76,3 +87,28 @@ def test_table_puts_full_budgets_first_and_shows_failures():
     assert [line.split()[0] for line in lines] == ["trial", "high", "low", "stopped", "failed"]
     assert "70.00" in lines[1]
     assert len(trials_table([], PARAMETERS, "val_accuracy", "max").splitlines()) == 1
+
+
+def test_a_long_table_is_written_soon_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, space = tmp_path / "s", {"alpha": 0.5, "temperature": 2.0, "beta": 1e-6}
+    records = SearchRecords(folder, parameters=list(space), metric="val_accuracy", mode="max", epochs=1, seed=0)
+    clock = 0.0
+    monkeypatch.setattr("search.records.time.monotonic", lambda: clock)
+
+    def written() -> int:
+        return len(read_rows(folder / "trials.csv"))
+
+    for number in range(1, MOST_ROWS_AT_ONCE + 1):
+        records.begin("sampled", space)
+        assert (written(), records.is_behind) == (number, False)
+    records._next_table_at = 1.0  # after a write that took long
+    records.begin("sampled", space)
+    assert (written(), records.is_behind) == (MOST_ROWS_AT_ONCE, True)
+    assert len(list((folder / "trials").glob("t*/trial.json"))) == MOST_ROWS_AT_ONCE + 1
+    clock = 2.0
+    records.write_table()
+    assert (written(), records.is_behind) == (MOST_ROWS_AT_ONCE + 1, False)
+    records._next_table_at = 3.0
+    records.begin("sampled", space)
+    records.write_table(at_once=True)
+    assert (written(), records.is_behind) == (MOST_ROWS_AT_ONCE + 2, False)

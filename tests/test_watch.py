@@ -59,7 +59,7 @@ class Driver:
             config=self.searcher.suggest("of Ray"),
             last_result={},
             error_file=None,
-            run_metadata=SimpleNamespace(num_failures=0),
+            run_metadata=SimpleNamespace(num_failures=0, metric_analysis={}, metric_n_steps={}),
         )
 
     def report(self, trial: Any, **result: Any) -> None:

@@ -275,8 +275,16 @@ def default_outputs() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where is kept what is slow to make and may be deleted: $BYOT_CACHE, else data/cache in the project's root."""
-    return absolute_path(os.environ.get("BYOT_CACHE") or PROJECT_ROOT / "data" / "cache")
+    """Where is kept what is slow to make and may be deleted: $BYOT_CACHE, else data/cache in the project's root.
+
+    Where the project lies so that it cannot be written to, it is the user's own cache.
+    """
+    if given := os.environ.get("BYOT_CACHE"):
+        return absolute_path(given)
+    try:
+        return check_writable(PROJECT_ROOT / "data" / "cache")
+    except ValueError:
+        return absolute_path(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "byot")
 
 
 def check_writable(given: str | Path) -> Path:

@@ -1,11 +1,15 @@
 """The machine or cluster on which trials and runs are done: how it is shared among them, and Ray started on it."""
 
+import json
 import logging
 import os
-from typing import NamedTuple
+import socket
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from byot.files import remove_leftovers, write_text
 from byot.trainer import choose_device
 
 # Read by Ray when it is imported or started.
@@ -16,10 +20,14 @@ RAY_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial keeps its own metrics.jsonl
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # search/driver.py has one for SIGINT and SIGTERM alike
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # with the default of 2 s reused workers can deadlock
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # Ray's snapshots grow with the trials, and are never read
 }
 
 
 START_ATTEMPTS = 3
+CONNECT_TIMEOUT_S = 5
+LOOK_TIMEOUT_S = 120  # for a node to start a worker, which imports torch, on a busy machine
+TOKEN_ADVICE = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
 
 
 class RayStartError(RuntimeError):
@@ -74,8 +82,13 @@ def start_ray(slots: Slots | None, address: str | None = None) -> None:
     Tries again where Ray does not come up within its fixed 30 seconds, as on a busy machine it may not. Raises
     RayStartError when it does not at all.
     """
+    if address is not None and "://" in address:
+        raise RayStartError(f"{address} is not the address of a cluster's head; from outside use `ray job submit`")
     os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
+    if address is not None:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # of a refused token it would tell once a second
     import ray
+    from ray.exceptions import AuthenticationError
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
@@ -86,13 +99,123 @@ def start_ray(slots: Slots | None, address: str | None = None) -> None:
                 include_dashboard=False if address is None else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env=None if address is None else {"env_vars": RAY_ENVIRONMENT},
+                runtime_env=None if address is None else environment_of_workers(),
             )
             return
+        except AuthenticationError as error:
+            raise RayStartError(f"there is no token here for a Ray cluster: {TOKEN_ADVICE}") from error
         except ConnectionError as error:
+            place = str(error).rpartition(" at ")[2]  # also where `auto` found it
+            if _listens(place):  # Ray says of a refused token no more than of a cluster that is not there
+                raise RayStartError(
+                    f"the Ray cluster at {place} takes no one without its token: {TOKEN_ADVICE}"
+                ) from error
             raise RayStartError(f"no Ray cluster answers at {address}") from error
         except Exception as error:  # Ray has no class of its own for a start that timed out
             if "timed out" not in str(error):
                 raise
             if attempt == START_ATTEMPTS:
                 raise RayStartError(str(error)) from error
+
+
+def _listens(place: str) -> bool:
+    """Whether anything listens at HOST:PORT."""
+    host, _, port = place.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def environment_of_workers() -> dict[str, Any]:
+    """Ray's runtime environment for a cluster's workers: this project's code and Ray's settings.
+
+    Nodes need the requirements, not the project: the two packages that trials import travel, whether they lie in a
+    checkout or are installed. A working_dir would be the whole checkout but for what one thinks of excluding, and is
+    what `ray job submit` sets: Ray refuses a search that sets again what its job has set, so that is left to the job.
+    """
+    import byot
+    import search
+
+    environment: dict[str, Any] = {
+        "py_modules": [package.__path__[0] for package in (byot, search)],
+        "excludes": ["__pycache__"],  # which Ray leaves out of a working_dir only
+    }
+    of_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    environment = {name: value for name, value in environment.items() if name not in of_job}
+    variables_of_job = of_job.get("env_vars") or {}
+    return environment | {"env_vars": {n: v for n, v in RAY_ENVIRONMENT.items() if n not in variables_of_job}}
+
+
+# ---------------------------------------------------------------- a cluster's nodes
+
+
+def nodes_with_room(slots: Slots) -> list[dict[str, Any]]:
+    """The nodes of the cluster that has been joined on which a trial can run, as Ray describes them."""
+    import ray
+
+    asked = {"CPU": slots.cpus, "GPU": slots.gpus}
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [node for node in alive if all(node["Resources"].get(name, 0) >= n for name, n in asked.items())]
+
+
+def check_nodes(folder: Path, slots: Slots) -> None:
+    """Let every node on which a trial can run write to the search's folder and read what the driver writes there.
+
+    Raises ValueError for a node that does not see the folder or cannot run the code, or if there is no node with room.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes_with_room(slots)}
+    if not nodes:
+        raise ValueError(
+            f"no node of the cluster has the {slots.cpus} CPUs and {slots.gpus:g} GPUs that a trial asks for"
+        )
+    place = folder / "state"
+    sign = place / f".{os.getpid()}.tmp"  # a name of those that are cleared away when a search goes on
+    write_text(sign, "")
+    look = ray.remote(num_cpus=0, max_retries=0)(try_folder)
+    try:
+        on_node = {
+            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(sign): node
+            for node in nodes
+        }
+        answers, silent = ray.wait(list(on_node), num_returns=len(on_node), timeout=LOOK_TIMEOUT_S)
+        troubles = {on_node[answer]: f"it did not answer within {LOOK_TIMEOUT_S} s" for answer in silent}
+        for answer in answers:
+            try:
+                troubles[on_node[answer]] = ray.get(answer)
+            except RayError as error:  # the task could not be run there
+                troubles[on_node[answer]] = str(error).strip().splitlines()[-1]
+    finally:
+        remove_leftovers(place)
+    still_there = {node["NodeID"] for node in nodes_with_room(slots)}  # one that is lost meanwhile is no trouble
+    told = [f"{nodes[node]} ({trouble})" for node, trouble in troubles.items() if trouble and node in still_there]
+    if told:
+        raise ValueError(
+            f"{len(told)} of {len(nodes)} nodes cannot work on {folder}, which must be a folder that all share: "
+            + ", ".join(told)
+        )
+
+
+def try_folder(sign: Path) -> str:
+    """What is wrong, seen from here, with the folder that holds the driver's sign; nothing if that is empty."""
+    if not sign.is_file():
+        return "it does not see the folder" if not sign.parent.is_dir() else "it sees another folder of that name"
+    try:
+        write_text(sign.with_name(f".{socket.gethostname()}-{os.getpid()}.tmp"), "")
+    except OSError as error:
+        return f"it cannot write there: {error.strerror}"
+    return ""
+
+
+def describe_nodes(slots: Slots) -> dict[str, Any]:
+    """What a record says of the cluster's hardware: how many nodes can run trials, and on what trials are run."""
+    nodes = nodes_with_room(slots)
+    kinds = {
+        name.partition(":")[2] for node in nodes for name in node["Resources"] if name.startswith("accelerator_type:")
+    }
+    return {"nodes": len(nodes), "device": (", ".join(sorted(kinds)) or "cuda") if slots.gpus else "cpu"}

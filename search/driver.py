@@ -23,7 +23,7 @@ from byot.runs import StopAsked
 from byot.searched import CONFIRMATION
 from byot.stopping import StoppedError, catch_stop_signals
 from byot.trainer import choose_device
-from search.cluster import RayStartError, Share, Slots, share, start_ray
+from search.cluster import RayStartError, Share, Slots, check_nodes, describe_nodes, share, start_ray
 from search.live import DAY_S, LiveTable, format_duration
 from search.records import SearchRecords, load_search, now, save_search, table_columns
 from search.settings import SearchSettings, expected_epochs, grace_epochs, share_of_gpu
@@ -156,6 +156,7 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
             found = ray.cluster_resources()
             with one_sentence_errors("tune.py"):
                 slots = share(room, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
+                check_nodes(plan.folder, slots)
         if slots.gpus == 0 and choose_device(plan.base.device).type == "cuda":
             plan = plan._replace(base=plan.base.with_settings(device="cpu"))  # asked for none, Ray hides the GPUs
         if plan.settings.trials_per_gpu == "auto" and slots.num_gpus:
@@ -266,7 +267,9 @@ def _run(
         plan.warm.save(folder)
         record |= {"warm_start": plan.warm.search}
     if is_new:
-        record |= provenance(torch.device("cuda" if slots.gpus else "cpu"))
+        record |= provenance(torch.device("cuda" if slots.gpus and torch.cuda.is_available() else "cpu"))
+        if plan.address is not None:  # the driver's machine may have no GPU
+            record["hardware"] |= describe_nodes(slots)
     else:
         record |= {"commit": find_commit(), "versions": find_versions()}
     save_search(folder, record)

@@ -7,12 +7,14 @@ starts it, looks into its own folder.
 import math
 import time
 from collections.abc import Iterable, Iterator
+from errno import ENOENT
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from ray import tune
+from ray.util import get_node_ip_address
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages
@@ -53,6 +55,8 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
     folder = setup.trials_folder / suggestion["trial_id"]
     ending = {"epoch": 0, setup.metric: math.nan}
     try:
+        if not (folder / "trial.json").is_file():  # a folder made here would be on this node alone
+            raise FileNotFoundError(ENOENT, f"the node {get_node_ip_address()} does not see it", str(folder))
         with lock_folder(folder, wait_s=WORKER_WAIT_S):
             config = setup.base.with_settings(**suggestion["params"])
             timed = setup.metric if suggestion["trial_id"] == setup.timed else None

@@ -85,8 +85,6 @@ def start_ray(slots: Slots | None, address: str | None = None) -> None:
     if address is not None and "://" in address:
         raise RayStartError(f"{address} is not the address of a cluster's head; from outside use `ray job submit`")
     os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
-    if address is not None:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # of a refused token it would tell once a second
     import ray
     from ray.exceptions import AuthenticationError
 
@@ -108,10 +106,12 @@ def start_ray(slots: Slots | None, address: str | None = None) -> None:
             place = str(error).rpartition(" at ")[2]  # also where `auto` found it
             if _listens(place):  # Ray says of a refused token no more than of a cluster that is not there
                 raise RayStartError(
-                    f"the Ray cluster at {place} takes no one without its token: {TOKEN_ADVICE}"
+                    f"{place} answers but lets nobody in; if its Ray cluster wants a token: {TOKEN_ADVICE}"
                 ) from error
             raise RayStartError(f"no Ray cluster answers at {address}") from error
-        except Exception as error:  # Ray has no class of its own for a start that timed out
+        except Exception as error:  # Ray has no class of its own for a start that timed out, nor for other versions
+            if "Version mismatch" in str(error):
+                raise RayStartError(" ".join(str(error).split())) from error
             if "timed out" not in str(error):
                 raise
             if attempt == START_ATTEMPTS:

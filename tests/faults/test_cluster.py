@@ -1,5 +1,6 @@
 """A search on a cluster: its nodes are given the code, all of them work, and one without the folder is named."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,16 +12,14 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from search.cluster import (
-    RAY_ENVIRONMENT,
-)
+from search.cluster import RAY_ENVIRONMENT, environment_of_workers, try_folder
 from tests.faults.searches import Search
-from tests.helpers import PROJECT, command_environment
+from tests.helpers import PROJECT, assert_one_sentence, command_environment, command_line, run_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_NODES = 3
-TOKEN = "f" * 64
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where `ray job submit` tells a driver its runtime environment
 # Added to the code that is sent, and to no other: what imports it says where it runs and where it lies.
 WITNESS = """
 import os as _os, ray as _ray
@@ -64,3 +63,57 @@ def test_three_nodes_run_code_that_they_do_not_have(tmp_path: Path, cluster: Any
     witnesses = {path.name.split("-")[0]: Path(path.read_text()) for path in seen.iterdir()}
     assert set(witnesses) == {node.node_id for node in cluster.worker_nodes}
     assert all("py_modules_files" in place.parts for place in witnesses.values()), witnesses
+
+
+def test_a_folder_of_the_driver_alone(tmp_path: Path, cluster: Any) -> None:
+    """As part of a job that has set what the search would set too."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("a process can have no mounts of its own here")
+    search = Search(tmp_path / "outputs", "--address", cluster.address)
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"']
+    done = subprocess.run(
+        [*hidden, str(search.outputs), *command_line("search/tune.py", *search.flags)],
+        env=command_environment(
+            **{JOB_CONFIG: json.dumps({"runtime_env": {"env_vars": RAY_ENVIRONMENT}, "metadata": {}})}
+        ),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    address = cluster.address.partition(":")[0]
+    assert_one_sentence(
+        done.stderr, f"3 of 3 nodes cannot work on {search.folder}", f"{address} (it does not see the folder)"
+    )
+    assert not list(search.outputs.iterdir())
+
+
+def test_what_a_node_says_of_a_folder(tmp_path: Path) -> None:
+    sign = tmp_path / "state" / ".1.tmp"
+    assert try_folder(sign) == "it does not see the folder"
+    sign.parent.mkdir()
+    assert try_folder(sign) == "it sees another folder of that name"
+    sign.touch()
+    assert try_folder(sign) == ""
+
+
+def test_a_job_has_the_first_word_on_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(JOB_CONFIG, raising=False)
+    alone = environment_of_workers()
+    assert [Path(module).name for module in alone["py_modules"]] == ["byot", "search"]
+    assert alone["env_vars"] == RAY_ENVIRONMENT
+    name = next(iter(RAY_ENVIRONMENT))
+    of_job = {"working_dir": "gcs://_ray_pkg_0.zip", "py_modules": [], "env_vars": {name: "x", "OTHER": "y"}}
+    monkeypatch.setenv(JOB_CONFIG, json.dumps({"runtime_env": of_job}))
+    with_job = environment_of_workers()
+    assert not set(with_job) & {"working_dir", "py_modules"}
+    assert set(with_job["env_vars"]) == set(RAY_ENVIRONMENT) - {name}
+
+
+def test_no_token_for_a_cluster_is_one_sentence(tmp_path: Path) -> None:
+    flags = ["--dataset", "digits", "--outputs", tmp_path, "--address"]
+    for address, word in (("10.0.0.1:6379", "RAY_AUTH_TOKEN"), ("ray://10.0.0.1:10001", "ray job submit")):
+        variables = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+        done = run_command([*flags, address], cwd=tmp_path, script="search/tune.py", **variables)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert_one_sentence(done.stderr, "Ray did not start", word)

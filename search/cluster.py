@@ -109,11 +109,12 @@ def start_ray(slots: Slots | None, address: str | None = None) -> None:
                     f"{place} answers but lets nobody in; if its Ray cluster wants a token: {TOKEN_ADVICE}"
                 ) from error
             raise RayStartError(f"no Ray cluster answers at {address}") from error
-        except Exception as error:  # Ray has no class of its own for a start that timed out, nor for other versions
-            if "Version mismatch" in str(error):
-                raise RayStartError(" ".join(str(error).split())) from error
+        except Exception as error:  # Ray has no class of its own for a start that timed out
             if "timed out" not in str(error):
-                raise
+                if address is None:
+                    raise
+                # Another version of Ray or Python there, a machine that is no node: no defect of ours.
+                raise RayStartError(" ".join(str(error).split())) from error
             if attempt == START_ATTEMPTS:
                 raise RayStartError(str(error)) from error
 

@@ -184,6 +184,10 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == tmp_path / "c"
     monkeypatch.delenv("BYOT_CACHE")
     assert cache_folder() == PROJECT_ROOT / "data" / "cache"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("byot.config.PROJECT_ROOT", tmp_path / "file")  # a copy that cannot be written to
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own" / "byot"
 
 
 def test_outputs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
+from byot.config import TrainConfig
 from search.cluster import RAY_ENVIRONMENT, environment_of_workers, try_folder
+from search.trial import UNWRITABLE, TrialSetup, run_trial
 from tests.faults.searches import Search
 from tests.helpers import PROJECT, assert_one_sentence, command_environment, command_line, run_command
 
@@ -95,6 +97,18 @@ def test_what_a_node_says_of_a_folder(tmp_path: Path) -> None:
     assert try_folder(sign) == "it sees another folder of that name"
     sign.touch()
     assert try_folder(sign) == ""
+
+
+def test_a_trial_makes_no_folder_where_its_own_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr("search.trial.tune.report", reports.append)
+    setup = TrialSetup(TrainConfig(dataset="digits"), tmp_path / "trials", "val_accuracy", threads=1, timed=None)
+    no_images: Any = None
+    run_trial({"trial_id": "t0000", "params": {}}, setup=setup, train=no_images, val=no_images)
+    (report,) = reports
+    assert str(tmp_path / "trials" / "t0000") in report[UNWRITABLE]
+    assert "does not see it" in report[UNWRITABLE]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_job_has_the_first_word_on_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@
 
 One whole search in a folder that is removed. Its trials are trivial (one step of a network of width 1 on a few of the
 digits), so that what a trial costs is Ray, the proposal and the records. Each row is a block of trials: seconds a
-trial, of them those in which the driver proposes, writes records, tells the Optuna journal and writes Ray's snapshots,
+trial, those of the driver's processor (which other work on the machine changes least), of all those in which the driver proposes, writes records, tells the Optuna journal and writes Ray's snapshots,
 and the driver's resident memory when the block ends. Linux only, for the memory.
 """
 
@@ -39,6 +39,7 @@ class Stopwatch:
         self.rows: list[dict[str, float]] = []
         self.ended = 0
         self._began_at = time.perf_counter()
+        self._cpu_before_s = time.process_time()
 
     def timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """The method, with the time that it takes added up under a name."""
@@ -68,10 +69,12 @@ class Stopwatch:
     def _end_block(self) -> None:
         now = time.perf_counter()
         row = {"trials": self.ended, "all_s_a_trial": (now - self._began_at) / self.block}
+        cpu_s = time.process_time()
+        row["cpu_s_a_trial"] = (cpu_s - self._cpu_before_s) / self.block
         row |= {f"{name}_s_a_trial": spent / self.block for name, spent in self.spent.items()}
         self.rows.append(row | {"memory_mib": resident_gib("VmRSS") * MIB_A_GIB})
         self.spent = dict.fromkeys(self.spent, 0.0)
-        self._began_at = now
+        self._began_at, self._cpu_before_s = now, cpu_s
 
 
 def build_parser() -> Parser:

@@ -3,9 +3,10 @@
   python benchmarks/many_trials.py                                          1,000 trials, some minutes on two cores
 
 One whole search in a folder that is removed. Its trials are trivial (one step of a network of width 1 on a few of the
-digits), so that what a trial costs is Ray, the proposal and the records. Each row is a block of trials: seconds a
-trial, those of the driver's processor (which other work on the machine changes least), of all those in which the driver proposes, writes records, tells the Optuna journal and writes Ray's snapshots,
-and the driver's resident memory when the block ends. Linux only, for the memory.
+digits), so that what a trial costs is Ray, the proposal and the records. Each row is a block of trials, in seconds a
+trial: all; the driver's processor, which other work on the machine changes least; the parts in which the driver
+proposes, writes records, tells the Optuna journal and writes Ray's snapshots. The driver's resident memory is that at
+the block's end. Linux only, for the memory.
 """
 
 import tempfile

@@ -104,7 +104,7 @@ class RecordsInMemory(SearchRecords):
     def _write_trial(self, row: Row) -> None:
         pass
 
-    def write_table(self) -> None:
+    def write_table(self, *, at_once: bool = False) -> None:
         pass
 
     def write_best(self) -> None:

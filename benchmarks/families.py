@@ -14,6 +14,8 @@ from scipy.optimize import minimize
 from scipy.stats import qmc
 
 from benchmarks.curves import Curve, load_curves
+from byot.config import TrainConfig, first_drop
+from search.settings import grace_epochs
 from search.space import DEFAULT_SPACE, Range, Role, Space
 
 SyntheticName = Literal["acc", "peak", "loss"]
@@ -45,6 +47,7 @@ class Family(NamedTuple):
     train: Callable[[Role, dict[str, float], np.random.Generator], Run]
     best: float  # the best truth there is
     typical: float  # the mean truth of a random configuration
+    grace: int  # epochs before our searches may stop a trial
 
 
 class Shape(Protocol):
@@ -114,13 +117,13 @@ def synthetic_family(shape: Shape, noise: float = NOISE) -> Family:
         noisy = curve + noise * rng.standard_normal(SYNTHETIC_EPOCHS)
         return Run(noisy.tolist(), float(curve[-1]))
 
-    size = len(SYNTHETIC_SPACE)
+    size, grace = len(SYNTHETIC_SPACE), grace_epochs(SYNTHETIC_EPOCHS)  # there is no learning rate to drop
     places = qmc.Sobol(size, seed=0).random(NUM_LOOKED_AT)
     truths = shape(places, SYNTHETIC_EPOCHS)
     climbed = minimize(
         lambda place: -float(shape(place, SYNTHETIC_EPOCHS)), places[truths.argmax()], bounds=[(0.0, 1.0)] * size
     )
-    return Family(SYNTHETIC_SPACE, SYNTHETIC_EPOCHS, train, -float(climbed.fun), float(truths.mean()))
+    return Family(SYNTHETIC_SPACE, SYNTHETIC_EPOCHS, train, -float(climbed.fun), float(truths.mean()), grace)
 
 
 # ---------------------------------------------------------------- recorded
@@ -159,7 +162,9 @@ def recorded_family(path: Path) -> Family:
     train = partial(_replay, found=found, places=np.array(places), space=recorded.space, epochs=recorded.epochs)
     # The control is another method: it is no answer to a search.
     best = max(one.truth for role in ("sampled", "reference") for one in found[role])
-    return Family(recorded.space, recorded.epochs, train, best, float(np.mean([s.truth for s in found["sampled"]])))
+    typical = float(np.mean([one.truth for one in found["sampled"]]))
+    grace = grace_epochs(recorded.epochs, first_drop(TrainConfig.from_dict(recorded.header["config"])))
+    return Family(recorded.space, recorded.epochs, train, best, typical, grace)
 
 
 def _replay(
@@ -179,9 +184,10 @@ def _replay(
     around = [found["sampled"][number] for number in np.argsort(squared, kind="stable")[:NUM_NEIGHBOURS]]
     weights = 1 / (np.sort(squared)[:NUM_NEIGHBOURS] + 1e-9)
     runs = [recorded.runs[rng.integers(len(recorded.runs))] for recorded in around]
-    truth = float(np.average([recorded.truth for recorded in around], weights=weights))
+    truth = float(weights / weights.sum() @ np.array([recorded.truth for recorded in around]))
     whole = [len(run) == epochs for run in runs]
     if not whole[0]:
         return Run(runs[0], truth)
     curves = np.array([run for run, is_whole in zip(runs, whole, strict=True) if is_whole])
-    return Run(np.average(curves, axis=0, weights=weights[whole]).tolist(), truth)
+    shares = weights[whole] / weights[whole].sum()
+    return Run((shares @ curves).tolist(), truth)

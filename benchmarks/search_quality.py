@@ -96,7 +96,10 @@ class RecordsInMemory(SearchRecords):
     def __init__(self, family: Family, seed: int) -> None:
         parameters = list(family.space)
         nowhere = Path(os.devnull)  # no file can be below it
-        super().__init__(nowhere, parameters=parameters, metric=METRIC, mode=MODE, epochs=family.epochs, seed=seed)
+        epochs, grace = family.epochs, family.grace
+        super().__init__(
+            nowhere, parameters=parameters, metric=METRIC, mode=MODE, epochs=epochs, grace=grace, seed=seed
+        )
 
     def _read_rows(self) -> list[Row]:
         return []

@@ -36,8 +36,12 @@ PLANTED = {  # (corner or role, seed): val_accuracy by epoch
 
 
 @pytest.fixture
-def planted(tmp_path: Path) -> Path:
-    """A folder with a recorded family of two configurations and the two settings that are tried first."""
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recorded family of two configurations and the two settings that are tried first.
+
+    A proposal takes the curve of the nearest alone.
+    """
+    monkeypatch.setattr(families, "NUM_NEIGHBOURS", 1)
     header = {"space": space_to_dict(DEFAULT_SPACE), "config": {"epochs": EPOCHS}}
     numbers = {"reference": -2, "control": -1, "low": 0, "high": 1}
     lines = [json.dumps(header)]
@@ -63,7 +67,7 @@ def constant_family(value_of: Any, space: Space = DEFAULT_SPACE, epochs: int = 9
         value = value_of(params)
         return Run([value] * epochs, value)
 
-    return Family(space, epochs, train, best=1.0, typical=0.0)
+    return Family(space, epochs, train, best=1.0, typical=0.0, grace=2)
 
 
 class Scripted:
@@ -143,6 +147,24 @@ def test_recorded_values_are_replayed(planted: Path) -> None:
     assert family.train("sampled", dict(zip(DEFAULT_SPACE, CORNERS["low"], strict=True)), rng).truth == low
     assert family.train("sampled", dict(zip(DEFAULT_SPACE, CORNERS["high"], strict=True)), rng).truth == high
     assert (family.best, family.typical) == (36.0, (low + high) / 2)  # the reference's; never the control's
+
+
+def test_a_proposal_between_configurations_takes_their_mean(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "NUM_NEIGHBOURS", 2)
+    family = load_family("digits", planted)
+    low, high = (np.array(CORNERS[name]) for name in ("low", "high"))
+    middle = dict(zip(DEFAULT_SPACE, (low + high) / 2, strict=True)) | {"beta": float(np.sqrt(low[2] * high[2]))}
+    runs = [family.train("sampled", middle, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(run.truth == pytest.approx((32.0 + 31.0) / 2) for run in runs)
+    whole = [run.values for run in runs if len(run.values) == EPOCHS]
+    lows = [PLANTED["low", seed] for seed in (0, 1)]
+    means = [np.add(curve, PLANTED["high", 1]) / 2 for curve in lows]
+    # Of a neighbour that diverged nothing is taken, unless it is the nearest; here the two are equally near.
+    expected = [*means, *map(np.array, lows)]
+    assert all(any(np.allclose(values, one) for one in expected) for values in whole)
+    assert any(np.allclose(values, means[0]) or np.allclose(values, means[1]) for values in whole)
+    nearest = dict(zip(DEFAULT_SPACE, low, strict=True))
+    assert family.train("sampled", nearest, np.random.default_rng(0)).truth == pytest.approx(32.0, abs=1e-6)
 
 
 def test_the_control_is_never_what_was_found(planted: Path) -> None:

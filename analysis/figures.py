@@ -347,7 +347,8 @@ def draw_confirmation(confirmation: Mapping[str, Any] | None) -> Picture | None:
     axes.set_yticks(range(len(arms)), [_arm_name(arm) for arm in arms.values()])
     axes.set_ylim(len(arms) - 0.5, -0.5)
     metric = confirmation["metric"]
-    axes.set_xlabel(f"{describe_metric(metric)}: from {_arm_name(chosen)} on the same seed, {unit(metric)}")
+    points = "nats" if "_nll" in metric else "points"
+    axes.set_xlabel(f"{describe_metric(metric)}: {points} from {_arm_name(chosen)} on the same seed")
     return Picture(
         "confirmation",
         "Run again over fresh seeds",

@@ -76,6 +76,7 @@ def render_page(folder: Path, outputs: Path) -> str:
         facts=list_facts(search, trials),
         ranking=None if ranked.empty else ranking_table(search, trials, TOP),
         num_ranked=len(ranked),
+        runs_a_trial=describe_runs(search),
         trials=trials_table(trials),
         folded=len(trials) >= FOLDED_FROM,
         failed=trials[trials["error"] != ""].to_dict("records"),
@@ -125,6 +126,11 @@ def list_facts(search: dict[str, Any], trials: "pd.DataFrame") -> list[tuple[str
         ("commit", search.get("commit") or ""),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def describe_runs(search: dict[str, Any]) -> str:
+    num_seeds = (search.get("settings") or {}).get("seeds_per_trial", 1)
+    return "one run each" if num_seeds == 1 else f"each the mean of {num_seeds} runs"
 
 
 def describe_range(name: str, bounds: dict[str, Any]) -> str:

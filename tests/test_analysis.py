@@ -26,12 +26,15 @@ from analysis.listing import ranking_table, summary_table, trials_table
 from analysis.trials import (
     find_role,
     find_search,
+    load_confirmation,
     load_curves,
     load_runs,
     load_search,
     load_trials,
+    pareto_front,
     rank,
     retrained_runs,
+    search_metrics,
     summarise_runs,
     trial_config,
 )
@@ -570,6 +573,80 @@ def test_every_figure_of_a_full_search_is_drawn(outputs, metric):
     assert [axes.get_xscale() for axes in parameters[:3]] == ["linear", "linear", "log"]
 
 
+def confirm_by_hand(folder, **changes):
+    """Run again over three fresh seeds: the best, and both controls, of which one was out after two."""
+    arms = {"1234e567": ("sampled", [78.0, 78.4, 78.2]), "d9c2825f": ("reference", [77.9, 78.5, None])}
+    arms["a30febcf"] = ("control", [70.0, 70.5])
+    record = {
+        "status": "finished",
+        "metric": "val_accuracy",
+        "choice": "1234e567",
+        "verdict": ["Not resolved after 3 fresh seeds: trial 1234e567 leads.", "Deep supervision alone: resolved."],
+        "arms": [{"trial_id": name, "role": role, "values": values} for name, (role, values) in arms.items()],
+    }
+    write_json(folder / "confirmation.json", record | changes)
+
+
+def test_a_confirmation_is_shown_first(outputs, folder):
+    confirm_by_hand(folder)
+    html = report.render_page(folder, outputs)
+    verdict = html[html.index('class="verdict"') :]
+    assert verdict.index("Not resolved after 3 fresh seeds") < verdict.index("Best of the")
+    search, trials = load_search(folder), load_trials(folder)
+    none = retrained_runs(load_runs(outputs), search, trials)
+    pictures = draw_pictures(search, trials, load_curves(folder), none, summarise_runs(none), load_confirmation(folder))
+    (picture,) = (picture for picture in pictures if picture.name == "confirmation")
+    assert "deep supervision alone -7.95" in picture.alternative, "of the seeds that both had"
+    assert "the reference setting +0.00" in picture.alternative
+
+
+def test_best_shows_the_confirmation(outputs, folder, monkeypatch, capsys):
+    code, out, _ = run_main(best, monkeypatch, capsys, "--outputs", outputs)
+    assert code == 0
+    assert "fresh seeds" not in out
+    confirm_by_hand(folder)
+    code, out, _ = run_main(best, monkeypatch, capsys, "--outputs", outputs)
+    assert code == 0
+    assert "- Not resolved after 3 fresh seeds: trial 1234e567 leads." in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"verdict": None}, "has no verdict"),
+        ({"verdict": [1]}, "has no verdict"),
+        ({"arms": {}}, "has no arms"),
+        ({"arms": [{"trial_id": "a", "role": "nobody", "values": []}]}, "has no arms"),
+        ({"arms": [{"trial_id": "a", "role": "control", "values": ["x"]}]}, "has no arms"),
+        ({"metric": "test_accuracy"}, "metric must be"),
+    ],
+)
+def test_a_damaged_confirmation_is_told_in_one_sentence(outputs, folder, monkeypatch, capsys, changes, words):
+    confirm_by_hand(folder, **changes)
+    for module in (best, report):
+        code, _, err = run_main(module, monkeypatch, capsys, "--outputs", outputs)
+        assert code == 2
+        assert_one_sentence(err, "confirmation.json", words)
+
+
+def test_pareto_front_of_two_metrics(outputs):
+    folder = full_search(outputs, settings={"metric": ["val_accuracy", "val_accuracy_1"], "seeds_per_trial": 2})
+    search, trials = load_search(folder), load_trials(folder)
+    assert search_metrics(search) == ["val_accuracy", "val_accuracy_1"]
+    trials.loc[trials["trial_id"] == "00000012", "val_accuracy_1"] = 70.0
+    modes = {"val_accuracy": "max", "val_accuracy_1": "max"}
+    assert list(pareto_front(trials, modes, EPOCHS)["trial_id"]) == ["1234e567", "00000012"]
+    assert list(pareto_front(trials, modes | {"val_accuracy_1": "min"}, EPOCHS)["trial_id"]) == [
+        *("1234e567", "d9c2825f", "94bed0ac"),
+    ]
+    text = " ".join(judge_search(search, trials))
+    assert "on the Pareto front" in text
+    assert "1234e567 77.90 / 66.40; 00000012 76.60 / 70.00" in text
+    assert "the mean of 2 runs" in text
+    assert "front" in [picture.name for picture in draw(outputs, folder)]
+    assert "each the mean of 2 runs" in report.render_page(folder, outputs)
+
+
 def test_figures_of_searches_with_little_in_them(outputs):
     assert draw(outputs, make_search(outputs, [], name="empty")) == []
     failed = [trial("a", status="failed", epochs=0, error="x")]
@@ -941,4 +1018,4 @@ def test_analysis_reads_files_alone(path):
     tops = {name.partition(".")[0] for name in imported}
     assert not tops & {"ray", "optuna", "torch", "torchvision", "search"}
     byot = {name for name in imported if name.startswith("byot")}
-    assert byot <= {"byot.config", "byot.flags", "byot.files"}
+    assert byot <= {"byot.config", "byot.flags", "byot.files", "byot.searched"}

@@ -31,8 +31,9 @@ def main() -> None:
         from datetime import UTC, datetime
 
         from analysis.listing import bullets, ranking_table
-        from analysis.trials import find_search, last_sign_of_life, load_confirmation, load_search, load_trials, rank
+        from analysis.trials import find_search, last_sign_of_life, load_search, load_trials, rank
         from analysis.verdict import count_statuses, describe_status, judge_search, next_commands
+        from byot.searched import load_confirmation
 
         folder = find_search(outputs, arguments.search)
         search, trials = load_search(folder), load_trials(folder)

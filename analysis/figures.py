@@ -337,7 +337,8 @@ def draw_confirmation(confirmation: Mapping[str, Any] | None) -> Picture | None:
     axes.axvline(0, color=BLUE, linewidth=1.2)
     words = []
     for y, arm in enumerate(arms.values()):
-        pairs = zip(arm["values"], chosen["values"], strict=False)
+        rounds = slice(confirmation["num_rounds"])
+        pairs = zip(arm["values"][rounds], chosen["values"][rounds], strict=False)
         apart = [value - other for value, other in pairs if value is not None and other is not None]
         colour = BLUE if arm is chosen else ROLE_COLOURS.get(arm["role"], GREY)
         axes.scatter(apart, [y] * len(apart), s=16, color=colour, alpha=0.6, linewidths=0)

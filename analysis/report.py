@@ -41,7 +41,6 @@ def render_page(folder: Path, outputs: Path) -> str:
     from analysis.listing import ranking_table, summary_table, trials_table
     from analysis.trials import (
         last_sign_of_life,
-        load_confirmation,
         load_curves,
         load_runs,
         load_search,
@@ -51,6 +50,7 @@ def render_page(folder: Path, outputs: Path) -> str:
         summarise_runs,
     )
     from analysis.verdict import count_statuses, describe_status, judge_retrained, judge_search, next_commands
+    from byot.searched import load_confirmation
 
     search, trials = load_search(folder), load_trials(folder)
     confirmation = load_confirmation(folder)
@@ -129,7 +129,9 @@ def list_facts(search: dict[str, Any], trials: "pd.DataFrame") -> list[tuple[str
 
 
 def describe_runs(search: dict[str, Any]) -> str:
-    num_seeds = (search.get("settings") or {}).get("seeds_per_trial", 1)
+    from analysis.verdict import seeds_per_trial
+
+    num_seeds = seeds_per_trial(search)
     return "one run each" if num_seeds == 1 else f"each the mean of {num_seeds} runs"
 
 

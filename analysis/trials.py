@@ -24,7 +24,6 @@ import pandas as pd
 
 from byot.config import MOST, NUM_CLASSIFIERS, TrainConfig, absolute_path, check_name
 from byot.files import errors_in, read_json, read_json_lines
-from byot.searched import CONFIRMATION
 
 STATUSES = ("completed", "stopped", "failed", "running")
 ROLES = ("sampled", "reference", "control")
@@ -108,32 +107,6 @@ def search_metrics(search: Mapping[str, Any]) -> list[str]:
     if isinstance(asked, list) and len(asked) > 1 and all(metric in VAL_MEASURES for metric in asked):
         return asked
     return [search["metric"]]
-
-
-def load_confirmation(path: Path) -> dict[str, Any] | None:
-    """What running the best again over fresh seeds found, None where that was not done.
-
-    Raises ValueError if its record is damaged.
-    """
-    record_path = path / CONFIRMATION
-    if not record_path.is_file():
-        return None
-    record = read_json(record_path)
-    verdict, arms = record.get("verdict"), record.get("arms")
-    if not isinstance(verdict, list) or not all(isinstance(sentence, str) for sentence in verdict):
-        raise ValueError(f"{record_path} has no verdict")
-    if not isinstance(arms, list) or not all(_is_arm(arm) for arm in arms):
-        raise ValueError(f"{record_path} has no arms as a search writes them")
-    if record.get("metric") not in VAL_MEASURES:
-        raise ValueError(f"{record_path}: metric must be a measure such as val_accuracy")
-    return record
-
-
-def _is_arm(arm: Any) -> bool:
-    if not isinstance(arm, dict) or arm.get("role") not in ROLES or not isinstance(arm.get("trial_id"), str):
-        return False
-    values = arm.get("values")
-    return isinstance(values, list) and all(value is None or type(value) in (int, float) for value in values)
 
 
 def _check_bounds(name: str, bounds: Any) -> None:

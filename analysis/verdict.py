@@ -181,7 +181,7 @@ def judge_search(search: Mapping[str, Any], trials: pd.DataFrame) -> list[str]:
     for role in ROLE_NAMES:
         sentences.append(_judge_role(search, best, role, find_role(trials, role, metric, epochs), num_images))
     sentences += _judge_front(search, trials)
-    if (runs := int((search.get("settings") or {}).get("seeds_per_trial") or 1)) > 1:
+    if (runs := seeds_per_trial(search)) > 1:
         sentences.append(f"Each value is the mean of {runs} runs, whose spread is not in the errors above.")
         return [*sentences, *_caution(search)]
     seeds = "one seed" if trials["seed"].nunique() <= 1 else "one seed each"
@@ -200,6 +200,11 @@ def judge_search(search: Mapping[str, Any], trials: pd.DataFrame) -> list[str]:
 
 def _caution(search: Mapping[str, Any]) -> list[str]:
     return [] if search["status"] == "finished" else ["The search has not finished: all of this may change."]
+
+
+def seeds_per_trial(search: Mapping[str, Any]) -> int:
+    asked = (search.get("settings") or {}).get("seeds_per_trial")
+    return asked if isinstance(asked, int) else 1
 
 
 def metric_mode(metric: str) -> str:

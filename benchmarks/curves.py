@@ -50,13 +50,13 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "digits": Family(
-        TrainConfig(dataset="digits", width=4, epochs=27, val_fraction=0.3),
+        TrainConfig(dataset="digits", width=4, epochs=27, val_fraction=0.3, device="cpu"),
         {**DEFAULT_SPACE, "lr": Range(1e-3, 1.0, log=True)},
         num_configurations=160,
         num_seeds=2,
     ),
     "cifar100-10": Family(
-        TrainConfig(dataset="cifar100", width=8, epochs=9, val_fraction=0.2),
+        TrainConfig(dataset="cifar100", width=8, epochs=9, val_fraction=0.2, device="cpu"),
         DEFAULT_SPACE,
         num_configurations=80,
         num_seeds=1,

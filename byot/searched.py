@@ -56,14 +56,39 @@ def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedC
     )
 
 
+def load_confirmation(folder: Path) -> dict[str, Any] | None:
+    """What running the best of a search again over fresh seeds found, None where that was not done.
+
+    Raises ValueError if its record is damaged.
+    """
+    path = folder / CONFIRMATION
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    verdict, arms = record.get("verdict"), record.get("arms")
+    if not isinstance(verdict, list) or not verdict or not all(isinstance(sentence, str) for sentence in verdict):
+        raise ValueError(f"{path} has no verdict")
+    if not isinstance(arms, list) or not all(map(_is_arm, arms)):
+        raise ValueError(f"{path} has no arms as a search writes them")
+    for name, kinds in (("status", str), ("metric", str), ("choice", str | None), ("num_rounds", int)):
+        if not isinstance(record.get(name), kinds):
+            raise ValueError(f"{path} has no {name} as a search writes it")
+    return record
+
+
+def _is_arm(arm: Any) -> bool:
+    if not isinstance(arm, dict) or not all(isinstance(arm.get(name), str) for name in ("trial_id", "role")):
+        return False
+    values = arm.get("values")
+    return isinstance(values, list) and all(value is None or type(value) in (int, float) for value in values)
+
+
 def _find_choice(folder: Path, source: str) -> SearchedChoice:
     """What was confirmed over fresh seeds, else the best single run."""
-    if (folder / CONFIRMATION).is_file():
-        confirmation = read_json(folder / CONFIRMATION)
-        if confirmation.get("status") == "finished":
-            how = "confirmed" if confirmation.get("resolved") is True else "not resolved"
-            seeds = confirmation.get("num_rounds")
-            return _read_choice(folder / CONFIRMATION, f"{source}, {how} over {seeds} fresh seeds")
+    confirmation = load_confirmation(folder)
+    if confirmation is not None and confirmation["status"] == "finished" and confirmation.get("choice") is not None:
+        how = "confirmed" if confirmation.get("resolved") is True else "not resolved"
+        return _read_choice(folder / CONFIRMATION, f"{source}, {how} over {confirmation['num_rounds']} fresh seeds")
     return _read_choice(folder / "best.json", source)
 
 

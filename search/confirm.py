@@ -10,7 +10,8 @@ read.
 
 import math
 import shutil
-import time
+from collections.abc import Collection
+from errno import ENOENT
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +21,17 @@ from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
 from byot.files import read_json, write_json
 from byot.lock import WORKER_WAIT_S, lock_folder
-from byot.provenance import provenance
 from byot.runs import StopAsked, restore_trainer, train_saving
-from byot.searched import CONFIRMATION
+from byot.searched import CONFIRMATION, load_confirmation
 from byot.stopping import DivergedError, StoppedError
 from byot.trainer import check_same_run
 from search.cluster import Slots
 from search.confirmation import ERROR, MOST_RUNS_NAMED, Comparison, Judgement, judge
-from search.records import Row, now, ranked
-from search.settings import SearchSettings
+from search.records import Row, format_value, now, ranked
+from search.settings import FRESH_SEEDS, SearchSettings
 from search.space import Role, Space, first_points
 from search.tasks import Task, run_tasks
 
-FRESH = 1000  # the first fresh seed is so much above the search's own
 ROLE_NAMES = {"reference": "the reference's setting", "control": "deep supervision alone"}
 
 
@@ -57,13 +56,19 @@ class Run(NamedTuple):
     round: int  # from 0
 
 
-def choose_arms(rows: list[Row], space: Space, base: TrainConfig, settings: SearchSettings) -> list[Arm]:
-    """The best different configurations, then the reference's setting and the control where they are not among them."""
+def choose_arms(
+    rows: list[Row], space: Space, base: TrainConfig, settings: SearchSettings, in_before: Collection[str] = ()
+) -> list[Arm]:
+    """The best different configurations, then the reference's setting and the control where they are not among them.
+
+    Trials that were still in when fewer had been searched stay: a luckier single run does not put them out.
+    """
     arms: list[Arm] = []
     rows_by_role = {row["role"]: row["trial_id"] for row in rows}
     for row in ranked(rows, settings.main_metric, settings.mode):
         params = {name: row[name] for name in space}
-        if len(arms) < (settings.confirm or 0) and params not in [arm.params for arm in arms]:
+        asked = len(arms) < (settings.confirm or 0) or row["trial_id"] in in_before
+        if asked and params not in [arm.params for arm in arms]:
             arms.append(Arm(row["trial_id"], row["role"], params))
     for point in first_points(space, base):
         if point.params not in [arm.params for arm in arms]:
@@ -74,6 +79,8 @@ def choose_arms(rows: list[Row], space: Space, base: TrainConfig, settings: Sear
 def do_run(config: TrainConfig, folder: Path, images: LabelledImages, threads: int) -> dict[str, Any]:
     """Train one arm with one seed, or the rest of it, and return its last epoch, with an error if it diverged."""
     torch.set_num_threads(threads)
+    if not (folder.parents[1] / "trials").is_dir():  # a folder made here would be on this node alone
+        raise FileNotFoundError(ENOENT, "the search's folder is not seen from here", str(folder.parents[1]))
     train, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
     with lock_folder(folder, wait_s=WORKER_WAIT_S):
         trainer, _ = restore_trainer(config, train, val, folder, may_compile=False)
@@ -101,7 +108,10 @@ class Confirmation:
         self.sign = 1 if settings.mode == "max" else -1
         self.max_rounds = settings.confirm_seeds
         self.least_sd = 100 / num_val if "accuracy" in self.metric else 0.0  # one image
-        self.arms = {arm.trial_id: arm for arm in choose_arms(rows, space, base, settings)}
+        before = self._read_written()
+        in_before = [arm["trial_id"] for arm in before["arms"] if arm.get("still_in")] if before else []
+        self.arms = {arm.trial_id: arm for arm in choose_arms(rows, space, base, settings, in_before)}
+        self.origin: dict[str, Any] = {}  # commit, versions and hardware of the runs
         self.results: dict[Run, dict[str, Any]] = {}
         self._given: set[Run] = set()
         for run in (Run(arm, number) for number in range(self.max_rounds) for arm in self.arms):
@@ -110,7 +120,7 @@ class Confirmation:
                 self.results[run] = result
 
     def config(self, run: Run) -> TrainConfig:
-        fresh = FRESH + run.round
+        fresh = FRESH_SEEDS + run.round
         seeds = {"seed": self.base.seed + fresh, "split_seed": self.base.split_seed + fresh}
         return self.base.with_settings(**self.arms[run.arm].params, **seeds)
 
@@ -124,7 +134,18 @@ class Confirmation:
             check_same_run(self.config(run), TrainConfig.from_dict(result.get("config")))
         except ValueError:
             return None
-        return result if result.get("error") or isinstance(result.get(self.metric), int | float) else None
+        value, error = result.get(self.metric), result.get("error")
+        if not isinstance(error, str):
+            return None
+        measured = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return result if error or measured else None
+
+    def _read_written(self) -> dict[str, Any] | None:
+        """The record as it was last written; None where there is none or it is damaged: it is made anew."""
+        try:
+            return load_confirmation(self.folder)
+        except ValueError:
+            return None
 
     def value(self, run: Run) -> float:
         """Larger is better; NaN for a run that diverged."""
@@ -142,11 +163,13 @@ class Confirmation:
     @property
     def is_done(self) -> bool:
         """Whether nothing is left to run, and that is on disk."""
-        try:
-            written = read_json(self.folder / CONFIRMATION)
-        except ValueError:
-            return False
-        return self.judge().is_over and written.get("status") == "finished"
+        written = self._read_written()
+        return (
+            self.judge().is_over
+            and written is not None
+            and (written["status"], written.get("max_seeds")) == ("finished", self.max_rounds)
+            and [arm["trial_id"] for arm in written["arms"]] == list(self.arms)
+        )
 
     def next_run(self) -> Run | None:
         """The next that is worth doing: round by round, of the arms still in."""
@@ -161,10 +184,10 @@ class Confirmation:
                     return run
         return None
 
-    def choice(self, judgement: Judgement) -> Arm:
-        """The leader; but deep supervision alone, another method, only if no other can be the best."""
-        names = [arm for arm in judgement.remaining if self.arms[arm].role != "control"]
-        return self.arms[names[0] if names else judgement.leader]
+    def choice(self, judgement: Judgement) -> Arm | None:
+        """The leader; but deep supervision alone, another method, only if no other can be the best. None: no leader."""
+        names = [arm for arm in judgement.remaining if self.arms[arm].role != "control"] or judgement.remaining
+        return self.arms[names[0]] if names else None
 
     def save(self, status: str) -> None:
         judgement = self.judge()
@@ -183,49 +206,51 @@ class Confirmation:
                 | {"values": self._measured(arm.trial_id), "still_in": arm.trial_id in judgement.remaining}
                 for arm in self.arms.values()
             ],
-            "comparisons": [
-                one._asdict() | {"resolved": one.resolved}
-                for other, one in judgement.comparisons.items()
-                if other != judgement.leader
-            ],
-            "resolved": len(judgement.remaining) == 1,
-            "choice": choice.trial_id,
+            "comparisons": [one._asdict() | {"resolved": one.resolved} for one in judgement.comparisons.values()],
+            "resolved": judgement.resolved,
             "verdict": self.verdict(judgement),
-            # As in best.json: retraining uses all training images.
-            "config": {**self.base.with_settings(**choice.params).to_dict(), "val_fraction": 0.0},
-            **provenance(torch.device("cpu")),
+            **self.origin,
         }
+        if choice is not None:  # as in best.json: retraining uses all training images
+            config = self.base.with_settings(**choice.params, val_fraction=0.0)
+            record |= {"choice": choice.trial_id, "config": config.to_dict()}
         write_json(self.folder / CONFIRMATION, record)
 
     def _measured(self, arm: str) -> list[float | None]:
-        runs = sorted(run for run in self.results if run.arm == arm)
-        return [None if self.results[run]["error"] else self.results[run][self.metric] for run in runs]
+        """By round; None for a run that diverged or is not done."""
+        last = max((run.round for run in self.results if run.arm == arm), default=-1)
+        results = [self.results.get(Run(arm, number), {}) for number in range(last + 1)]
+        return [result.get(self.metric) for result in results]
 
     # ------------------------------------------------------------ words
 
     def verdict(self, judgement: Judgement) -> list[str]:
         """Sentences: which configuration, by how much, how sure; or that it is not resolved, and what it would take."""
+        if judgement.leader is None:
+            return ["Of every setting a run diverged: there is nothing to choose."]
         leader = self.arms[judgement.leader]
-        name = leader.describe()
+        name = f"{leader.describe()} ({leader.settings()})"
         seeds = f"{judgement.rounds} fresh seed{'s' * (judgement.rounds != 1)}"
-        if len(judgement.remaining) == 1:
-            first = f"Resolved after {seeds}: {name} is best ({leader.settings()})."
+        if judgement.rounds == 0:
+            sentences = ["Not resolved: no fresh seed has been run by all yet."]
+        elif judgement.resolved:
+            sentences = [f"Resolved after {seeds}: {name} is best."]
+        elif len(judgement.remaining) > 1:
+            sentences = [f"Not resolved after {seeds}: {name} leads."]
         else:
-            first = f"Not resolved after {seeds}: {name} leads ({leader.settings()})."
-        sentences = [first]
-        for arm in self.arms.values():
-            if arm.trial_id == judgement.leader:
-                continue
-            one = judgement.comparisons.get(arm.trial_id)
-            diverged = [run for run in self.results if run.arm == arm.trial_id and self.results[run]["error"]]
-            if diverged:
-                sentences.append(f"{_capital(arm.describe())} ({arm.settings()}): out, a run of it diverged.")
-            elif one is None:
-                sentences.append(f"{_capital(arm.describe())} ({arm.settings()}): not compared yet.")
+            sentences = [f"Not resolved: {name} is the only one of which no run diverged."]
+        for other, arm in self.arms.items():
+            one = judgement.comparisons.get(other)
+            if other in judgement.diverged:
+                told = "left out, a run of it diverged"
+            elif one is not None:
+                told = self._describe(one)
             else:
-                sentences.append(f"{_capital(arm.describe())} ({arm.settings()}): {self._describe(one)}.")
+                told = "not compared yet"
+            if other != judgement.leader and judgement.rounds:
+                sentences.append(f"{_capital(arm.describe())} ({arm.settings()}): {told}.")
         choice = self.choice(judgement)
-        if choice != leader:
+        if choice is not None and choice != leader:
             sentences.append(f"As that is not shown, {choice.describe()} is chosen, the best with distillation.")
         return sentences
 
@@ -257,31 +282,26 @@ def confirm(
     trouble = ""
 
     def take() -> Task[Run] | None:
-        late = deadline is not None and time.monotonic() > deadline
-        run = None if late or trouble else confirmation.next_run()
+        run = None if trouble else confirmation.next_run()
         if run is None:
             return None
         return Task(run, do_run, (confirmation.config(run), confirmation.run_folder(run), images, slots.cpus))
 
     confirmation.save("running")
     try:
-        for run, result, error in run_tasks(take, slots, stop_asked):
+        for run, result, error in run_tasks(take, slots, stop_asked, deadline):
             if error:
                 trouble = f"the run in {confirmation.run_folder(run)} failed: {error}"
+                print(trouble, flush=True)
                 continue
             before = confirmation.judge()
             confirmation.results[run] = result
-            judgement = confirmation.judge()
             confirmation.save("running")
-            measured = result["error"] or f"{confirmation.metric} {result[confirmation.metric]:.2f}"
-            print(
-                f"round {run.round + 1}  {confirmation.arms[run.arm].describe()}  seed {result['config']['seed']}  "
-                f"{measured}",
-                flush=True,
-            )
-            for arm in before.remaining:
-                if arm not in judgement.remaining:
-                    print(f"         {confirmation.arms[arm].describe()} is out", flush=True)
+            told = result["error"] or f"{confirmation.metric} {format_value(result[confirmation.metric])}"
+            name = confirmation.arms[run.arm].describe()
+            print(f"round {run.round + 1}  {name}  seed {result['config']['seed']}  {told}", flush=True)
+            for arm in set(before.remaining) - set(confirmation.judge().remaining):
+                print(f"         {confirmation.arms[arm].describe()} is out", flush=True)
     except StoppedError:
         confirmation.save("interrupted")
         raise

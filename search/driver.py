@@ -20,12 +20,11 @@ from byot.files import describe_refusal, read_json, remove_leftovers
 from byot.flags import one_sentence_errors
 from byot.provenance import find_commit, find_versions, provenance
 from byot.runs import StopAsked
-from byot.searched import CONFIRMATION
+from byot.searched import load_confirmation
 from byot.stopping import StoppedError, catch_stop_signals
-from byot.trainer import choose_device
 from search.cluster import RayStartError, Share, Slots, check_nodes, describe_nodes, share, start_ray
 from search.live import DAY_S, LiveTable, format_duration
-from search.records import SearchRecords, load_search, now, save_search, table_columns
+from search.records import SearchRecords, now, save_search, table_columns
 from search.settings import SearchSettings, expected_epochs, grace_epochs, share_of_gpu
 from search.space import Space, first_points, space_to_dict
 
@@ -88,9 +87,13 @@ def check_same_search(plan: SearchPlan, data: SearchData) -> None:
             )
 
 
-def choose_grace(base: TrainConfig, settings: SearchSettings) -> int:
-    """Epochs before ASHA may stop a trial."""
-    return grace_epochs(base.epochs, first_drop(base)) if settings.grace is None else settings.grace
+def choose_grace(base: TrainConfig, settings: SearchSettings, recorded: dict[str, Any] | None = None) -> int:
+    """Epochs before ASHA may stop a trial; a search that goes on keeps to what it was started with."""
+    asked = settings.grace
+    if asked is None and recorded is not None:
+        before = recorded.get("grace_epochs")
+        asked = before if isinstance(before, int) else grace_epochs(base.epochs)  # of a version that knew no other
+    return min(base.epochs, grace_epochs(base.epochs, first_drop(base)) if asked is None else asked)
 
 
 def open_records(plan: SearchPlan) -> SearchRecords:
@@ -105,7 +108,7 @@ def open_records(plan: SearchPlan) -> SearchRecords:
         mode=plan.settings.mode,
         epochs=plan.base.epochs,
         seed=plan.base.seed,
-        grace=choose_grace(plan.base, plan.settings),
+        grace=choose_grace(plan.base, plan.settings, plan.recorded),
     )
     for note in records.notes:
         print(f"tune.py: {note}", file=sys.stderr)
@@ -126,11 +129,14 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
             told = f"{plan.folder} has {len(records.rows)} trials already: give that --num-samples or more"
             print(f"tune.py: {told}", file=sys.stderr)
             return 2
-        if is_complete(plan, records):
-            assert plan.recorded is not None
+        if plan.recorded is not None and is_complete(plan, records):
             records.search = plan.recorded
             records.write_tables()
             confirmation = find_confirmation(plan, data, records)
+            if confirmation is not None:
+                _record_settings(plan)
+                if confirmation.judge().is_over and not confirmation.is_done:  # fewer are asked for than were run
+                    confirmation.save("finished")
             if confirmation is None or confirmation.is_done:
                 print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
                 return tell_result(plan, records)
@@ -157,16 +163,23 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
             with one_sentence_errors("tune.py"):
                 slots = share(room, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
                 check_nodes(plan.folder, slots)
-        if slots.gpus == 0 and choose_device(plan.base.device).type == "cuda":
-            plan = plan._replace(base=plan.base.with_settings(device="cpu"))  # asked for none, Ray hides the GPUs
+        if slots.gpus == 0 and plan.base.device in ("auto", "cuda") and not torch.backends.mps.is_available():
+            plan = plan._replace(base=plan.base.with_settings(device="cpu"))  # a worker would see its node's GPUs
         if plan.settings.trials_per_gpu == "auto" and slots.num_gpus:
             slots = _share_by_measuring(plan, data, slots)
+        _log_to_file(plan.folder / "search.log")
         budget_s = plan.settings.time_budget_s()
         deadline = None if budget_s is None else time.monotonic() + budget_s
         with catch_stop_signals() as stop_asked:  # after ray.init, which has a handler of its own
-            code = 0 if is_complete(plan, records) else _run(plan, data, slots, records, deadline, stop_asked)
-            confirmation = find_confirmation(plan, data, records) if code == 0 else None
+            is_new = plan.recorded is None  # or only its search.json is lost
+            code = (
+                0
+                if is_complete(plan, records) and not is_new
+                else _run(plan, data, slots, records, deadline, stop_asked)
+            )
+            confirmation = find_confirmation(plan, data, records) if code == 0 and is_complete(plan, records) else None
             if confirmation is not None and not confirmation.is_done:
+                confirmation.origin = _origin(plan, slots)
                 code = _confirm(plan, confirmation, slots, deadline, stop_asked)
         return code or tell_result(plan, records)
     finally:
@@ -174,8 +187,8 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
 
 
 def is_complete(plan: SearchPlan, records: SearchRecords) -> bool:
-    """Whether all trials have ended, so that the search itself has nothing to do."""
-    return plan.recorded is not None and len(records.ended) >= plan.settings.num_samples
+    """Whether all trials have ended."""
+    return len(records.ended) >= plan.settings.num_samples
 
 
 def find_confirmation(plan: SearchPlan, data: SearchData, records: SearchRecords) -> "Confirmation | None":
@@ -188,13 +201,26 @@ def find_confirmation(plan: SearchPlan, data: SearchData, records: SearchRecords
     return Confirmation(plan.folder, rows, plan.space, plan.base, plan.settings, len(data.val.labels))
 
 
+def _record_settings(plan: SearchPlan) -> None:
+    """Let search.json know what is to be confirmed, before anything of it is done."""
+    if plan.recorded is not None and plan.recorded.get("settings") != plan.settings.to_dict():
+        save_search(plan.folder, plan.recorded | {"settings": plan.settings.to_dict()})
+
+
+def _origin(plan: SearchPlan, slots: Slots) -> dict[str, Any]:
+    """Commit, versions and hardware for a record."""
+    record = provenance(torch.device("cuda" if slots.gpus and torch.cuda.is_available() else "cpu"))
+    if plan.address is not None:  # the driver's machine may have no GPU
+        record["hardware"] |= describe_nodes(slots)
+    return record
+
+
 def _confirm(
     plan: SearchPlan, confirmation: "Confirmation", slots: Slots, deadline: float | None, stop_asked: StopAsked
 ) -> int:
     """Run the best again over fresh seeds; returns the exit code."""
     from search.confirm import confirm
 
-    save_search(plan.folder, load_search(plan.folder) | {"settings": plan.settings.to_dict()})
     arms = len(confirmation.arms)
     print(f"\n{arms} configurations again, over at most {confirmation.max_rounds} fresh seeds each", flush=True)
     try:
@@ -236,7 +262,6 @@ def _run(
     from search.trial import TrialSetup
 
     folder, base, settings, space = plan.folder, plan.base, plan.settings, plan.space
-    _log_to_file(folder / "search.log")
     is_new = plan.recorded is None
     setup = TrialSetup(
         base,
@@ -258,7 +283,7 @@ def _run(
         "metric": settings.main_metric,
         "mode": settings.mode,
         "num_samples": settings.num_samples,
-        "grace_epochs": records.grace if settings.stops_early else None,
+        "grace_epochs": records.grace,
         "max_concurrent": slots.max_concurrent,
         "num_train_images": len(data.train.labels),
         "num_val_images": len(data.val.labels),
@@ -267,9 +292,7 @@ def _run(
         plan.warm.save(folder)
         record |= {"warm_start": plan.warm.search}
     if is_new:
-        record |= provenance(torch.device("cuda" if slots.gpus and torch.cuda.is_available() else "cpu"))
-        if plan.address is not None:  # the driver's machine may have no GPU
-            record["hardware"] |= describe_nodes(slots)
+        record |= _origin(plan, slots)
     else:
         record |= {"commit": find_commit(), "versions": find_versions()}
     save_search(folder, record)
@@ -454,8 +477,12 @@ def _verdict(folder: Path) -> str:
             for one in front
         ]
     name = shlex.quote(folder.name)
-    if (folder / CONFIRMATION).is_file():
-        lines += ["", *read_json(folder / CONFIRMATION)["verdict"], ""]
+    try:
+        confirmation = load_confirmation(folder)
+    except ValueError as error:
+        confirmation = {"verdict": [f"{error}; --confirm makes it anew"]}
+    if confirmation is not None:
+        lines += ["", *confirmation["verdict"], ""]
     else:
         lines += [
             "one run each: whether the difference is more than noise, a confirmation over fresh seeds says",

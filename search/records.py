@@ -1,6 +1,8 @@
 """What a search leaves on disk, which is all it needs to go on: Ray's own state is never read again.
 
 search.json                   settings, seed, versions, commit, hardware, status; state/search.json is its copy
+warm_start.json               what an earlier search lent, where one was named
+confirmation.json             what running the best again over fresh seeds found; confirmation/ has the runs
 trials.csv                    one row a trial, failed ones too; rewritten whole, in a large search not at every change
 best.json                     the best configuration that reached its last epoch
 trials/TRIAL_ID/trial.json    the trial's row, written when it is proposed and when it ends
@@ -37,8 +39,9 @@ ACCURACIES = (
 MEASURES = (*ACCURACIES, "val_nll", "val_nll_ensemble", "val_ece", "val_ece_ensemble")
 # What CMA-ES keeps with the trials: its generation and, pickled, its distribution; and what such a pickle is made of.
 CMA_STATE = "cma:"
+CMA_CLASS = ("cmaes._cma", "CMA")
 CMA_CLASSES = {
-    ("cmaes._cma", "CMA"),
+    CMA_CLASS,
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -281,12 +284,18 @@ def is_sampler_state(state: Any) -> bool:
     """
     if not isinstance(state, dict) or not isinstance(state.get(CMA_STATE + "generation"), int):
         return False
-    parts = [state[name] for name in sorted(state, key=len) if name.startswith(CMA_STATE + "optimizer:")]
+    names = [
+        f"{CMA_STATE}optimizer:{number}" for number in range(len(state) - 1)
+    ]  # in the order in which they are joined
+    if set(state) != {CMA_STATE + "generation", *names}:
+        return False
+    if not names:
+        return True
     try:
-        NumbersOnly(io.BytesIO(bytes.fromhex("".join(parts)))).load() if parts else None
+        optimizer = NumbersOnly(io.BytesIO(bytes.fromhex("".join(state[name] for name in names)))).load()
     except Exception:  # whatever a damaged pickle raises
         return False
-    return True
+    return (type(optimizer).__module__, type(optimizer).__name__) == CMA_CLASS
 
 
 class NumbersOnly(pickle.Unpickler):

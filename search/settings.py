@@ -40,6 +40,7 @@ WHOLE_NUMBERS = (
 OPTIONAL = ("max_concurrent", "cpus_per_trial", "grace", "patience", "confirm")
 LEAST = {"confirm_seeds": 2}  # one seed says nothing of the noise; of the others 1
 GREATEST = {"confirm_seeds": 1000, "seeds_per_trial": 1000}  # of the others MOST
+FRESH_SEEDS = 1000  # the first fresh seed of a confirmation is so much above the search's own
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -114,6 +115,8 @@ class SearchSettings:
             and not (isinstance(shared, str) and re.fullmatch(r"[1-9]\d?", shared, re.ASCII))
         ):
             raise ValueError(f"trials_per_gpu must be auto or a number from 1 to 99, not {shared!r:.40}")
+        if shared == "auto" and self.seeds_per_trial > 1:
+            raise ValueError("trials_per_gpu auto measures trials of one run: give a number with seeds_per_trial")
         if shared is not None and gpus is not None:
             raise ValueError("trials_per_gpu and gpus_per_trial say the same in two ways: give one of them")
         self.time_budget_s()

@@ -1,5 +1,6 @@
 """Work done by Ray a few pieces at a time, each in its own process, until there is no more or one is asked to stop."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -30,21 +31,27 @@ class Done(NamedTuple, Generic[Key]):
 
 
 def run_tasks(
-    take: Callable[[], Task[Key] | None], slots: Slots, stop_asked: StopAsked = lambda: 0
+    take: Callable[[], Task[Key] | None],
+    slots: Slots,
+    stop_asked: StopAsked = lambda: 0,
+    deadline: float | None = None,
 ) -> Iterator[Done[Key]]:
     """Run tasks on a Ray that is started and yield each as it ends; one that fails does not stop the others.
 
     `take` gives the next task whenever there is room, and None when there is none for now; the iterator ends when none
-    runs and none is given. Raises StoppedError once `stop_asked` says so: an exception out of a signal may be lost
-    within Ray.
+    runs and none is given, or at the deadline on the monotonic clock, whatever runs then. Raises StoppedError once
+    `stop_asked` says so: an exception out of a signal may be lost within Ray.
     """
     import ray
 
+    make_remote = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus, max_retries=MAX_RETRIES)
+    remotes: dict[Callable[..., Any], Any] = {}
     running: dict[Any, Key] = {}
-    while True:
+    while deadline is None or time.monotonic() < deadline:
         while len(running) < slots.max_concurrent and (task := take()) is not None:
-            remote = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus, max_retries=MAX_RETRIES)(task.function)
-            running[remote.remote(*task.arguments)] = task.key
+            if task.function not in remotes:
+                remotes[task.function] = make_remote(task.function)
+            running[remotes[task.function].remote(*task.arguments)] = task.key
         if not running:
             return
         ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_UP_S)

@@ -85,7 +85,7 @@ def train_seeds(
         for seed, place in zip(seeds, folders, strict=True)
     ]
     done = [mean_record(records) for records in zip(*(trainer.history for trainer in trainers), strict=False)]
-    if num_seeds > 1 and done:
+    if num_seeds > 1:
         write_json_lines(folder / "metrics.jsonl", done)
     yield from done
     on_batch = report_pace(trainers[0], timed) if timed is not None else None

@@ -13,7 +13,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from byot.config import (
     NOT_IDENTITY,
@@ -27,9 +27,13 @@ from byot.config import (
 from byot.files import describe_refusal, errors_in, set_aside
 from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
 from byot.lock import lock_folder
+from byot.searched import load_confirmation
 from search.records import find_search, load_search
-from search.settings import SearchSettings
+from search.settings import FRESH_SEEDS, SearchSettings
 from search.space import DEFAULT_SPACE, Space, read_space, space_from_dict, space_to_dict
+
+if TYPE_CHECKING:
+    from search.warm import WarmStart  # importing it at once would cost every `--help`
 
 SEARCHED = ("alpha", "temperature", "beta")
 # What may change from one part of a search to the next.
@@ -125,6 +129,44 @@ def _as_recorded(
     return base, settings, space
 
 
+def check_seeds(base: TrainConfig, settings: SearchSettings) -> None:
+    """Raise ValueError if some run of the search would have a seed too large."""
+    base.with_settings(seed=base.seed + settings.seeds_per_trial - 1)
+    if settings.confirm is not None:
+        last = FRESH_SEEDS + settings.confirm_seeds - 1
+        base.with_settings(seed=base.seed + last, split_seed=base.split_seed + last)
+
+
+def find_warm_start(
+    searches: Path, folder: Path, base: TrainConfig, settings: SearchSettings, space: Space, *, is_new: bool
+) -> "WarmStart | None":
+    """What the search was started with, or is to be. Raises ValueError where that is lost, or nothing is there."""
+    if settings.warm_start is None:
+        return None
+    from search.warm import FILE, load_warm_start, make_warm_start
+
+    if is_new or find_search(folder) is None:
+        return make_warm_start(searches, settings.warm_start, base, settings, space)
+    found = load_warm_start(folder, space, settings.metric)
+    if found is None:
+        raise ValueError(f"{folder / FILE} is missing: without it the search cannot go on as it was started; --fresh")
+    return found
+
+
+def _is_unfinished(folder: Path, search: dict[str, Any]) -> bool:
+    """Whether trials, or runs over fresh seeds that were asked for, are still to be done."""
+    if search.get("status") != "finished":
+        return True
+    settings = search.get("settings")
+    if not isinstance(settings, dict) or settings.get("confirm") is None:
+        return False
+    try:
+        confirmation = load_confirmation(folder)
+    except ValueError:
+        return True
+    return confirmation is None or confirmation["status"] != "finished"
+
+
 def _find_resumable(searches: Path, name: str | None, given: dict[str, object]) -> Path:
     """The named search, else the newest unfinished one of this model and data set."""
     if name is not None:
@@ -139,7 +181,7 @@ def _find_resumable(searches: Path, name: str | None, given: dict[str, object]) 
             continue
         config = search.get("config")
         same = isinstance(config, dict) and all(config.get(k) == given[k] for k in ("model", "dataset") if k in given)
-        if search.get("status") != "finished" and same:
+        if same and _is_unfinished(path.parent, search):
             found.append((str(search.get("started_at")), path.parent))
     if not found:
         raise ValueError(f"no unfinished search is in {searches}; name one with --name, or start one without --resume")
@@ -180,19 +222,14 @@ def search(arguments: argparse.Namespace, held: ExitStack) -> int:
         slots = share_machine(asked, base.device) if arguments.address is None else None
         if slots is not None:
             ways_to_try(base.acceleration, choose_device(base.device), ALONE)
+        check_seeds(base, settings)
         data = load_search_data(base)
+        warm = find_warm_start(Path(searches), folder, base, settings, space, is_new=arguments.fresh)
         if arguments.fresh and folder.exists():
             with lock_folder(folder):
                 print(f"what was in {folder} is now in {set_aside(folder)}")
         held.enter_context(lock_folder(folder))
         recorded = find_search(folder)
-        warm = None
-        if settings.warm_start is not None:
-            from search.warm import load_warm_start, make_warm_start
-
-            warm = load_warm_start(folder, space) or make_warm_start(
-                Path(searches), settings.warm_start, base, settings, space
-            )
         plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed, warm, recorded)
         check_same_search(plan, data)
     return run_search(plan, data, slots or asked)

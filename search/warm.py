@@ -6,13 +6,13 @@ values mean something else, and the best of their settings are tried early, each
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from byot.config import TrainConfig, absolute_path
 from byot.files import errors_in, read_json, write_json
 from search.records import DIVERGED, Row, load_search, ranked, read_rows
 from search.settings import SearchSettings
-from search.space import Space, first_points
+from search.space import SEARCHABLE, Range, Space, first_points
 
 FILE = "warm_start.json"
 NUM_POINTS = 3  # settings tried early
@@ -25,6 +25,12 @@ class WarmTrial(NamedTuple):
     epochs_done: int
     values: list[float]  # of each metric after its last epoch; empty where it diverged
     completed: bool
+
+    def is_whole(self, num_metrics: int) -> bool:
+        """Whether this is what a search writes."""
+        measured = all(isinstance(value, float) and math.isfinite(value) for value in self.values)
+        number = len(self.values) == num_metrics or (not self.values and not self.completed)
+        return measured and number and type(self.epochs_done) is int and isinstance(self.completed, bool)
 
 
 class WarmStart(NamedTuple):
@@ -44,7 +50,7 @@ class WarmStart(NamedTuple):
         write_json(folder / FILE, {**self._asdict(), "trials": [trial._asdict() for trial in self.trials]})
 
 
-def load_warm_start(folder: Path, space: Space) -> WarmStart | None:
+def load_warm_start(folder: Path, space: Space, metrics: tuple[str, ...]) -> WarmStart | None:
     """What a search's folder has of its warm start. Raises ValueError where that is damaged."""
     if not (folder / FILE).is_file():
         return None
@@ -55,9 +61,9 @@ def load_warm_start(folder: Path, space: Space) -> WarmStart | None:
             for params in (*record["points"], *(trial.params for trial in trials)):
                 if set(params) != set(space) or not all(space[name].holds(value) for name, value in params.items()):
                     raise ValueError("parameters that are not of the space")
-            if not all(math.isfinite(value) for trial in trials for value in (*trial.values, trial.epochs_done)):
-                raise ValueError("values that are no numbers")
-            return WarmStart(str(record["search"]), record["points"], trials)
+            if not all(trial.is_whole(len(metrics)) for trial in trials):
+                raise ValueError("values that are not of the metrics")
+            return WarmStart(str(record["search"]), list(record["points"]), trials)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError("it is not what a search writes there; --fresh starts the search anew") from error
 
@@ -74,10 +80,14 @@ def make_warm_start(searches: Path, name: str, base: TrainConfig, settings: Sear
         rows = [row for row in read_rows(folder / "trials.csv") if _is_usable(row, settings.metric)]
     for row in rows:
         row["params"] = {name: row.get(name, getattr(earlier, name)) for name in space}
-    rows = [row for row in rows if all(bounds.holds(row["params"][name]) for name, bounds in space.items())]
-    same = not set(base.differing_settings(earlier)) - {"seed", *space}
-    if same and record.get("metric") == settings.main_metric and rows:
-        return WarmStart(folder.name, [], [_as_told(row, settings.metric) for row in rows])
+    rows = [row for row in rows if all(_holds(bounds, row["params"][name]) for name, bounds in space.items())]
+    if _is_same(record, earlier, base, settings, space):
+        fixed = {
+            name: getattr(base, name) for name in SEARCHABLE if name not in space
+        }  # of these the earlier may differ
+        told = [row for row in rows if all(row.get(name, value) == value for name, value in fixed.items())]
+        if told:
+            return WarmStart(folder.name, [], [_as_told(row, settings.metric) for row in told])
     tried_anyway = [point.params for point in first_points(space, base)]
     best = (row["params"] for row in ranked(rows, settings.main_metric, settings.mode))
     points = [params for params in best if params not in tried_anyway][:NUM_POINTS]
@@ -86,11 +96,29 @@ def make_warm_start(searches: Path, name: str, base: TrainConfig, settings: Sear
     return WarmStart(folder.name, points, [])
 
 
+def _holds(bounds: Range, value: Any) -> bool:
+    return isinstance(value, float) and bounds.holds(value)
+
+
+def _is_same(
+    record: dict[str, Any], earlier: TrainConfig, base: TrainConfig, settings: SearchSettings, space: Space
+) -> bool:
+    """Whether values of both searches mean the same, but for what is searched in either of them."""
+    before, searched_before = record.get("settings"), record.get("space")
+    num_seeds = before.get("seeds_per_trial", 1) if isinstance(before, dict) else 1
+    searched = {"seed", *space, *(searched_before if isinstance(searched_before, dict) else ())}
+    return (
+        not set(base.differing_settings(earlier)) - searched
+        and record.get("metric") == settings.main_metric
+        and num_seeds == settings.seeds_per_trial
+    )
+
+
 def _is_usable(row: Row, metrics: tuple[str, ...]) -> bool:
     """Whether a trial says something of its region; not deep supervision alone, which is another method."""
     measured = all(isinstance(row.get(metric), float) for metric in metrics)
-    diverged = row["status"] == "failed" and row["error"].startswith(DIVERGED)
-    return row["role"] != "control" and ((measured and row["status"] in ("completed", "stopped")) or diverged)
+    diverged = row.get("status") == "failed" and str(row.get("error")).startswith(DIVERGED)
+    return row.get("role") != "control" and ((measured and row.get("status") in ("completed", "stopped")) or diverged)
 
 
 def _as_told(row: Row, metrics: tuple[str, ...]) -> WarmTrial:

@@ -26,7 +26,6 @@ from analysis.listing import ranking_table, summary_table, trials_table
 from analysis.trials import (
     find_role,
     find_search,
-    load_confirmation,
     load_curves,
     load_runs,
     load_search,
@@ -52,6 +51,7 @@ from analysis.verdict import (
 )
 from byot.config import PROJECT_ROOT, TrainConfig
 from byot.files import write_json
+from byot.searched import load_confirmation
 from tests.helpers import assert_one_sentence, command_environment, command_line, run_command
 
 ANALYSIS = PROJECT_ROOT / "analysis"
@@ -579,6 +579,7 @@ def confirm_by_hand(folder, **changes):
     arms["a30febcf"] = ("control", [70.0, 70.5])
     record = {
         "status": "finished",
+        "num_rounds": 3,
         "metric": "val_accuracy",
         "choice": "1234e567",
         "verdict": ["Not resolved after 3 fresh seeds: trial 1234e567 leads.", "Deep supervision alone: resolved."],
@@ -616,9 +617,12 @@ def test_best_shows_the_confirmation(outputs, folder, monkeypatch, capsys):
         ({"verdict": None}, "has no verdict"),
         ({"verdict": [1]}, "has no verdict"),
         ({"arms": {}}, "has no arms"),
-        ({"arms": [{"trial_id": "a", "role": "nobody", "values": []}]}, "has no arms"),
+        ({"verdict": []}, "has no verdict"),
+        ({"arms": [{"trial_id": "a", "role": None, "values": []}]}, "has no arms"),
         ({"arms": [{"trial_id": "a", "role": "control", "values": ["x"]}]}, "has no arms"),
-        ({"metric": "test_accuracy"}, "metric must be"),
+        ({"metric": 3}, "has no metric"),
+        ({"choice": []}, "has no choice"),
+        ({"num_rounds": None}, "has no num_rounds"),
     ],
 )
 def test_a_damaged_confirmation_is_told_in_one_sentence(outputs, folder, monkeypatch, capsys, changes, words):

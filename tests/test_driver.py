@@ -4,7 +4,7 @@ import pytest
 
 from byot.config import TrainConfig
 from search.cluster import Share, Slots, share
-from search.driver import describe_time
+from search.driver import choose_grace, describe_time
 from search.settings import SearchSettings
 
 
@@ -47,3 +47,12 @@ def test_days_come_with_advice_and_hours_do_not():
     assert "fewer --epochs" in slow_gpu
     limited = describe_time(42, TrainConfig(), SearchSettings(time_budget="8h"), cpu, 45_000, 5_000)
     assert "it will stop after 8h" in limited
+
+
+def test_grace_is_that_of_the_schedule_or_what_the_search_was_started_with():
+    base, cosine = TrainConfig(), TrainConfig(recipe="strong")
+    assert choose_grace(base, SearchSettings()) == 76, "the first whole epoch after the learning rate's first drop"
+    assert choose_grace(cosine, SearchSettings()) == 20
+    assert choose_grace(base, SearchSettings(grace=500)) == 200
+    assert choose_grace(base, SearchSettings(), {"grace_epochs": 33}) == 33
+    assert choose_grace(base, SearchSettings(), {}) == 20, "of a version that recorded none"

@@ -56,6 +56,7 @@ def test_it_is_found_and_confirmed(tmp_path: Path, seed: int):
     judgement = confirmation.judge()
     choice = confirmation.choice(judgement)
     reference = next(arm for arm in confirmation.arms.values() if arm.role == "reference")
+    assert choice is not None
     assert true_accuracy(choice.params) > BEST - 1, "found"
     assert true_accuracy(reference.params) < BEST - 5, "which is worth finding"
     for role in ("reference", "control"):

@@ -315,12 +315,21 @@ def test_a_hostile_sampler_state_is_not_unpickled(tmp_path: Path):
     trial_id, _ = next((i, kept) for i, kept in search.records.sampler_state.items() if "cma:optimizer:0" in kept)
     path = tmp_path / "trials" / trial_id / "trial.json"
     record = json.loads(path.read_text())
-    record["sampler_state"]["cma:optimizer:0"] = pickle.dumps(Hostile()).hex()
-    path.write_text(json.dumps(record))
-    search.restart()
-    search.suggest()
-    assert trial_id not in search.records.sampler_state
-    assert not (tmp_path / "touched").exists()
+    harmless, hostile = record["sampler_state"]["cma:optimizer:0"], pickle.dumps(Hostile()).hex()
+    generation = {"cma:generation": record["sampler_state"]["cma:generation"]}
+    for state in (
+        {"cma:optimizer:0": hostile},
+        {"cma:optimizer:1": harmless, "cma:optimizer:0": hostile},  # Optuna joins them by their numbers
+        {"cma:optimizer:1": pickle.dumps(5).hex(), "cma:optimizer:0": hostile},
+        {"cma:optimizer:0": pickle.dumps(5).hex()},
+        {"cma:optimizer:1": harmless},
+    ):
+        record["sampler_state"] = generation | state
+        path.write_text(json.dumps(record))
+        search.restart()
+        search.suggest()
+        assert trial_id not in search.records.sampler_state
+        assert not (tmp_path / "touched").exists()
 
 
 def test_no_scheduler_stops_nothing_but_what_diverges(tmp_path: Path):

@@ -10,7 +10,7 @@ from byot.config import TrainConfig
 from byot.files import write_json
 from search.records import DIVERGED, MEASURES, write_rows
 from search.settings import SearchSettings
-from search.space import DEFAULT_SPACE, Range
+from search.space import DEFAULT_SPACE, Range, space_to_dict
 from search.study import BudgetAwareSearch
 from search.warm import WarmStart, load_warm_start, make_warm_start
 from tests.test_study import MadeUpSearch, open_records
@@ -78,6 +78,24 @@ def test_what_lies_outside_the_space_is_left_out(searches: Path):
     assert [trial.params["alpha"] for trial in warm.trials] == [0.1, 0.3]
 
 
+def test_trials_at_another_learning_rate_are_not_taken_for_ones_at_this(searches: Path):
+    """The earlier search had searched lr as well."""
+    space = {**DEFAULT_SPACE, "lr": Range(0.01, 0.5, log=True)}
+    rows = [row(n, "sampled", "completed", 70.0 + n, alpha=0.1 * n, lr=lr) for n, lr in enumerate((0.1, 0.3, 0.02), 1)]
+    write_json(
+        searches / "wide" / "search.json",
+        {"config": BASE.to_dict(), "metric": "val_accuracy", "space": space_to_dict(space)},
+    )
+    write_rows(searches / "wide" / "trials.csv", rows, list(space))
+    assert [trial.params["alpha"] for trial in make(searches, name="wide").trials] == [0.1]
+    all_other = make(searches, BASE.with_settings(lr=0.2), name="wide")
+    assert (all_other.trials, len(all_other.points)) == ([], 2), "the third is the reference's own"
+
+
+def test_means_of_several_seeds_are_other_values(searches: Path):
+    assert make(searches, seeds_per_trial=3).trials == []
+
+
 def test_a_parameter_that_was_not_searched_has_the_value_it_had(searches: Path):
     space = {**DEFAULT_SPACE, "lr": Range(0.01, 0.5, log=True)}
     warm = make_warm_start(searches, "earlier", BASE, SETTINGS, space)
@@ -120,8 +138,8 @@ def test_points_are_tried_after_the_two_first_and_once(searches: Path, tmp_path:
 def test_it_is_kept_with_the_search(searches: Path, tmp_path: Path):
     for warm in (make(searches), make(searches, BASE.with_settings(width=8))):
         warm.save(tmp_path / "new")
-        assert load_warm_start(tmp_path / "new", DEFAULT_SPACE) == warm
-    assert load_warm_start(tmp_path, DEFAULT_SPACE) is None
+        assert load_warm_start(tmp_path / "new", DEFAULT_SPACE, SETTINGS.metric) == warm
+    assert load_warm_start(tmp_path, DEFAULT_SPACE, SETTINGS.metric) is None
     for damage in (
         "{",
         "{}",
@@ -130,14 +148,14 @@ def test_it_is_kept_with_the_search(searches: Path, tmp_path: Path):
     ):
         (tmp_path / "new" / "warm_start.json").write_text(damage)
         with pytest.raises(ValueError, match=r"warm_start\.json"):
-            load_warm_start(tmp_path / "new", DEFAULT_SPACE)
+            load_warm_start(tmp_path / "new", DEFAULT_SPACE, SETTINGS.metric)
 
 
 def test_a_damaged_copy_cannot_propose_what_no_run_would_take(tmp_path: Path):
     for point in ({"alpha": 7.0, "temperature": 3.0, "beta": 1e-6}, {"alpha": "x"}, {"alpha": 0.5}):
         write_json(tmp_path / "warm_start.json", {"search": "s", "points": [point], "trials": []})
         with pytest.raises(ValueError, match=r"warm_start\.json"):
-            load_warm_start(tmp_path, DEFAULT_SPACE)
+            load_warm_start(tmp_path, DEFAULT_SPACE, SETTINGS.metric)
 
 
 def test_startup_trials_are_those_that_are_known(searches: Path, tmp_path: Path):

@@ -284,9 +284,7 @@ def is_sampler_state(state: Any) -> bool:
     """
     if not isinstance(state, dict) or not isinstance(state.get(CMA_STATE + "generation"), int):
         return False
-    names = [
-        f"{CMA_STATE}optimizer:{number}" for number in range(len(state) - 1)
-    ]  # in the order in which they are joined
+    names = [f"{CMA_STATE}optimizer:{number}" for number in range(len(state) - 1)]  # joined in this order
     if set(state) != {CMA_STATE + "generation", *names}:
         return False
     if not names:

@@ -112,7 +112,7 @@ def _as_recorded(
     recorded = {**recorded_base.to_dict(), **recorded_settings.to_dict(), "space": space_to_dict(space)}
     changed = [name for name, value in asked.items() if name not in FREE and value != recorded[name]]
     if changed:
-        said = ", ".join(f"{flag_name(name)} {recorded[name]}" for name in changed)
+        said = ", ".join(f"{flag_name(name)} {_as_typed(recorded[name])}" for name in changed)
         raise ValueError(
             f"the search {folder.name} was started with {said} and can only go on so: "
             "another --name or --fresh starts another search"
@@ -127,6 +127,10 @@ def _as_recorded(
             f"which can grow but not shrink to {settings.num_samples}"
         )
     return base, settings, space
+
+
+def _as_typed(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def check_seeds(base: TrainConfig, settings: SearchSettings) -> None:

@@ -367,7 +367,7 @@ def test_in_analysis_only_retrain_goes_beyond_files() -> None:
         if path.name != "retrain.py":
             assert not imported(path) & {"search", "ray", "optuna", "torch"}, path
             modules = re.findall(r"^\s*(?:from|import) (byot[.\w]*)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            assert set(modules) <= {"byot.config", "byot.flags", "byot.files"}, path
+            assert set(modules) <= {"byot.config", "byot.flags", "byot.files", "byot.searched"}, path
 
 
 def test_arrows_are_seen(tmp_path: Path) -> None:

@@ -154,6 +154,9 @@ def record(name: str, data_dir: str | None, path: Path, num_workers: int) -> Ite
     if path.exists():
         known = load_curves(path)
         header, curves = known.header, known.curves
+        changed = family.base.differing_settings(TrainConfig.from_dict(header["config"]))
+        if changed or known.space != family.space:
+            raise ValueError(f"{path} was recorded with other settings: give another --output")
     else:
         command = f"python benchmarks/curves.py {name}" + (" --data-dir DIR" if data_dir else "")
         header = {

@@ -163,7 +163,8 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
             with one_sentence_errors("tune.py"):
                 slots = share(room, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
                 check_nodes(plan.folder, slots)
-        if slots.gpus == 0 and plan.base.device in ("auto", "cuda") and not torch.backends.mps.is_available():
+        has_gpus = torch.cuda.is_available() or plan.address is not None
+        if slots.gpus == 0 and has_gpus and plan.base.device in ("auto", "cuda"):
             plan = plan._replace(base=plan.base.with_settings(device="cpu"))  # a worker would see its node's GPUs
         if plan.settings.trials_per_gpu == "auto" and slots.num_gpus:
             slots = _share_by_measuring(plan, data, slots)
@@ -171,12 +172,9 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
         budget_s = plan.settings.time_budget_s()
         deadline = None if budget_s is None else time.monotonic() + budget_s
         with catch_stop_signals() as stop_asked:  # after ray.init, which has a handler of its own
-            is_new = plan.recorded is None  # or only its search.json is lost
-            code = (
-                0
-                if is_complete(plan, records) and not is_new
-                else _run(plan, data, slots, records, deadline, stop_asked)
-            )
+            code = 0
+            if plan.recorded is None or not is_complete(plan, records):  # None: new, or only search.json is lost
+                code = _run(plan, data, slots, records, deadline, stop_asked)
             confirmation = find_confirmation(plan, data, records) if code == 0 and is_complete(plan, records) else None
             if confirmation is not None and not confirmation.is_done:
                 confirmation.origin = _origin(plan, slots)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.curves import FAMILIES, configurations, curves_path, load_curves
 from byot.config import PROJECT_ROOT, TrainConfig
 from byot.files import read_json
 from byot.searched import SHIPPED_FOLDER, find_best
@@ -81,3 +82,19 @@ def test_readme_means_are_those_of_the_records():
         found = [[record[name] for record in records] for name in names]
         expected = [f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" for values in found]
         assert [cell.strip() for cell in line.split("|")[2:-1]] == expected
+
+
+def test_recorded_curves_are_those_of_their_families():
+    """At least 150 configurations, each trained to its last epoch or until it diverged."""
+    recorded = {name: load_curves(curves_path(name)) for name in FAMILIES}
+    assert sum(len({curve.number for curve in one.curves}) for one in recorded.values()) >= 150
+    for name, one in recorded.items():
+        family = FAMILIES[name]
+        assert not family.base.differing_settings(TrainConfig.from_dict(one.header["config"]))
+        assert one.space == family.space
+        params = {number: (role, params) for number, role, params in configurations(family)}
+        for curve in one.curves:
+            assert params[curve.number] == (curve.role, curve.params)
+            assert 0 <= len(curve.values["val_accuracy"]) <= one.epochs
+        whole = [curve for curve in one.curves if len(curve.values["val_accuracy"]) == one.epochs]
+        assert len(whole) > 0.9 * len(one.curves)

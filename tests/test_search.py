@@ -82,6 +82,7 @@ def test_search_and_best_say_where_they_come_from(finished: tuple[Path, subproce
     assert best["value"] == max(row["val_accuracy"] for row in full)
     config = TrainConfig.from_dict(best["config"])
     assert config.val_fraction == 0
+    assert config.device == "auto", "what was found here may be trained elsewhere"
     assert (config.alpha, config.width, config.epochs) == (best["params"]["alpha"], 4, EPOCHS)
 
 

@@ -98,3 +98,25 @@ def test_recorded_curves_are_those_of_their_families():
             assert 0 <= len(curve.values["val_accuracy"]) <= one.epochs
         whole = [curve for curve in one.curves if len(curve.values["val_accuracy"]) == one.epochs]
         assert len(whole) > 0.9 * len(one.curves)
+
+
+def test_readme_regrets_are_those_of_the_record():
+    families = read_json(RESULTS / "benchmarks" / "search-quality.json")["families"]
+    section = (PROJECT_ROOT / "README.md").read_text().split("## How good the search is")[1].split("\n## ")[0]
+    told = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
+    assert [row[0].split("`")[1] for row in told] == list(families)
+
+    def text(estimate: dict[str, float], digits: int) -> str:
+        return f"{estimate['mean']:.{digits}f} ± {estimate['half']:.{digits}f}"
+
+    def share(method: dict[str, float | None]) -> str:
+        return "never" if method["share_of_budget"] is None else f"{method['share_of_budget']:.2f}"
+
+    for row, found in zip(told, families.values(), strict=True):
+        ours, stock, tpe, random = (found["methods"][name] for name in ("ours", "stock", "tpe", "random"))
+        digits = len(row[1].split()[0].partition(".")[2])
+        estimates = (ours["final"], stock["final"], ours["minus_stock"], tpe["final"], random["final"])
+        expected = [*(text(one, digits) for one in estimates), share(ours), share(stock)]
+        assert [cell.strip() for cell in row[1:]] == expected
+        assert ours["share_of_budget"] <= 1 / 3, "random's final regret, with a third of its epochs"
+        assert ours["minus_stock"]["mean"] <= ours["minus_stock"]["half"], "no worse than Ray's beyond the noise"

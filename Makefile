@@ -10,7 +10,7 @@ SEARCH_NAME ?= digits-$(shell date +%Y%m%d-%H%M%S)
 
 # A real search on scikit-learn's handwritten digits, its best configuration retrained, a report.
 search: $(INSTALLED)
-	$(BIN)/python search/tune.py --model resnet18 --dataset digits --width 16 --epochs 30 --num-samples 32 \
+	$(BIN)/python search/tune.py --model resnet18 --dataset digits --width 16 --epochs 30 --num-samples 20 \
 		--val-fraction 0.2 --name $(SEARCH_NAME)
 	$(BIN)/python byot/train.py --best $(SEARCH_NAME)
 	$(BIN)/python analysis/best.py $(SEARCH_NAME)

@@ -111,7 +111,9 @@ class Confirmation:
         before = self._read_written()
         in_before = [arm["trial_id"] for arm in before["arms"] if arm.get("still_in")] if before else []
         self.arms = {arm.trial_id: arm for arm in choose_arms(rows, space, base, settings, in_before)}
-        self.origin: dict[str, Any] = {}  # commit, versions and hardware of the runs
+        # Of the runs, until more are done.
+        kept: dict[str, Any] = before or {}
+        self.origin: dict[str, Any] = {n: kept[n] for n in ("commit", "versions", "hardware") if n in kept}
         self.results: dict[Run, dict[str, Any]] = {}
         self._given: set[Run] = set()
         for run in (Run(arm, number) for number in range(self.max_rounds) for arm in self.arms):

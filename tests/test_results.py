@@ -9,7 +9,7 @@ import pytest
 from benchmarks.curves import FAMILIES, configurations, curves_path, load_curves
 from byot.config import PROJECT_ROOT, TrainConfig
 from byot.files import read_json
-from byot.searched import SHIPPED_FOLDER, find_best
+from byot.searched import SHIPPED_FOLDER, find_best, load_confirmation
 from search.records import best_row, read_rows
 
 RESULTS = PROJECT_ROOT / "results"
@@ -120,3 +120,16 @@ def test_readme_regrets_are_those_of_the_record():
         assert [cell.strip() for cell in row[1:]] == expected
         assert ours["share_of_budget"] <= 1 / 3, "random's final regret, with a third of its epochs"
         assert ours["minus_stock"]["mean"] <= ours["minus_stock"]["half"], "no worse than Ray's beyond the noise"
+
+
+def test_readme_confirmation_is_that_of_the_record():
+    record = load_confirmation(RESULTS / "searches" / "cifar100-w16-e6")
+    assert record is not None
+    (one,) = record["comparisons"]
+    section = " ".join((PROJECT_ROOT / "README.md").read_text().split("**Confirmed**")[1].split("\n\n")[0].split())
+    for arm in record["arms"]:
+        assert ", ".join(f"{value:.2f}" for value in arm["values"]) in section
+    low, high = one["difference"] - one["half_width"], one["difference"] + one["half_width"]
+    assert f"by {one['difference']:.2f} points (95 % interval {low:.2f} to {high:.2f})" in section
+    assert "not resolved, needs about 8 more runs of each" in record["verdict"][1]
+    assert "about 8 more runs of each" in section

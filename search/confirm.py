@@ -29,10 +29,8 @@ from search.cluster import Slots
 from search.confirmation import ERROR, MOST_RUNS_NAMED, Comparison, Judgement, judge
 from search.records import Row, format_value, now, ranked
 from search.settings import FRESH_SEEDS, SearchSettings
-from search.space import Role, Space, first_points
+from search.space import ROLE_NAMES, Role, Space, first_points
 from search.tasks import Task, run_tasks
-
-ROLE_NAMES = {"reference": "the reference's setting", "control": "deep supervision alone"}
 
 
 class Arm(NamedTuple):

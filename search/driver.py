@@ -26,7 +26,7 @@ from search.cluster import RayStartError, Share, Slots, check_nodes, describe_no
 from search.live import DAY_S, LiveTable, format_duration
 from search.records import SearchRecords, now, save_search, table_columns
 from search.settings import SearchSettings, expected_epochs, grace_epochs, share_of_gpu
-from search.space import Space, first_points, space_to_dict
+from search.space import ROLE_NAMES, Space, first_points, space_to_dict
 
 if TYPE_CHECKING:
     from search.confirm import Confirmation
@@ -465,9 +465,8 @@ def _verdict(folder: Path) -> str:
     told = ", ".join(f"{name} {value:.4g}" for name, value in best["params"].items())
     lines = [f"best: trial {best['trial_id']}, {told}: {metric} {best['value']:.2f}"]
     for other in best["compared_with"]:
-        name = "the reference's setting" if other["role"] == "reference" else "deep supervision alone"
         if other["role"] != best["role"]:
-            lines.append(f"      {name}: {metric} {other['value']:.2f}")
+            lines.append(f"      {ROLE_NAMES[other['role']]}: {metric} {other['value']:.2f}")
     if front := best.get("pareto_front"):
         lines += ["", "no other is better in one without being worse in another:"]
         lines += [

@@ -9,6 +9,7 @@ from byot.config import TrainConfig
 from byot.files import errors_in
 
 Role = Literal["sampled", "reference", "control"]
+ROLE_NAMES = {"reference": "the reference's setting", "control": "deep supervision alone"}  # in sentences
 
 
 class Range(NamedTuple):

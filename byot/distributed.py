@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, Self
 
 import torch
@@ -93,6 +94,10 @@ def joined_processes(device: str = "auto") -> Iterator[Processes]:
                 "--nproc-per-node must be at most that"
             )
         torch.cuda.set_device(local_rank)
+    # Its functions have the group as a default argument. Imported later, by DistributedDataParallel, they would keep it
+    # and its threads alive, and those can abort the process when the interpreter ends.
+    import_module("torch.distributed.nn")
+
     # gloo beside nccl: what is no tensor is exchanged on the CPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT)
     try:

@@ -1,5 +1,6 @@
 """Several processes train as one does: the same losses, the same weights, checkpoints that move between them."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -74,6 +75,33 @@ def in_processes(count: int, work: Any, *arguments: Any) -> list[Any]:
     found = context.SimpleQueue()
     multiprocessing.spawn(as_process, (count, free_port(), work, arguments, found), nprocs=count)
     return [result for _, result in sorted(found.get() for _ in range(count))]
+
+
+def leave_and_count_threads(rank: int, port: int, found: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with joined_processes() as processes:
+        losses_of_first_steps([(SETTINGS, False)], processes)
+        during = num_worker_threads()
+        gc.collect()
+    found.put((during, num_worker_threads()))
+
+
+def num_worker_threads() -> int:
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo_runloop" in name for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted where Linux lists them")
+def test_no_thread_outlives_the_group():
+    """One that still holds a tensor when the interpreter ends aborts the process."""
+    context = multiprocessing.get_context("spawn")
+    found = context.SimpleQueue()
+    multiprocessing.spawn(leave_and_count_threads, (free_port(), found), nprocs=2)
+    for during, after in (found.get(), found.get()):
+        assert during > 0
+        assert after == 0
 
 
 @pytest.mark.slow

@@ -351,12 +351,12 @@ def screen_after(output: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def run_on_terminal(outputs: Path, stop_at: str | None = None, columns: int = 200) -> tuple[int, str]:
+def run_on_terminal(outputs: Path, *more: object, stop_at: str | None = None, columns: int = 200) -> tuple[int, str]:
     """Run a small search under a pseudo-terminal, with Ctrl-C as soon as `stop_at` is seen: exit code and output."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     process = subprocess.Popen(
-        command_line("search/tune.py", *SMALL, "--outputs", outputs),
+        command_line("search/tune.py", *SMALL, *more, "--outputs", outputs),
         cwd=outputs,
         env=command_environment(TERM="xterm-256color"),
         stdin=its,
@@ -398,7 +398,8 @@ def test_a_search_on_a_terminal(tmp_path: Path):
 
 @pytest.mark.slow
 def test_ctrl_c_gives_the_terminal_back(tmp_path: Path):
-    code, output = run_on_terminal(tmp_path, stop_at="1/3", columns=60)
+    # Epochs enough that the table, drawn once a second, shows one before all is done.
+    code, output = run_on_terminal(tmp_path, "--epochs", 100, stop_at="/100", columns=60)
     assert code == 128 + signal.SIGINT, output
     assert output.rindex(SHOW_CURSOR) > output.rindex(HIDE_CURSOR)
     assert "trials have ended" not in "\n".join(screen_after(output))

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 DatasetName = Literal["cifar100", "cifar10", "digits"]
-LossForm = Literal["reference", "paper"]
+LossForm = Literal["reference", "paper", "plain"]
 RecipeName = Literal["reference", "strong"]
 Precision = Literal["auto", "fp32", "bf16"]
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
@@ -111,7 +111,10 @@ class TrainConfig:
     alpha: float = setting(0.1, "weight of the distillation loss, 0 to 1")
     temperature: float = setting(3.0, "softens the softmax of teacher and students, above 0")
     beta: float = setting(1e-6, "weight of the hint loss, at least 0")
-    loss_form: LossForm = setting("reference", "'paper' keeps the deepest classifier's label loss at weight 1")
+    loss_form: LossForm = setting(
+        "reference",
+        "'paper' keeps the deepest classifier's label loss at weight 1; 'plain' is that loss alone: an ordinary ResNet",
+    )
     seed: int = setting(0, "seed of the weights, the data order and the augmentation")
     val_fraction: float = setting(0.0, "share of the training images held out for validation")
     split_seed: int = setting(0, "seed of the validation split")

@@ -43,7 +43,8 @@ def self_distillation_loss(
         hint_i         = 128 mean_b sum_d (f_i,d - f_K,d)^2                       i < K
         total          = (1 - alpha) sum_i label_i + alpha sum_i distillation_i + beta sum_i hint_i
 
-    `loss_form="paper"` keeps weight 1 on label_K. All terms are in nats but the hint. Half-precision inputs are
+    `loss_form="paper"` keeps weight 1 on label_K; with "plain" the total is label_K alone, so that the trunk is trained
+    as an ordinary ResNet, the baseline, and the shallow classifiers are not trained at all. All terms are in nats but the hint. Half-precision inputs are
     taken to float32 first.
 
     Raises ValueError for alpha outside [0, 1], temperature <= 0 or beta < 0.
@@ -67,6 +68,8 @@ def self_distillation_loss(
     squared_distance = (features[:-1] - features[-1].detach()).square().sum(dim=2)  # [K-1, B]
     hint = HINT_BATCH_SIZE * squared_distance.mean(dim=1)
 
+    if loss_form == "plain":
+        return LossTerms(label[-1], label, distillation, hint)
     label_total = (1 - alpha) * label.sum()
     if loss_form == "paper":
         label_total = label_total + alpha * label[-1]

@@ -75,6 +75,8 @@ def plan_search(arguments: argparse.Namespace, searches: Path) -> tuple[Path, Tr
     if "data_dir" in given:
         given["data_dir"] = str(absolute_path(given["data_dir"]))
     base = TrainConfig(**{"val_fraction": VAL_FRACTION, **given})
+    if base.loss_form == "plain":
+        raise ValueError("loss_form plain has no weights to search: it is one run of byot/train.py")
     if base.val_fraction == 0:
         raise ValueError("val_fraction must be above 0 in a search: trials are compared on the images held out")
     given_search = given_settings(arguments, SearchSettings)

@@ -31,6 +31,12 @@ class ReferenceLoss(NamedTuple):
     feature_gradients: list[Sized]  # K x [B * D]
 
 
+def weight_of_label(loss_form: str, is_deepest: bool, alpha: float) -> float:
+    if loss_form == "plain":
+        return 1.0 if is_deepest else 0.0
+    return 1.0 if (loss_form == "paper" and is_deepest) else 1.0 - alpha
+
+
 def log_softmax(row: list[float]) -> list[float]:
     largest = max(row)
     log_sum = math.log(math.fsum(math.exp(x - largest) for x in row))
@@ -50,13 +56,15 @@ def reference_loss(
 ) -> ReferenceLoss:
     num_classifiers, batch_size, num_classes, width = len(logits), len(labels), len(logits[0][0]), len(features[0][0])
     deepest = num_classifiers - 1
+    if loss_form == "plain":
+        alpha = beta = 0.0
     label, label_sizes = [0.0] * num_classifiers, [0.0] * num_classifiers
     distillation, distillation_sizes = [0.0] * deepest, [0.0] * deepest
     hint = [0.0] * deepest
     logit_gradients, feature_gradients = [], []
 
     for i in range(num_classifiers):
-        label_weight = 1.0 if (loss_form == "paper" and i == deepest) else 1.0 - alpha
+        label_weight = weight_of_label(loss_form, i == deepest, alpha)
         gradient, largest_gradient = [], 0.0
         for b in range(batch_size):
             log_q = log_softmax(logits[i][b])
@@ -92,7 +100,7 @@ def reference_loss(
 
     total, total_size = 0.0, 0.0
     for i in range(num_classifiers):
-        label_weight = 1.0 if (loss_form == "paper" and i == deepest) else 1.0 - alpha
+        label_weight = weight_of_label(loss_form, i == deepest, alpha)
         total += label_weight * label[i]
         total_size += label_weight * label_sizes[i]
         if i < deepest:

@@ -343,6 +343,7 @@ def test_no_data_and_no_network_is_one_sentence_before_ray_starts(tmp_path: Path
         (["--epochs", "many"], ["--epochs"]),
         (["--num-samples", "0"], ["num_samples"]),
         (["--val-fraction", "0"], ["val_fraction"]),
+        (["--loss-form", "plain"], ["loss_form plain"]),
         (["--data-dir", "nowhere"], ["nowhere", "does not exist"]),
         (["--data-dir", "."], ["parquet", "--data-dir"]),
         (["--dataset", "digits", "--gpus-per-trial", "100"], ["GPU"]),

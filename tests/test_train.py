@@ -115,6 +115,27 @@ def test_the_loop_is_sgd_on_the_loss(few_digits: LabelledImages, recipe: Any) ->
         assert not torch.equal(found, start[key]), key
 
 
+def test_the_plain_form_trains_the_trunk_as_an_ordinary_resnet(few_digits: LabelledImages) -> None:
+    """Stages, pooling and the last layer alone, by PyTorch's own optimizer: the branches have no say."""
+    config = SMALL.with_settings(epochs=2, batch_size=100, lr=0.005, alpha=0.4, beta=1e-3, loss_form="plain")
+    trainer = Trainer(config, few_digits)
+    trunk = build_model(config).trunk.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(trunk.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
+    for epoch in range(config.epochs):
+        batches = augmented(trainer, epoch)
+        for i, (batch, labels) in enumerate(batches):
+            x = trunk.stem(batch)
+            for stage in trunk.stages():
+                x = stage(x)
+            optimizer.zero_grad()
+            F.cross_entropy(trunk.fc(x.mean(dim=(2, 3))), labels).backward()
+            optimizer.param_groups[0]["lr"] = learning_rate(config, (epoch + i / len(batches)) / config.epochs)
+            optimizer.step()
+    assert len(list(trainer)) == 2
+    for key, found in trainer.model.trunk.state_dict().items():
+        torch.testing.assert_close(found, trunk.state_dict()[key], rtol=1e-3, atol=1e-4)
+
+
 def test_epoch_metrics_are_those_of_the_first_step(few_digits: LabelledImages) -> None:
     """One batch an epoch: the epoch's figures are the loss of the initial weights."""
     config = SMALL.with_settings(epochs=3, batch_size=512, alpha=0.4, beta=1e-3)

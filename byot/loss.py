@@ -43,9 +43,9 @@ def self_distillation_loss(
         hint_i         = 128 mean_b sum_d (f_i,d - f_K,d)^2                       i < K
         total          = (1 - alpha) sum_i label_i + alpha sum_i distillation_i + beta sum_i hint_i
 
-    `loss_form="paper"` keeps weight 1 on label_K; with "plain" the total is label_K alone, so that the trunk is trained
-    as an ordinary ResNet, the baseline, and the shallow classifiers are not trained at all. All terms are in nats but the hint. Half-precision inputs are
-    taken to float32 first.
+    `loss_form="paper"` keeps weight 1 on label_K. With "plain" the total is label_K alone: the trunk is trained as an
+    ordinary ResNet, the baseline, and the shallow classifiers not at all. All terms are in nats but the hint.
+    Half-precision inputs are taken to float32 first.
 
     Raises ValueError for alpha outside [0, 1], temperature <= 0 or beta < 0.
     Source: Zhang et al., ICCV 2019, section 3; weights and the hint's scale from luanyunteng's implementation.

@@ -30,7 +30,7 @@ def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedC
             folder = named
         if not (folder / "best.json").is_file():
             raise ValueError(f"the search {search} has no best.json: no trial of it has reached its last epoch yet")
-        return _find_choice(folder, f"the search {folder.name}")
+        return find_choice(folder, f"the search {folder.name}")
     finished = []
     for record_path in searches.glob("*/search.json"):
         try:
@@ -46,7 +46,7 @@ def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedC
             finished.append((str(record.get("finished_at")), record_path.parent))
     if finished:
         folder = max(finished)[1]
-        return _find_choice(folder, f"the newest finished search, {folder.name}")
+        return find_choice(folder, f"the newest finished search, {folder.name}")
     shipped = SHIPPED_FOLDER / f"{model}-{dataset}.json"
     if shipped.is_file():
         return _read_choice(shipped, "results/best, shipped with the project, as no search here has finished")
@@ -83,7 +83,7 @@ def _is_arm(arm: Any) -> bool:
     return isinstance(values, list) and all(value is None or type(value) in (int, float) for value in values)
 
 
-def _find_choice(folder: Path, source: str) -> SearchedChoice:
+def find_choice(folder: Path, source: str) -> SearchedChoice:
     """What was confirmed over fresh seeds, else the best single run."""
     confirmation = load_confirmation(folder)
     if confirmation is not None and confirmation["status"] == "finished" and confirmation.get("choice") is not None:

@@ -119,7 +119,7 @@ def test_the_plain_form_trains_the_trunk_as_an_ordinary_resnet(few_digits: Label
     """Stages, pooling and the last layer alone, by PyTorch's own optimizer: the branches have no say."""
     config = SMALL.with_settings(epochs=2, batch_size=100, lr=0.005, alpha=0.4, beta=1e-3, loss_form="plain")
     trainer = Trainer(config, few_digits)
-    trunk = build_model(config).trunk.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    trunk = build_model(config).trunk.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(trunk.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
     for epoch in range(config.epochs):
         batches = augmented(trainer, epoch)

@@ -1,0 +1,103 @@
+"""The plans of tables.py: which networks are trained with which settings and seeds, and where their records lie."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from byot.config import PROJECT_ROOT, TrainConfig
+from byot.files import read_json
+from byot.searched import find_choice
+from search.space import DEFAULT_SPACE
+
+Arm = Literal["plain", "deep-supervision", "reference", "searched"]
+
+RESULTS = PROJECT_ROOT / "results"
+ARM_NAMES: dict[Arm, str] = {
+    "plain": "plain cross-entropy (an ordinary ResNet)",
+    "deep-supervision": "deep supervision alone",
+    "reference": "self distillation, the reference's setting",
+    "searched": "self distillation, the searched setting",
+}
+FIXED_ARMS: dict[Arm, dict[str, Any]] = {
+    "plain": {"alpha": 0.0, "beta": 0.0, "loss_form": "plain"},
+    "deep-supervision": {"alpha": 0.0, "beta": 0.0},
+    "reference": {},
+}
+
+
+class TablePlan(NamedTuple):
+    """Runs on all training images, each read on the test set once, after its last epoch."""
+
+    base: TrainConfig
+    search: str  # of this name in results/searches, or among the searches that this machine has: the last arm's
+    num_seeds: int = 3
+
+
+class SearchPlan(NamedTuple):
+    """A search with the command line's own program."""
+
+    base: TrainConfig
+    flags: tuple[str, ...]
+
+
+TABLE_PLANS = {
+    "reference-r18": TablePlan(TrainConfig(model="resnet18"), search="search-r18"),
+    "reference-r50": TablePlan(TrainConfig(model="resnet50"), search="search-r18"),
+    "tiny": TablePlan(TrainConfig(model="resnet18", width=16, epochs=6), search="cifar100-w16-e6"),
+}
+SEARCH_PLANS = {
+    # A fifth of the epochs: the first rung, when the learning rate has dropped once, is at epoch 16.
+    "search-r18": SearchPlan(
+        TrainConfig(model="resnet18", epochs=40, val_fraction=0.1), ("--num-samples", "24", "--trials-per-gpu", "auto")
+    ),
+}
+SPEED_PLAN = "speed"
+PLANS = (*TABLE_PLANS, *SEARCH_PLANS, SPEED_PLAN)
+
+
+class PlannedRun(NamedTuple):
+    """One run of a plan."""
+
+    arm: Arm
+    config: TrainConfig
+
+    def name(self, plan: str) -> str:
+        return f"{plan}-{self.arm}-s{self.config.seed}"
+
+
+def searched_settings(search: str, outputs: Path) -> dict[str, float] | None:
+    """The loss weights that a search chose, confirmed if it was; None where there is no such search yet."""
+    for folder in (outputs / "searches" / search, RESULTS / "searches" / search):
+        if (folder / "best.json").is_file():
+            settings = find_choice(folder, search).settings
+            return {name: settings[name] for name in DEFAULT_SPACE}
+    return None
+
+
+def arms_of(plan: TablePlan, outputs: Path) -> dict[Arm, TrainConfig]:
+    """The arms that can be trained now: the searched one is left out where it is one of the others, or not known."""
+    arms = {arm: plan.base.with_settings(**settings) for arm, settings in FIXED_ARMS.items()}
+    searched = searched_settings(plan.search, outputs)
+    if searched is not None and (config := plan.base.with_settings(**searched)) not in arms.values():
+        arms["searched"] = config
+    return arms
+
+
+def planned_runs(plan: TablePlan, outputs: Path, data_dir: str | None = None) -> list[PlannedRun]:
+    """Every arm with seed 0, then every one with seed 1: stopped early, all have as many runs."""
+    arms = arms_of(plan, outputs)
+    return [
+        PlannedRun(arm, config.with_settings(seed=seed, data_dir=data_dir))
+        for seed in range(plan.num_seeds)
+        for arm, config in arms.items()
+    ]
+
+
+def read_record(path: Path, run: PlannedRun) -> dict[str, Any] | None:
+    """The record of a finished run, None where there is none. Raises ValueError if it is of another run."""
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    differences = run.config.differing_settings(TrainConfig.from_dict(record.get("config")))
+    if differences:
+        raise ValueError(f"{path} is of a run with other settings ({', '.join(differences)}): move it away")
+    return record

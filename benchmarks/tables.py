@@ -1,0 +1,279 @@
+"""The runs behind the tables of results: a named plan, done in pieces of a given length, each going on from the last.
+
+  python benchmarks/tables.py tiny --data-dir DIR                           width 16, for a CPU
+  python benchmarks/tables.py reference-r18 --data-dir DIR --minutes 8      stops in time; the same command goes on
+  python benchmarks/tables.py search-r18 --data-dir DIR --minutes 8         the search whose choice is the last arm
+  python benchmarks/tables.py speed --data-dir DIR --minutes 8              this device against the CPU, then its speed
+
+Arms: plain cross-entropy, deep supervision alone, the reference's setting, the searched setting; all train on all
+training images and read the test set once, after the last epoch. Every finished run leaves a record in results/runs,
+and is not run again where its record is, on whatever machine. Unfinished ones go on from their checkpoints in
+OUTPUTS/runs. `--toy` does the same with the embedded digits in seconds and keeps nothing in results/. What to run in 30
+minutes of one GPU: results/README.md. The tables themselves: benchmarks/readme_tables.py.
+"""
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from benchmarks.plans import (
+    PLANS,
+    RESULTS,
+    SEARCH_PLANS,
+    SPEED_PLAN,
+    TABLE_PLANS,
+    Arm,
+    PlannedRun,
+    SearchPlan,
+    TablePlan,
+    planned_runs,
+    read_record,
+)
+from byot.config import PROJECT_ROOT, TrainConfig, absolute_path, outputs_folder
+from byot.files import read_json, write_json, write_text
+from byot.flags import Parser, flag_name, one_sentence_errors
+
+NUM_TRAIN_IMAGES = {"cifar100": 50_000}
+TOY = {"dataset": "digits", "width": 4, "epochs": 2}
+SEARCH_RECORDS = ("search.json", "trials.csv", "best.json", "confirmation.json", "warm_start.json")
+EPOCHS_S = 10  # between two looks at how far the runs are
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="tables.py", description=__doc__)
+    parser.add_argument("plan", choices=PLANS, help="what is run")
+    parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-100 is (default: data/, downloaded)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes; the same command goes on")
+    parser.add_argument("--seeds", type=int, metavar="S", help="seeds 0 to S-1 of each arm (default: the plan's)")
+    parser.add_argument("--arms", nargs="+", choices=get_args(Arm), metavar="ARM", help="only these arms")
+    parser.add_argument(
+        "--concurrent", type=int, metavar="N", help="runs at once (default: 1 on a GPU, one a core on a CPU)"
+    )
+    parser.add_argument("--toy", action="store_true", help="the embedded digits and a narrow network, to try the plan")
+    parser.add_argument("--outputs", metavar="DIR", help="where unfinished runs are kept (default: outputs/)")
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    for name in ("minutes", "seeds", "concurrent"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{flag_name(name)} must be above 0, not {value:g}")
+    if arguments.plan not in TABLE_PLANS:
+        for name in ("seeds", "arms", "concurrent"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"{flag_name(name)} is for plans of runs: {', '.join(TABLE_PLANS)}")
+    if arguments.toy and arguments.data_dir is not None:
+        raise ValueError("--toy trains on the embedded digits: it takes no --data-dir")
+
+
+class Places(NamedTuple):
+    """Where a plan's files lie."""
+
+    outputs: Path  # unfinished runs and searches
+    results: Path  # records
+
+    def record(self, plan: str, run: PlannedRun) -> Path:
+        return self.results / "runs" / f"{run.name(plan)}.json"
+
+    def run(self, plan: str, run: PlannedRun) -> Path:
+        return self.outputs / "runs" / run.name(plan)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def train_piece(config: TrainConfig, folder: Path, threads: int, stop_at: float | None) -> dict[str, Any] | None:
+    """Do a run, or what fits of it until the given time; its result, None where it was stopped and saved."""
+    import os
+
+    import torch
+
+    from byot.lock import WORKER_WAIT_S, lock_folder
+    from byot.runs import finish_run, open_run, read_result
+    from byot.stopping import StoppedError, catch_stop_signals
+
+    torch.set_num_threads(threads)
+    parent = os.getppid()
+    with lock_folder(folder, wait_s=WORKER_WAIT_S), catch_stop_signals() as stop_asked:
+
+        def is_over() -> int:
+            if (stop_at is not None and time.time() >= stop_at) or os.getppid() != parent:
+                return signal.SIGTERM
+            return stop_asked()
+
+        result = read_result(config, folder)
+        try:
+            return result if result is not None else finish_run(open_run(config, folder), stop_asked=is_over)
+        except StoppedError:
+            return None
+
+
+def run_pieces(
+    plan: str, runs: list[PlannedRun], places: Places, concurrent: int, threads: int, stop_at: float | None
+) -> Iterator[tuple[PlannedRun, dict[str, Any] | None]]:
+    """Run until the given time, so many at once; yields each run with its result as it ends."""
+    waiting = list(reversed(runs))
+    running: dict[Future[dict[str, Any] | None], PlannedRun] = {}
+    with ProcessPoolExecutor(concurrent, mp_context=get_context("spawn")) as pool:
+        while True:
+            while len(running) < concurrent and waiting and (stop_at is None or time.time() < stop_at):
+                run = waiting.pop()
+                future = pool.submit(train_piece, run.config, places.run(plan, run), threads, stop_at)
+                running[future] = run
+            if not running:
+                return
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                yield running.pop(future), future.result()
+
+
+def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, places: Places) -> int:
+    stop_at = None if arguments.minutes is None else time.time() + 60 * arguments.minutes
+    with one_sentence_errors("tables.py"):
+        if arguments.toy:
+            plan = plan._replace(base=plan.base.with_settings(**TOY))
+        if arguments.seeds is not None:
+            plan = plan._replace(num_seeds=arguments.seeds)
+        data_dir = None if arguments.data_dir is None else str(absolute_path(arguments.data_dir))
+        runs = [
+            run
+            for run in planned_runs(plan, places.outputs, data_dir)
+            if arguments.arms is None or run.arm in arguments.arms
+        ]
+        if not runs:
+            raise ValueError(f"no setting of another arm has been searched yet: run the plan {plan.search} first")
+        waiting = [run for run in runs if read_record(places.record(name, run), run) is None]
+        if waiting:
+            check_images(plan.base.dataset, data_dir)
+
+        import os
+
+        from byot.trainer import choose_device
+
+        on_gpu = choose_device(plan.base.device).type != "cpu"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        concurrent = arguments.concurrent or (1 if on_gpu else cores)
+        threads = max(1, cores // concurrent)
+    print(f"{name}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
+    for run, result in run_pieces(name, waiting, places, concurrent, threads, stop_at):
+        if result is not None:
+            config = {**result["config"], "data_dir": None}
+            write_json(places.record(name, run), {"plan": name, "arm": run.arm, **result, "config": config})
+        print(f"{run.name(name)}: {describe(run, places.run(name, run), result)}", flush=True)
+    left = [run for run in runs if read_record(places.record(name, run), run) is None]
+    print(f"{len(runs) - len(left)} of {len(runs)} runs are finished; their records are in {places.results / 'runs'}")
+    if left:
+        print(f"go on with: {shlex.join([sys.executable, *sys.argv])}")
+    return 0
+
+
+def describe(run: PlannedRun, folder: Path, result: dict[str, Any] | None) -> str:
+    if result is not None:
+        return f"test accuracy {result['test_accuracy']:.2f} %, {result['elapsed_s']:.0f} s"
+    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").is_file() else []
+    return f"stopped and saved, {len(lines)} of {run.config.epochs} epochs are done"
+
+
+def check_images(dataset: str, data_dir: str | None) -> None:
+    """Raise ValueError if the data set is not there, or not all of it."""
+    from byot.data import check_dataset, load_images
+
+    check_dataset(dataset, data_dir)
+    found = len(load_images(dataset, data_dir, "train").labels)
+    expected = NUM_TRAIN_IMAGES.get(dataset, found)
+    if found != expected:
+        raise ValueError(f"{data_dir} holds {found} training images of {dataset}, a table needs all {expected}")
+
+
+# ---------------------------------------------------------------- searches
+
+
+def do_search_plan(name: str, plan: SearchPlan, arguments: argparse.Namespace, places: Places) -> int:
+    """Run the search by its own command, or the rest of it, and keep its records."""
+    base, flags = plan.base, list(plan.flags)
+    if arguments.toy:
+        base, flags = base.with_settings(**TOY), ["--num-samples", "4"]
+    folder = places.outputs / "searches" / name
+    command = [sys.executable, str(PROJECT_ROOT / "search" / "tune.py"), "--name", name, "--outputs", places.outputs]
+    if folder.exists():
+        command += ["--resume"]
+    else:
+        defaults = TrainConfig().to_dict()
+        changed = {n: v for n, v in base.to_dict().items() if v != defaults[n]}
+        command += [part for n, v in changed.items() for part in (flag_name(n), v)] + flags
+    if arguments.data_dir is not None:
+        command += ["--data-dir", absolute_path(arguments.data_dir)]
+    if arguments.minutes is not None:
+        command += ["--time-budget", f"{arguments.minutes:g}m"]
+    code = subprocess.run([str(part) for part in command], check=False).returncode
+    if (folder / "search.json").is_file():
+        kept = places.results / "searches" / name
+        for record in SEARCH_RECORDS:
+            if (folder / record).is_file():
+                copy_record(folder / record, kept / record)
+        print(f"its records are in {kept}")
+    return code
+
+
+def copy_record(source: Path, target: Path) -> None:
+    """Copy a record, leaving out where this machine has its data."""
+    if source.suffix != ".json":
+        write_text(target, source.read_text())
+        return
+    record = read_json(source)
+    if isinstance(record.get("config"), dict):
+        record["config"] = {**record["config"], "data_dir": None}
+    write_json(target, record)
+
+
+# ---------------------------------------------------------------- speed
+
+
+def do_speed_plan(arguments: argparse.Namespace, places: Places) -> int:
+    """The device against the CPU, then its speed, each part once."""
+    import torch
+
+    from benchmarks.devices import speed_commands
+
+    stop_at = None if arguments.minutes is None else time.time() + 60 * arguments.minutes
+    folder = places.results / "benchmarks" / ("gpu" if torch.cuda.is_available() else "cpu")
+    for output, command in speed_commands(folder, arguments.data_dir, toy=arguments.toy):
+        if output.is_file():
+            print(f"{output} is there already", flush=True)
+        elif stop_at is not None and time.time() >= stop_at:
+            print(f"the time is over; go on with: {shlex.join([sys.executable, *sys.argv])}")
+            return 0
+        else:
+            print(f"\n{shlex.join(command)}", flush=True)
+            if code := subprocess.run([sys.executable, *command], cwd=PROJECT_ROOT, check=False).returncode:
+                return code
+    return 0
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    with one_sentence_errors("tables.py"):
+        check_arguments(arguments)
+        outputs = outputs_folder(arguments.outputs)
+    places = Places(outputs / "toy", outputs / "toy" / "results") if arguments.toy else Places(outputs, RESULTS)
+    name = arguments.plan
+    if name in TABLE_PLANS:
+        code = do_table_plan(name, TABLE_PLANS[name], arguments, places)
+    elif name == SPEED_PLAN:
+        code = do_speed_plan(arguments, places)
+    else:
+        code = do_search_plan(name, SEARCH_PLANS[name], arguments, places)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

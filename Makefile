@@ -41,21 +41,11 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/search_overhead.py --output $(RECORDS)/search-overhead.json
 	$(BIN)/python benchmarks/concurrent_trials.py --output $(RECORDS)/concurrent-trials.json
 
-# The same on one CUDA GPU, in under 9 minutes; DATA_DIR is needed. The records are kept in results/.
-GPU_SPEED = $(TRAIN_SPEED) --steps 100 --seconds 15 --threads 8 --workers 8
-
-bench-gpu: RECORDS = results/benchmarks/gpu
+# The same on one CUDA GPU, after a check that it computes what the CPU does; records are kept in results/benchmarks/gpu.
 bench-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA GPU here"; exit 2; }
 	@test -n "$(DATA_DIR)" || { echo "DATA_DIR must name CIFAR-100's folder"; exit 2; }
-	$(GPU_SPEED) --models resnet18 --widths 64 16 --acceleration graph --output $(RECORDS)/r18-graph.json
-	$(GPU_SPEED) --models resnet50 --widths 64 --acceleration graph --output $(RECORDS)/r50-graph.json
-	$(GPU_SPEED) --models resnet18 --widths 64 --acceleration none --output $(RECORDS)/r18-eager.json
-	$(GPU_SPEED) --models resnet18 --widths 64 --acceleration compile --output $(RECORDS)/r18-compile.json
-	$(BIN)/python benchmarks/concurrent_trials.py --most 6 --output $(RECORDS)/concurrent-trials.json
-	$(BIN)/python byot/train.py --model resnet18 --epochs 40 --val-fraction 0.1 $(CIFAR) --fresh --name bench-gpu \
-		--outputs outputs/bench-gpu
-	cp outputs/bench-gpu/runs/bench-gpu/result.json $(RECORDS)/r18-40-epochs.json
+	$(BIN)/python benchmarks/tables.py speed $(CIFAR)
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \

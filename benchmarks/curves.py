@@ -14,9 +14,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from scipy.stats import qmc
 
+from benchmarks.pool import make_pool
 from byot.config import PROJECT_ROOT, TrainConfig, absolute_path
 from byot.data import LabelledImages, load_images, split_validation
 from byot.files import write_whole
@@ -170,7 +170,7 @@ def record(name: str, data_dir: str | None, path: Path, num_workers: int) -> Ite
         }
         curves = []
     done = {(curve.number, curve.seed) for curve in curves}
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as workers:
+    with make_pool(num_workers) as workers:
         asked = [
             workers.submit(_train, name, data_dir, number, role, seed, params)
             for seed in range(family.num_seeds)

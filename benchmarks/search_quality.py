@@ -18,9 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -37,6 +35,7 @@ from scipy.stats import t as student
 from analysis.figures import BLUE, GREEN, GREY, ORANGE, STYLE, WIDTH
 from benchmarks.curves import FOLDER
 from benchmarks.families import RECORDED, SYNTHETIC, Family, load_family
+from benchmarks.pool import make_pool
 from byot.config import TrainConfig, absolute_path
 from byot.files import write_json
 from byot.flags import Parser, one_sentence_errors
@@ -263,7 +262,7 @@ def run_tasks(tasks: list[Task], processes: int) -> Iterator[Outcome]:
     if processes == 1:
         yield from map(run_task, tasks)
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with make_pool(processes) as pool:
         yield from pool.map(run_task, tasks)
 
 

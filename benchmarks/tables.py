@@ -19,17 +19,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from benchmarks.plans import (
+    CPU_COMMANDS,
+    GPU_COMMANDS,
     PLANS,
     RESULTS,
     SEARCH_PLANS,
     SPEED_PLAN,
     TABLE_PLANS,
+    TOY_COMMANDS,
     Arm,
     PlannedRun,
     SearchPlan,
@@ -37,6 +39,7 @@ from benchmarks.plans import (
     planned_runs,
     read_record,
 )
+from benchmarks.pool import make_pool
 from byot.config import PROJECT_ROOT, TrainConfig, absolute_path, outputs_folder
 from byot.files import read_json, write_json, write_text
 from byot.flags import Parser, flag_name, one_sentence_errors
@@ -44,7 +47,6 @@ from byot.flags import Parser, flag_name, one_sentence_errors
 NUM_TRAIN_IMAGES = {"cifar100": 50_000}
 TOY = {"dataset": "digits", "width": 4, "epochs": 2}
 SEARCH_RECORDS = ("search.json", "trials.csv", "best.json", "confirmation.json", "warm_start.json")
-EPOCHS_S = 10  # between two looks at how far the runs are
 
 
 def build_parser() -> Parser:
@@ -93,8 +95,6 @@ class Places(NamedTuple):
 
 def train_piece(config: TrainConfig, folder: Path, threads: int, stop_at: float | None) -> dict[str, Any] | None:
     """Do a run, or what fits of it until the given time; its result, None where it was stopped and saved."""
-    import os
-
     import torch
 
     from byot.lock import WORKER_WAIT_S, lock_folder
@@ -102,13 +102,10 @@ def train_piece(config: TrainConfig, folder: Path, threads: int, stop_at: float 
     from byot.stopping import StoppedError, catch_stop_signals
 
     torch.set_num_threads(threads)
-    parent = os.getppid()
     with lock_folder(folder, wait_s=WORKER_WAIT_S), catch_stop_signals() as stop_asked:
 
         def is_over() -> int:
-            if (stop_at is not None and time.time() >= stop_at) or os.getppid() != parent:
-                return signal.SIGTERM
-            return stop_asked()
+            return signal.SIGTERM if stop_at is not None and time.time() >= stop_at else stop_asked()
 
         result = read_result(config, folder)
         try:
@@ -123,7 +120,7 @@ def run_pieces(
     """Run until the given time, so many at once; yields each run with its result as it ends."""
     waiting = list(reversed(runs))
     running: dict[Future[dict[str, Any] | None], PlannedRun] = {}
-    with ProcessPoolExecutor(concurrent, mp_context=get_context("spawn")) as pool:
+    with make_pool(concurrent) as pool:
         while True:
             while len(running) < concurrent and waiting and (stop_at is None or time.time() < stop_at):
                 run = waiting.pop()
@@ -172,7 +169,7 @@ def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, pla
     left = [run for run in runs if read_record(places.record(name, run), run) is None]
     print(f"{len(runs) - len(left)} of {len(runs)} runs are finished; their records are in {places.results / 'runs'}")
     if left:
-        print(f"go on with: {shlex.join([sys.executable, *sys.argv])}")
+        print(go_on())
     return 0
 
 
@@ -239,24 +236,32 @@ def copy_record(source: Path, target: Path) -> None:
 
 
 def do_speed_plan(arguments: argparse.Namespace, places: Places) -> int:
-    """The device against the CPU, then its speed, each part once."""
+    """The device against the CPU, then its speed; each part once."""
     import torch
 
-    from benchmarks.devices import speed_commands
-
+    on_gpu = torch.cuda.is_available()
+    commands = TOY_COMMANDS if arguments.toy else GPU_COMMANDS if on_gpu else CPU_COMMANDS
+    folder = places.results / "benchmarks" / ("gpu" if on_gpu else "cpu")
     stop_at = None if arguments.minutes is None else time.time() + 60 * arguments.minutes
-    folder = places.results / "benchmarks" / ("gpu" if torch.cuda.is_available() else "cpu")
-    for output, command in speed_commands(folder, arguments.data_dir, toy=arguments.toy):
+    for name, (script, *flags) in commands.items():
+        output = folder / f"{name}.json"
         if output.is_file():
             print(f"{output} is there already", flush=True)
-        elif stop_at is not None and time.time() >= stop_at:
-            print(f"the time is over; go on with: {shlex.join([sys.executable, *sys.argv])}")
+            continue
+        if stop_at is not None and time.time() >= stop_at:
+            print(f"the time is over; {go_on()}")
             return 0
-        else:
-            print(f"\n{shlex.join(command)}", flush=True)
-            if code := subprocess.run([sys.executable, *command], cwd=PROJECT_ROOT, check=False).returncode:
-                return code
+        if arguments.data_dir is not None and name != "concurrent-trials":  # which has random images
+            flags += ["--data-dir", str(absolute_path(arguments.data_dir))]
+        command = [sys.executable, str(PROJECT_ROOT / script), *flags, "--output", str(output)]
+        print(f"\n{shlex.join(command)}", flush=True)
+        if code := subprocess.run(command, check=False).returncode:
+            return code
     return 0
+
+
+def go_on() -> str:
+    return f"go on with: {shlex.join([sys.executable, *sys.argv])}"
 
 
 def main() -> None:

@@ -101,9 +101,12 @@ class PlannedRun(NamedTuple):
         return f"{plan}-{self.arm}-s{self.config.seed}"
 
 
-def searched_settings(search: str, outputs: Path) -> dict[str, float] | None:
-    """The loss weights that a search chose, confirmed if it was; None where there is no such search yet."""
-    for folder in (outputs / "searches" / search, RESULTS / "searches" / search):
+def searched_settings(search: str, *folders: Path) -> dict[str, float] | None:
+    """The loss weights that a search chose, confirmed if it was, from the first of the folders of searches that has it.
+
+    None where none has.
+    """
+    for folder in (searches / search for searches in folders):
         if (folder / "best.json").is_file():
             settings = find_choice(folder, search).settings
             return {name: settings[name] for name in DEFAULT_SPACE}
@@ -113,7 +116,7 @@ def searched_settings(search: str, outputs: Path) -> dict[str, float] | None:
 def arms_of(plan: TablePlan, outputs: Path) -> dict[Arm, TrainConfig]:
     """The arms that can be trained now: the searched one is left out where it is one of the others, or not known."""
     arms = {arm: plan.base.with_settings(**settings) for arm, settings in FIXED_ARMS.items()}
-    searched = searched_settings(plan.search, outputs)
+    searched = searched_settings(plan.search, outputs / "searches", RESULTS / "searches")
     if searched is not None and (config := plan.base.with_settings(**searched)) not in arms.values():
         arms["searched"] = config
     return arms

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 LOOK_UP_S = 1.0
-PATIENCE_S = 60.0  # for what SIGTERM makes it save
+PATIENCE_S = 20.0  # for what SIGTERM makes it save
 
 
 def make_pool(num_processes: int) -> ProcessPoolExecutor:

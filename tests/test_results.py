@@ -1,15 +1,15 @@
 """What is shipped in results/ is what its records say."""
 
-import re
 import statistics
 from pathlib import Path
 
 import pytest
 
 from benchmarks.curves import FAMILIES, configurations, curves_path, load_curves
+from benchmarks.readme_tables import README, all_sections, with_tables
 from byot.config import PROJECT_ROOT, TrainConfig
 from byot.files import read_json
-from byot.searched import SHIPPED_FOLDER, find_best, load_confirmation
+from byot.searched import SHIPPED_FOLDER, find_best
 from search.records import best_row, read_rows
 
 RESULTS = PROJECT_ROOT / "results"
@@ -41,18 +41,9 @@ def test_best_of_each_recorded_search_is_the_best_of_its_trials(folder: Path):
     assert (found["trial_id"], found[search["metric"]]) == (best["trial_id"], best["value"])
 
 
-def test_readme_tables_stand_in_the_records():
-    """Every accuracy in the README's result tables is a value of some record, to two places."""
-    known = set()
-    for path in RESULTS.glob("runs/*.json"):
-        known |= {f"{v:.2f}" for k, v in read_json(path).items() if k.startswith("test_accuracy")}
-    for path in RESULTS.glob("searches/*/trials.csv"):
-        known |= {f"{v:.2f}" for row in read_rows(path) for k, v in row.items() if k.startswith("val_acc") and v}
-    section = (PROJECT_ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    numbers = [number for row in rows for number in re.findall(r"\b\d\d\.\d\d\b", row)]
-    assert len(numbers) >= 15
-    assert set(numbers) <= known
+def test_readme_tables_are_made_from_the_records():
+    readme = README.read_text(encoding="utf-8")
+    assert with_tables(readme, all_sections()) == readme, "python benchmarks/readme_tables.py --write makes them anew"
 
 
 def test_readme_speeds_stand_in_the_records():
@@ -120,16 +111,3 @@ def test_readme_regrets_are_those_of_the_record():
         assert [cell.strip() for cell in row[1:]] == expected
         assert ours["share_of_budget"] <= 1 / 3, "random's final regret, with a third of its epochs"
         assert ours["minus_stock"]["mean"] <= ours["minus_stock"]["half"], "no worse than Ray's beyond the noise"
-
-
-def test_readme_confirmation_is_that_of_the_record():
-    record = load_confirmation(RESULTS / "searches" / "cifar100-w16-e6")
-    assert record is not None
-    (one,) = record["comparisons"]
-    section = " ".join((PROJECT_ROOT / "README.md").read_text().split("**Confirmed**")[1].split("\n\n")[0].split())
-    for arm in record["arms"]:
-        assert ", ".join(f"{value:.2f}" for value in arm["values"]) in section
-    low, high = one["difference"] - one["half_width"], one["difference"] + one["half_width"]
-    assert f"by {one['difference']:.2f} points (95 % interval {low:.2f} to {high:.2f})" in section
-    assert "not resolved, needs about 8 more runs of each" in record["verdict"][1]
-    assert "about 8 more runs of each" in section

@@ -1,0 +1,283 @@
+"""The README's tables of results, made from the records in results/; what has no record is left out.
+
+  python benchmarks/readme_tables.py             print them
+  python benchmarks/readme_tables.py --write     put them into README.md
+
+Runs are those of the plans of tables.py. Differences are paired: two runs of one seed begin with the same weights and
+see the same images in the same order.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.plans import (
+    ARM_NAMES,
+    FIXED_ARMS,
+    RESULTS,
+    SEARCH_PLANS,
+    TABLE_PLANS,
+    Arm,
+    TablePlan,
+    searched_settings,
+)
+from byot.config import PROJECT_ROOT, TrainConfig
+from byot.files import read_json, write_text
+from byot.flags import Parser, one_sentence_errors
+from byot.searched import load_confirmation
+from search.records import read_rows
+from search.space import ROLE_NAMES
+
+README = PROJECT_ROOT / "README.md"
+BEGIN, END = "<!-- tables: made by benchmarks/readme_tables.py from results/ -->", "<!-- end of the tables -->"
+SEARCHES = ("search-r18", "cifar100-w16-e6")
+CLASSIFIERS = {"1": "1/4", "2": "2/4", "3": "3/4", "4": "4/4", "ensemble": "ensemble"}
+NOTHING = "\N{EN DASH}"
+MOST_TRIALS = 8  # listed of a search
+CONFIDENCE = 0.95
+
+# Accuracies that others publish, percent, single runs; the reference implementation's: the best epoch on the test set.
+PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
+    "reference-r18": {
+        "the paper": (67.85, 74.57, 78.23, 78.64, 79.67),
+        "the reference implementation": (66.57, 74.69, 78.04, 78.73),
+    },
+    "reference-r50": {
+        "the paper": (68.23, 74.21, 75.23, 80.56, 81.04),
+        "the reference implementation": (71.84, 77.75, 80.14, 80.64),
+    },
+}
+SHORT_NAMES: dict[Arm, str] = {
+    "plain": "plain cross-entropy",
+    "deep-supervision": "deep supervision",
+    "reference": "self distillation, the reference's",
+    "searched": "self distillation, searched",
+}
+COMPARED: tuple[tuple[Arm, Arm], ...] = (
+    ("reference", "deep-supervision"),
+    ("searched", "deep-supervision"),
+    ("searched", "reference"),
+    ("deep-supervision", "plain"),
+    ("reference", "plain"),
+)
+
+
+class PairedDifference(NamedTuple):
+    """The mean of differences over seeds, in points, and half the width of its 95 % interval (Student's t)."""
+
+    mean: float
+    half_width: float
+
+    @property
+    def resolved(self) -> bool:
+        return abs(self.mean) > self.half_width
+
+
+def paired_difference(values: Sequence[float], others: Sequence[float]) -> PairedDifference:
+    """Of at least two pairs."""
+    from scipy.special import stdtrit
+
+    differences = [a - b for a, b in zip(values, others, strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    quantile = float(stdtrit(len(differences) - 1, (1 + CONFIDENCE) / 2))
+    return PairedDifference(statistics.mean(differences), quantile * error)
+
+
+def load_runs(name: str, results: Path = RESULTS) -> dict[Arm, dict[int, dict[str, Any]]]:
+    """Arm -> seed -> record of a plan's finished runs. Raises ValueError for records with other settings."""
+    base = TABLE_PLANS[name].base
+    found: dict[Arm, dict[int, dict[str, Any]]] = {}
+    for arm in ARM_NAMES:
+        for path in sorted((results / "runs").glob(f"{name}-{arm}-s*.json")):
+            record = read_json(path)
+            config = TrainConfig.from_dict(record["config"])
+            expected = base.with_settings(seed=config.seed, **FIXED_ARMS.get(arm, _weights(config)))
+            if config.differing_settings(expected):
+                raise ValueError(f"{path} is not of the plan {name}")
+            found.setdefault(arm, {})[config.seed] = record
+    return found
+
+
+def _weights(config: TrainConfig) -> dict[str, float]:
+    return {"alpha": config.alpha, "temperature": config.temperature, "beta": config.beta}
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean_and_sd(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
+    """A plan's heading, its table, the paired differences and where all that comes from; empty without records."""
+    runs = load_runs(name, results)
+    if not runs:
+        return ""
+    base = plan.base
+    network = f"ResNet{base.model.removeprefix('resnet')} of width {base.width}"
+    numbers = sorted({len(of_arm) for of_arm in runs.values()})
+    n = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    heading = (
+        f"**CIFAR-100, {network}, recipe `{base.recipe}`, {base.epochs} epochs** (plan `{name}`). All 50,000 training "
+        f"images, the test set read once a run, after its last epoch; test accuracy in percent, mean ± standard "
+        f"deviation of n = {n} seeds."
+    )
+    rows = []
+    for source, values in PUBLISHED.get(name, {}).items():
+        rows.append([f"published: {source}", "1", *(f"{v:.2f}" for v in values), *[NOTHING] * (5 - len(values))])
+    for arm, of_arm in runs.items():
+        rows.append([_arm_name(arm, of_arm), str(len(of_arm)), *(_cell(arm, of_arm, i) for i in CLASSIFIERS)])
+    parts = [heading, table(["", "n", *CLASSIFIERS.values()], rows)]
+    if differences := difference_rows(runs):
+        parts += [
+            "Paired differences in points, ± half of a 95 % interval (Student's t, each by itself); bold: resolved, "
+            "the interval does not hold 0.",
+            table(["", "n", *CLASSIFIERS.values()], differences),
+        ]
+    weights = searched_settings(plan.search, results / "searches")
+    if weights is not None and base.with_settings(**weights) == base:
+        parts.append(f"The search `{plan.search}` chose the reference's setting itself: there is no other arm to run.")
+    parts.append(origin([record for of_arm in runs.values() for record in of_arm.values()]))
+    return "\n\n".join(parts)
+
+
+def _arm_name(arm: Arm, of_arm: dict[int, dict[str, Any]]) -> str:
+    if arm != "searched":
+        return ARM_NAMES[arm]
+    config = next(iter(of_arm.values()))["config"]
+    told = ", ".join(f"`{name}` {config[name]:.3g}" for name in ("alpha", "temperature", "beta"))
+    return f"{ARM_NAMES[arm]} ({told})"
+
+
+def _cell(arm: Arm, of_arm: dict[int, dict[str, Any]], classifier: str) -> str:
+    if arm == "plain" and classifier != "4":  # the others are not trained
+        return NOTHING
+    return mean_and_sd([record[f"test_accuracy_{classifier}"] for record in of_arm.values()])
+
+
+def difference_rows(runs: dict[Arm, dict[int, dict[str, Any]]]) -> list[list[str]]:
+    rows = []
+    for arm, other in COMPARED:
+        seeds = sorted(set(runs.get(arm, {})) & set(runs.get(other, {})))
+        if len(seeds) < 2:
+            continue
+        cells = []
+        for i in CLASSIFIERS:
+            if "plain" in (arm, other) and i != "4":
+                cells.append(NOTHING)
+                continue
+            found = paired_difference(*([runs[a][s][f"test_accuracy_{i}"] for s in seeds] for a in (arm, other)))
+            text = f"{found.mean:+.2f} ± {found.half_width:.2f}"
+            cells.append(f"**{text}**" if found.resolved else text)
+        rows.append([f"{SHORT_NAMES[arm]} minus {SHORT_NAMES[other]}", str(len(seeds)), *cells])
+    return rows
+
+
+def origin(records: Sequence[dict[str, Any]]) -> str:
+    """Hardware, versions and commits of the records, each named once."""
+    devices = sorted({_hardware(record["hardware"]) for record in records})
+    versions = sorted({", ".join(f"{n} {record['versions'][n]}" for n in ("python", "torch")) for record in records})
+    commits = sorted({str(record["commit"])[:7] for record in records})
+    seconds = statistics.median(record["elapsed_s"] for record in records)
+    return (
+        f"{'; '.join(devices)}; {'; '.join(versions)}; commit {', '.join(commits)}; {seconds:,.0f} s a run (median, "
+        "the machine shared)."
+    )
+
+
+def _hardware(hardware: dict[str, Any]) -> str:
+    if hardware["device"] != "cpu":
+        return str(hardware["device"])
+    return f"{hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)} a run"
+
+
+# ---------------------------------------------------------------- searches
+
+
+def search_section(name: str, results: Path = RESULTS) -> str:
+    """The trials of a search that reached its last epoch, and what its confirmation says; empty without records."""
+    folder = results / "searches" / name
+    if not (folder / "search.json").is_file():
+        return ""
+    search = read_json(folder / "search.json")
+    config, metric = search["config"], search["metric"]
+    rows = read_rows(folder / "trials.csv")
+    whole = [row for row in rows if row["epochs_done"] == config["epochs"] and row[metric] is not None]
+    whole.sort(key=lambda row: row[metric], reverse=search["mode"] == "max")
+    space = list(search["space"])
+    lines = [
+        [
+            ROLE_NAMES.get(row["role"], "sampled"),
+            *(f"{row[parameter]:.3g}" for parameter in space),
+            *(f"{row[f'val_accuracy_{i}']:.2f}" for i in CLASSIFIERS),
+        ]
+        for row in whole[:MOST_TRIALS]
+    ]
+    stopped = len(rows) - len(whole)
+    more = f", the best {MOST_TRIALS} of them" if len(whole) > MOST_TRIALS else ""
+    network = f"ResNet{config['model'].removeprefix('resnet')} of width {config['width']}"
+    heading = (
+        f"**Search `{name}`**: CIFAR-100, {network}, recipe `{config['recipe']}`, {len(rows)} trials of up to "
+        f"{config['epochs']} epochs, one run each; accuracy in percent on {search['num_val_images']:,} held-out "
+        f"training images, of those that reached the last epoch{more}; {stopped} were stopped before or failed."
+    )
+    parts = [heading, table(["", *(f"`{p}`" for p in space), *CLASSIFIERS.values()], lines)]
+    if (confirmation := load_confirmation(folder)) is not None:
+        values = "; ".join(
+            f"{_arm_label(arm, space)} {', '.join('diverged' if v is None else f'{v:.2f}' for v in arm['values'])}"
+            for arm in confirmation["arms"]
+        )
+        parts.append(
+            f"Confirmed over {confirmation['num_rounds']} fresh seeds, each with its own validation split: {values}. "
+            f"{' '.join(confirmation['verdict'])}"
+        )
+    return "\n\n".join(parts)
+
+
+def _arm_label(arm: dict[str, Any], space: Sequence[str]) -> str:
+    if arm["role"] in ROLE_NAMES:
+        return ROLE_NAMES[arm["role"]]
+    return "trial " + arm["trial_id"] + " (" + ", ".join(f"`{p}` {arm['params'][p]:.3g}" for p in space) + ")"
+
+
+# ---------------------------------------------------------------- the README
+
+
+def all_sections(results: Path = RESULTS) -> str:
+    sections = [plan_section(name, plan, results) for name, plan in TABLE_PLANS.items()]
+    sections += [search_section(name, results) for name in dict.fromkeys((*SEARCH_PLANS, *SEARCHES))]
+    return "\n\n".join(filter(None, sections))
+
+
+def with_tables(readme: str, tables: str) -> str:
+    """The README with new tables between its two marks. Raises ValueError where a mark is missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README has no lines {BEGIN} and {END} for the tables to go between")
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+
+
+def main() -> None:
+    parser = Parser(prog="readme_tables.py", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    arguments = parser.parse_args()
+    with one_sentence_errors("readme_tables.py"):
+        tables = all_sections()
+        if arguments.write:
+            write_text(README, with_tables(README.read_text(encoding="utf-8"), tables))
+        else:
+            print(tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from analysis.verdict import accuracy_standard_error
 from benchmarks.plans import (
     ARM_NAMES,
     FIXED_ARMS,
@@ -183,15 +184,14 @@ def difference_rows(runs: dict[Arm, dict[int, dict[str, Any]]]) -> list[list[str
 
 
 def origin(records: Sequence[dict[str, Any]]) -> str:
-    """Hardware, versions and commits of the records, each named once."""
+    """Hardware, versions and commits of the records, each named once, and what a run took."""
     devices = sorted({_hardware(record["hardware"]) for record in records})
     versions = sorted({", ".join(f"{n} {record['versions'][n]}" for n in ("python", "torch")) for record in records})
-    commits = sorted({str(record["commit"])[:7] for record in records})
-    seconds = statistics.median(record["elapsed_s"] for record in records)
-    return (
-        f"{'; '.join(devices)}; {'; '.join(versions)}; commit {', '.join(commits)}; {seconds:,.0f} s a run (median, "
-        "the machine shared)."
-    )
+    commits = sorted({str(record["commit"] or "unknown")[:7] for record in records})
+    text = f"{'; '.join(devices)}; {'; '.join(versions)}; commit {', '.join(commits)}"
+    if times := [record["elapsed_s"] for record in records if "elapsed_s" in record]:
+        text += f"; {statistics.median(times):,.0f} s a run (median, the machine shared)"
+    return f"{text}."
 
 
 def _hardware(hardware: dict[str, Any]) -> str:
@@ -210,8 +210,10 @@ def search_section(name: str, results: Path = RESULTS) -> str:
         return ""
     search = read_json(folder / "search.json")
     config, metric = search["config"], search["metric"]
-    rows = read_rows(folder / "trials.csv")
+    rows, num_images = read_rows(folder / "trials.csv"), search["num_val_images"]
     whole = [row for row in rows if row["epochs_done"] == config["epochs"] and row[metric] is not None]
+    if not whole:
+        return ""
     whole.sort(key=lambda row: row[metric], reverse=search["mode"] == "max")
     space = list(search["space"])
     lines = [
@@ -222,13 +224,14 @@ def search_section(name: str, results: Path = RESULTS) -> str:
         ]
         for row in whole[:MOST_TRIALS]
     ]
-    stopped = len(rows) - len(whole)
-    more = f", the best {MOST_TRIALS} of them" if len(whole) > MOST_TRIALS else ""
     network = f"ResNet{config['model'].removeprefix('resnet')} of width {config['width']}"
+    error = accuracy_standard_error(whole[0]["val_accuracy"], num_images)
+    more = f", the best {MOST_TRIALS} of them" if len(whole) > MOST_TRIALS else ""
     heading = (
         f"**Search `{name}`**: CIFAR-100, {network}, recipe `{config['recipe']}`, {len(rows)} trials of up to "
-        f"{config['epochs']} epochs, one run each; accuracy in percent on {search['num_val_images']:,} held-out "
-        f"training images, of those that reached the last epoch{more}; {stopped} were stopped before or failed."
+        f"{config['epochs']} epochs, one run each; accuracy in percent on {num_images:,} held-out training images "
+        f"(standard error near {error:.1f} points), of those that reached the last epoch{more}; {len(rows) - len(whole)} "
+        "were stopped before or failed."
     )
     parts = [heading, table(["", *(f"`{p}`" for p in space), *CLASSIFIERS.values()], lines)]
     if (confirmation := load_confirmation(folder)) is not None:
@@ -240,6 +243,7 @@ def search_section(name: str, results: Path = RESULTS) -> str:
             f"Confirmed over {confirmation['num_rounds']} fresh seeds, each with its own validation split: {values}. "
             f"{' '.join(confirmation['verdict'])}"
         )
+    parts.append(origin([search]))
     return "\n\n".join(parts)
 
 

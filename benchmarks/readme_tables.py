@@ -230,8 +230,8 @@ def search_section(name: str, results: Path = RESULTS) -> str:
     heading = (
         f"**Search `{name}`**: CIFAR-100, {network}, recipe `{config['recipe']}`, {len(rows)} trials of up to "
         f"{config['epochs']} epochs, one run each; accuracy in percent on {num_images:,} held-out training images "
-        f"(standard error near {error:.1f} points), of those that reached the last epoch{more}; {len(rows) - len(whole)} "
-        "were stopped before or failed."
+        f"(standard error near {error:.1f} points), of those that reached the last epoch{more}; "
+        f"{len(rows) - len(whole)} were stopped before or failed."
     )
     parts = [heading, table(["", *(f"`{p}`" for p in space), *CLASSIFIERS.values()], lines)]
     if (confirmation := load_confirmation(folder)) is not None:

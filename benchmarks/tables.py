@@ -13,13 +13,15 @@ minutes of one GPU: results/README.md. The tables themselves: benchmarks/readme_
 """
 
 import argparse
+import math
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -42,9 +44,10 @@ from benchmarks.plans import (
 from benchmarks.pool import make_pool
 from byot.config import PROJECT_ROOT, TrainConfig, absolute_path, outputs_folder
 from byot.files import read_json, write_json, write_text
-from byot.flags import Parser, flag_name, one_sentence_errors
+from byot.flags import Parser, flag_name, one_line, one_sentence_errors
 
 NUM_TRAIN_IMAGES = {"cifar100": 50_000}
+LINES_A_RUN = 10  # to say how far it is
 TOY = {"dataset": "digits", "width": 4, "epochs": 2}
 SEARCH_RECORDS = ("search.json", "trials.csv", "best.json", "confirmation.json", "warm_start.json")
 
@@ -97,7 +100,9 @@ def train_piece(config: TrainConfig, folder: Path, threads: int, stop_at: float 
     """Do a run, or what fits of it until the given time; its result, None where it was stopped and saved."""
     import torch
 
+    from byot.console import epoch_line
     from byot.lock import WORKER_WAIT_S, lock_folder
+    from byot.metrics import EpochMetrics
     from byot.runs import finish_run, open_run, read_result
     from byot.stopping import StoppedError, catch_stop_signals
 
@@ -107,17 +112,30 @@ def train_piece(config: TrainConfig, folder: Path, threads: int, stop_at: float 
         def is_over() -> int:
             return signal.SIGTERM if stop_at is not None and time.time() >= stop_at else stop_asked()
 
-        result = read_result(config, folder)
+        def tell(metrics: EpochMetrics) -> None:
+            if metrics.epoch % math.ceil(config.epochs / LINES_A_RUN) == 0:
+                print(f"{folder.name}  {epoch_line(metrics, config.epochs)}", flush=True)
+
+        if (result := read_result(config, folder)) is not None:
+            return result
         try:
-            return result if result is not None else finish_run(open_run(config, folder), stop_asked=is_over)
+            return finish_run(open_run(config, folder), on_epoch=tell, stop_asked=is_over)
         except StoppedError:
             return None
 
 
+class Ended(NamedTuple):
+    """How a run ended: finished with a result, stopped and saved with none, or failed for a reason."""
+
+    run: PlannedRun
+    result: dict[str, Any] | None
+    error: str = ""
+
+
 def run_pieces(
     plan: str, runs: list[PlannedRun], places: Places, concurrent: int, threads: int, stop_at: float | None
-) -> Iterator[tuple[PlannedRun, dict[str, Any] | None]]:
-    """Run until the given time, so many at once; yields each run with its result as it ends."""
+) -> Iterator[Ended]:
+    """Run until the given time, so many at once, and yield each as it ends; one that fails does not stop the others."""
     waiting = list(reversed(runs))
     running: dict[Future[dict[str, Any] | None], PlannedRun] = {}
     with make_pool(concurrent) as pool:
@@ -130,7 +148,12 @@ def run_pieces(
                 return
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
-                yield running.pop(future), future.result()
+                run = running.pop(future)
+                try:
+                    yield Ended(run, future.result())
+                except (ValueError, OSError, RuntimeError) as error:  # diverged, a full disk, a worker that was killed
+                    waiting = [] if isinstance(error, BrokenExecutor) else waiting
+                    yield Ended(run, None, one_line(str(error)))
 
 
 def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, places: Places) -> int:
@@ -152,8 +175,6 @@ def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, pla
         if waiting:
             check_images(plan.base.dataset, data_dir)
 
-        import os
-
         from byot.trainer import choose_device
 
         on_gpu = choose_device(plan.base.device).type != "cpu"
@@ -161,16 +182,24 @@ def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, pla
         concurrent = arguments.concurrent or (1 if on_gpu else cores)
         threads = max(1, cores // concurrent)
     print(f"{name}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
-    for run, result in run_pieces(name, waiting, places, concurrent, threads, stop_at):
-        if result is not None:
-            config = {**result["config"], "data_dir": None}
-            write_json(places.record(name, run), {"plan": name, "arm": run.arm, **result, "config": config})
-        print(f"{run.name(name)}: {describe(run, places.run(name, run), result)}", flush=True)
+    failed, code = 0, 0
+    try:
+        for ended in run_pieces(name, waiting, places, concurrent, threads, stop_at):
+            run, result = ended.run, ended.result
+            if result is not None:
+                config = {**result["config"], "data_dir": None}
+                write_json(places.record(name, run), {"plan": name, "arm": run.arm, **result, "config": config})
+            failed += bool(ended.error)
+            print(f"{run.name(name)}: {ended.error or describe(run, places.run(name, run), result)}", flush=True)
+    except KeyboardInterrupt:  # which the runs have heard as well, and saved
+        code = 128 + signal.SIGINT
     left = [run for run in runs if read_record(places.record(name, run), run) is None]
     print(f"{len(runs) - len(left)} of {len(runs)} runs are finished; their records are in {places.results / 'runs'}")
     if left:
         print(go_on())
-    return 0
+    if failed:
+        print(f"tables.py: {failed} of {len(runs)} runs failed; the same command tries them again", file=sys.stderr)
+    return code or int(failed > 0)
 
 
 def describe(run: PlannedRun, folder: Path, result: dict[str, Any] | None) -> str:

@@ -1,6 +1,7 @@
 """The plans behind the tables: what is run, done in pieces, and what is made of the records."""
 
 import math
+import os
 import signal
 import statistics
 import subprocess
@@ -12,13 +13,13 @@ from typing import Any
 import pytest
 
 from benchmarks import devices
-from benchmarks.plans import PLANS, TABLE_PLANS, TablePlan, arms_of, planned_runs, read_record
+from benchmarks.plans import PLANS, TABLE_PLANS, PlannedRun, TablePlan, arms_of, planned_runs, read_record
 from benchmarks.readme_tables import BEGIN, END, load_runs, paired_difference, plan_section, with_tables
-from benchmarks.tables import TOY, train_piece
+from benchmarks.tables import TOY, Places, run_pieces, train_piece
 from byot.config import PROJECT_ROOT, TrainConfig
 from byot.files import read_json, write_json
 from byot.loss import self_distillation_loss
-from tests.helpers import assert_one_sentence, command_environment, picture_of, run_command
+from tests.helpers import assert_one_sentence, command_environment, command_line, picture_of, run_command
 
 TABLES = "benchmarks/tables.py"
 SMALL = TrainConfig(dataset="digits", width=4, epochs=2, device="cpu")
@@ -110,6 +111,44 @@ def test_a_plan_from_the_command_line(tmp_path: Path):
     assert "3 finished before" in again.stdout
     assert not run_folder.exists()
     assert picture_of(PROJECT_ROOT / "results") == before
+
+
+def test_a_run_that_fails_is_told_and_does_not_stop_the_others(tmp_path: Path):
+    """One diverges, one finds its folder in the way of a file."""
+    good = PlannedRun("reference", SMALL)
+    bad = PlannedRun("searched", SMALL.with_settings(lr=1e30))
+    blocked = PlannedRun("plain", SMALL.with_settings(lr=0.2))
+    places = Places(tmp_path / "outputs", tmp_path / "results")
+    places.run("plan", blocked).parent.mkdir(parents=True)
+    places.run("plan", blocked).write_text("a file")
+    ended = {one.run.arm: one for one in run_pieces("plan", [bad, blocked, good], places, 1, 1, None)}
+    assert ended["reference"].result is not None
+    assert "the loss became" in ended["searched"].error
+    assert ended["searched"].result is None
+    assert ended["plain"].error
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_what_runs(tmp_path: Path):
+    command = command_line(TABLES, "tiny", "--toy", "--seeds", 200, "--concurrent", 1, "--outputs", tmp_path)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(2)]
+    assert "600 runs, 0 finished before" in lines[0]
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "of 600 runs are finished" in rest
+    assert "go on with:" in rest
+    assert "Traceback" not in rest
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ SAVING_SHARE = {"cpu": math.inf, "mps": 0.05, "cuda": 0.05}  # of the time, at m
 
 OnEpoch = Callable[[EpochMetrics], None]
 StopAsked = Callable[[], int]  # anything but 0 asks to stop
+OnSave = Callable[[], None]  # a checkpoint has been written
 
 # Of a result.json: what is printed of a finished run.
 RESULT_NUMBERS = (
@@ -159,7 +160,11 @@ def restore_trainer(
 
 
 def train_saving(
-    trainer: Trainer, folder: Path, on_batch: OnBatch | None = None, stop_asked: StopAsked = lambda: 0
+    trainer: Trainer,
+    folder: Path,
+    on_batch: OnBatch | None = None,
+    stop_asked: StopAsked = lambda: 0,
+    on_save: OnSave = lambda: None,
 ) -> Iterator[EpochMetrics]:
     """Train to the last epoch; each one is saved, then added to metrics.jsonl, then yielded.
 
@@ -176,6 +181,7 @@ def train_saving(
         if processes.is_first:
             save_checkpoint(checkpoint_path(folder / "checkpoints", trainer.epoch, trainer.step), state)
             remove_old_checkpoints(folder / "checkpoints")
+            on_save()
         saved_at = time.monotonic()
         took_s = saved_at - started
 

@@ -11,6 +11,7 @@ import torch
 
 from byot.files import remove_leftovers, write_text
 from byot.trainer import choose_device
+from search.store import Bucket, try_bucket
 
 # Read by Ray when it is imported or started.
 RAY_ENVIRONMENT = {
@@ -161,10 +162,11 @@ def nodes_with_room(slots: Slots) -> list[dict[str, Any]]:
     return [node for node in alive if all(node["Resources"].get(name, 0) >= n for name, n in asked.items())]
 
 
-def check_nodes(folder: Path, slots: Slots) -> None:
+def check_nodes(folder: Path, slots: Slots, bucket: Bucket | None = None) -> None:
     """Let every node on which a trial can run write to the search's folder and read what the driver writes there.
 
-    Raises ValueError for a node that does not see the folder or cannot run the code, or if there is no node with room.
+    Where it is kept in a bucket, to that. Raises ValueError for a node that does not see it or cannot run the code, or
+    if there is no node with room.
     """
     import ray
     from ray.exceptions import RayError
@@ -175,13 +177,14 @@ def check_nodes(folder: Path, slots: Slots) -> None:
         raise ValueError(
             f"no node of the cluster has the {slots.cpus} CPUs and {slots.gpus:g} GPUs that a trial asks for"
         )
-    place = folder / "state"
-    sign = place / f".{os.getpid()}.tmp"  # a name of those that are cleared away when a search goes on
+    state = folder / "state"
+    sign = state / f".{os.getpid()}.tmp"  # a name of those that are cleared away when a search goes on
     write_text(sign, "")
-    look = ray.remote(num_cpus=0, max_retries=0)(try_folder)
+    look = ray.remote(num_cpus=0, max_retries=0)(try_folder if bucket is None else try_bucket)
+    place: Any = sign if bucket is None else bucket
     try:
         on_node = {
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(sign): node
+            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(place): node
             for node in nodes
         }
         answers, silent = ray.wait(list(on_node), num_returns=len(on_node), timeout=LOOK_TIMEOUT_S)
@@ -192,14 +195,12 @@ def check_nodes(folder: Path, slots: Slots) -> None:
             except RayError as error:  # the task could not be run there
                 troubles[on_node[answer]] = str(error).strip().splitlines()[-1]
     finally:
-        remove_leftovers(place)
+        remove_leftovers(state)
     still_there = {node["NodeID"] for node in nodes_with_room(slots)}  # one that is lost meanwhile is no trouble
     told = [f"{nodes[node]} ({trouble})" for node, trouble in troubles.items() if trouble and node in still_there]
     if told:
-        raise ValueError(
-            f"{len(told)} of {len(nodes)} nodes cannot work on {folder}, which must be a folder that all share: "
-            + ", ".join(told)
-        )
+        where = bucket or f"{folder}, which must be a folder that all share"
+        raise ValueError(f"{len(told)} of {len(nodes)} nodes cannot work on {where}: {', '.join(told)}")
 
 
 def try_folder(sign: Path) -> str:

@@ -30,6 +30,7 @@ from search.confirmation import ERROR, MOST_RUNS_NAMED, Comparison, Judgement, j
 from search.records import Row, format_value, now, ranked
 from search.settings import FRESH_SEEDS, SearchSettings
 from search.space import ROLE_NAMES, Role, Space, first_points
+from search.store import Bucket, Kept, working_folder
 from search.tasks import Task, run_tasks
 
 
@@ -74,22 +75,28 @@ def choose_arms(
     return arms
 
 
-def do_run(config: TrainConfig, folder: Path, images: LabelledImages, threads: int) -> dict[str, Any]:
-    """Train one arm with one seed, or the rest of it, and return its last epoch, with an error if it diverged."""
+def do_run(
+    config: TrainConfig, folder: Path, images: LabelledImages, threads: int, place: Bucket | None = None
+) -> dict[str, Any]:
+    """Train one arm with one seed, or the rest of it, and return its last epoch, with an error if it diverged.
+
+    `place` is where its folder is kept, if not where it is.
+    """
     torch.set_num_threads(threads)
-    if not (folder.parents[1] / "trials").is_dir():  # a folder made here would be on this node alone
+    if place is None and not (folder.parents[1] / "trials").is_dir():  # a folder made here would be on this node alone
         raise FileNotFoundError(ENOENT, "the search's folder is not seen from here", str(folder.parents[1]))
     train, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
-    with lock_folder(folder, wait_s=WORKER_WAIT_S):
-        trainer, _ = restore_trainer(config, train, val, folder, may_compile=False)
+    with working_folder(folder, place) as (here, save), lock_folder(here, wait_s=WORKER_WAIT_S):
+        trainer, _ = restore_trainer(config, train, val, here, may_compile=False)
         try:
-            for _ in train_saving(trainer, folder):
-                pass
+            for _ in train_saving(trainer, here, on_save=save):
+                save()
             result = {"config": config.to_dict(), "error": "", **trainer.history[-1]}
         except DivergedError as error:
             result = {"config": config.to_dict(), "error": str(error)}
-        write_json(folder / "result.json", result)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        write_json(here / "result.json", result)
+        shutil.rmtree(here / "checkpoints", ignore_errors=True)
+        save()
     return result
 
 
@@ -97,10 +104,18 @@ class Confirmation:
     """The runs of a search's best configurations over fresh seeds, and what they allow to say."""
 
     def __init__(
-        self, folder: Path, rows: list[Row], space: Space, base: TrainConfig, settings: SearchSettings, num_val: int
+        self,
+        folder: Path,
+        rows: list[Row],
+        space: Space,
+        base: TrainConfig,
+        settings: SearchSettings,
+        num_val: int,
+        kept: Kept | None = None,
     ) -> None:
-        """Takes up what the folder has of earlier runs."""
+        """Takes up what the folder has of earlier runs. `kept` is where it is kept, if not in itself."""
         self.folder = folder
+        self.kept = kept or Kept()
         self.base = base
         self.metric = settings.main_metric
         self.sign = 1 if settings.mode == "max" else -1
@@ -110,8 +125,8 @@ class Confirmation:
         in_before = [arm["trial_id"] for arm in before["arms"] if arm.get("still_in")] if before else []
         self.arms = {arm.trial_id: arm for arm in choose_arms(rows, space, base, settings, in_before)}
         # Of the runs, until more are done.
-        kept: dict[str, Any] = before or {}
-        self.origin: dict[str, Any] = {n: kept[n] for n in ("commit", "versions", "hardware") if n in kept}
+        written: dict[str, Any] = before or {}
+        self.origin: dict[str, Any] = {n: written[n] for n in ("commit", "versions", "hardware") if n in written}
         self.results: dict[Run, dict[str, Any]] = {}
         self._given: set[Run] = set()
         for run in (Run(arm, number) for number in range(self.max_rounds) for arm in self.arms):
@@ -215,6 +230,7 @@ class Confirmation:
             config = self.base.with_settings(**choice.params, val_fraction=0.0)
             record |= {"choice": choice.trial_id, "config": config.to_dict()}
         write_json(self.folder / CONFIRMATION, record)
+        self.kept.put(self.folder / CONFIRMATION)
 
     def _measured(self, arm: str) -> list[float | None]:
         """By round; None for a run that diverged or is not done."""
@@ -285,7 +301,9 @@ def confirm(
         run = None if trouble else confirmation.next_run()
         if run is None:
             return None
-        return Task(run, do_run, (confirmation.config(run), confirmation.run_folder(run), images, slots.cpus))
+        folder = confirmation.run_folder(run)
+        place = confirmation.kept.place(folder)
+        return Task(run, do_run, (confirmation.config(run), folder, images, slots.cpus, place))
 
     confirmation.save("running")
     try:
@@ -296,6 +314,7 @@ def confirm(
                 continue
             before = confirmation.judge()
             confirmation.results[run] = result
+            confirmation.kept.fetch_run(confirmation.run_folder(run))
             confirmation.save("running")
             told = result["error"] or f"{confirmation.metric} {format_value(result[confirmation.metric])}"
             name = confirmation.arms[run.arm].describe()

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +27,7 @@ from search.live import DAY_S, LiveTable, format_duration
 from search.records import SearchRecords, now, save_search, table_columns
 from search.settings import SearchSettings, expected_epochs, grace_epochs, share_of_gpu
 from search.space import ROLE_NAMES, Space, first_points, space_to_dict
+from search.store import Kept
 
 if TYPE_CHECKING:
     from search.confirm import Confirmation
@@ -49,6 +50,7 @@ class SearchPlan(NamedTuple):
     retry_failed: bool = False
     warm: "WarmStart | None" = None
     recorded: dict[str, Any] | None = None  # what search.json said; None: new, or nothing can be read of it
+    kept: Kept = Kept()  # where, if not in the folder alone
 
 
 class SearchData(NamedTuple):
@@ -109,6 +111,7 @@ def open_records(plan: SearchPlan) -> SearchRecords:
         epochs=plan.base.epochs,
         seed=plan.base.seed,
         grace=choose_grace(plan.base, plan.settings, plan.recorded),
+        kept=plan.kept,
     )
     for note in records.notes:
         print(f"tune.py: {note}", file=sys.stderr)
@@ -162,7 +165,7 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
             found = ray.cluster_resources()
             with one_sentence_errors("tune.py"):
                 slots = share(room, int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster")
-                check_nodes(plan.folder, slots)
+                check_nodes(plan.folder, slots, plan.kept.bucket)
         has_gpus = torch.cuda.is_available() or plan.address is not None
         if slots.gpus == 0 and has_gpus and plan.base.device in ("auto", "cuda"):
             plan = plan._replace(base=plan.base.with_settings(device="cpu"))  # a worker would see its node's GPUs
@@ -196,13 +199,13 @@ def find_confirmation(plan: SearchPlan, data: SearchData, records: SearchRecords
     from search.confirm import Confirmation
 
     rows = list(records.rows.values())
-    return Confirmation(plan.folder, rows, plan.space, plan.base, plan.settings, len(data.val.labels))
+    return Confirmation(plan.folder, rows, plan.space, plan.base, plan.settings, len(data.val.labels), plan.kept)
 
 
 def _record_settings(plan: SearchPlan) -> None:
     """Let search.json know what is to be confirmed, before anything of it is done."""
     if plan.recorded is not None and plan.recorded.get("settings") != plan.settings.to_dict():
-        save_search(plan.folder, plan.recorded | {"settings": plan.settings.to_dict()})
+        save_search(plan.folder, plan.recorded | {"settings": plan.settings.to_dict()}, plan.kept)
 
 
 def _origin(plan: SearchPlan, slots: Slots) -> dict[str, Any]:
@@ -268,6 +271,7 @@ def _run(
         slots.cpus,
         timed=records.next_id if is_new else None,
         num_seeds=settings.seeds_per_trial,
+        place=plan.kept.place(folder / "trials"),
     )
     record = dict(plan.recorded or {})
     record |= {
@@ -287,17 +291,18 @@ def _run(
         "num_val_images": len(data.val.labels),
     }
     if is_new and plan.warm is not None:
-        plan.warm.save(folder)
+        plan.kept.put(plan.warm.save(folder))
         record |= {"warm_start": plan.warm.search}
     if is_new:
         record |= _origin(plan, slots)
     else:
         record |= {"commit": find_commit(), "versions": find_versions()}
-    save_search(folder, record)
+    save_search(folder, record, plan.kept)
     records.search = record
     records.write_tables()
     print(f"search {folder.name}: {settings.num_samples} trials of {base.model} width {base.width} on {base.dataset}")
-    print(f"{len(data.train.labels)} images to train on, {len(data.val.labels)} to compare on, {folder}", flush=True)
+    where = plan.kept.bucket or folder
+    print(f"{len(data.train.labels)} images to train on, {len(data.val.labels)} to compare on, {where}", flush=True)
     if is_new and plan.warm is not None:
         print(plan.warm.describe(), flush=True)
     if not is_new:
@@ -316,7 +321,12 @@ def _run(
         if missing <= 0 or watch.has_to_stop() or len(records.ended) == before:
             break
     finished = missing <= 0 or (watch.out_of_time() and not watch.trouble and not stop_asked())
-    save_search(folder, record | {"status": "finished" if finished else "interrupted", "finished_at": now()})
+    if not watch.trouble:  # with it the store may be what is gone
+        for row in records.unfinished:
+            plan.kept.fetch_run(records.trial_folder(row["trial_id"]))
+    with suppress(OSError) if watch.trouble else nullcontext():
+        status = "finished" if finished else "interrupted"
+        save_search(folder, record | {"status": status, "finished_at": now()}, plan.kept)
     if watch.trouble:
         print(f"\n{records.to_text()}\n")
         retry = ["--retry-failed"] if any(row["status"] == "failed" for row in records.ended) else []
@@ -412,8 +422,9 @@ def _fit(
 
 
 def _go_on(plan: SearchPlan, *more: str) -> str:
-    place = ["--storage-path", str(plan.folder.parent)] if plan.folder.parent.name != "searches" else []
-    outputs = ["--outputs", str(plan.folder.parents[1])] if not place else []
+    elsewhere = [] if plan.folder.parent.name == "searches" else ["--storage-path", str(plan.folder.parent)]
+    place = elsewhere if plan.kept.bucket is None else ["--storage-path", plan.kept.bucket.url]
+    outputs = [] if elsewhere else ["--outputs", str(plan.folder.parents[1])]
     address = ["--address", plan.address] if plan.address else []
     command = [sys.executable, *sys.argv[:1], "--name", plan.folder.name, *place, *outputs, *address, "--resume", *more]
     return f"go on with: {shlex.join(command)}"

@@ -11,6 +11,8 @@ trials/TRIAL_ID/checkpoints/  the trial's last two, by itself
 optuna.log                    the trials that have ended as an Optuna journal, for optuna-dashboard
 ray/                          Ray Tune's own folder, made anew whenever the search goes on
 search.log                    what Ray and the libraries had to say
+
+Kept in an object store (search/store.py), the last three and the checkpoints are not in both places.
 """
 
 import csv
@@ -28,6 +30,7 @@ from byot.config import NUM_CLASSIFIERS
 from byot.files import read_json, read_json_lines, write_json, write_text
 from search.settings import grace_epochs, metric_mode
 from search.space import Role
+from search.store import Kept
 
 Status = Literal["completed", "stopped", "failed", "running"]  # running: begun and not ended, whether it runs or not
 
@@ -77,13 +80,16 @@ class SearchRecords:
         seed: int,
         further_metrics: tuple[str, ...] = (),
         grace: int | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Reads what the folder holds. A damaged trial.json is made good from trials.csv, and trials.csv from them.
 
         `further_metrics` are those that are searched for beside `metric`, by which trials are ranked. `grace` is the
-        number of epochs before a trial may be stopped.
+        number of epochs before a trial may be stopped. `kept` is where what is written is kept, if not in the folder
+        alone: a record that cannot be put there raises OSError as one that cannot be written does.
         """
         self.folder = folder
+        self.kept = kept or Kept()
         self.parameters = parameters
         self.metric = metric
         self.metrics = (metric, *further_metrics)
@@ -151,7 +157,9 @@ class SearchRecords:
             self._write_trial(in_table)
             return in_table
         self.notes.append(f"{reason}, nor does trials.csv know it: trial {trial_id} is left out")
-        shutil.move(path.parent, path.parent.with_name(f"damaged-{trial_id}-{datetime.now():%Y%m%d-%H%M%S-%f}"))
+        aside = path.parent.with_name(f"damaged-{trial_id}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+        shutil.move(path.parent, aside)
+        self.kept.rename(path.parent, aside)
         return None
 
     def trial_folder(self, trial_id: str) -> Path:
@@ -203,7 +211,9 @@ class SearchRecords:
         known: dict[str, Any] = {"judged": self.judged[trial_id], "curve": self.curve(trial_id)}
         if trial_id in self.sampler_state:
             known["sampler_state"] = self.sampler_state[trial_id]
-        write_json(self.trial_folder(trial_id) / "trial.json", row | known)
+        path = self.trial_folder(trial_id) / "trial.json"
+        write_json(path, row | known)
+        self.kept.put(path)
 
     def judge(self, trial_id: str, epoch: int, value: float, *, goes_on: bool) -> None:
         """Record that ASHA has judged a trial. One that it stops is written when it ends, a moment later."""
@@ -232,6 +242,8 @@ class SearchRecords:
         if status == "stopped" or error.startswith(DIVERGED):
             for folder in (self.trial_folder(trial_id), *self.trial_folder(trial_id).glob("seed-*")):
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            self.kept.drop_checkpoints(self.trial_folder(trial_id))
+        self.kept.fetch_run(self.trial_folder(trial_id))
         self.write_table()
         if status == "completed":
             self.write_best()
@@ -262,6 +274,7 @@ class SearchRecords:
         self.is_behind = True
         if at_once or len(self.rows) <= MOST_ROWS_AT_ONCE or began_at >= self._next_table_at:
             write_rows(self.folder / "trials.csv", self.rows.values(), self.parameters)
+            self.kept.put(self.folder / "trials.csv")
             self.is_behind = False
             done_at = time.monotonic()
             self._next_table_at = done_at + (done_at - began_at) / TABLE_SHARE
@@ -270,6 +283,7 @@ class SearchRecords:
         best = self.best()
         if best is not None and self.search:
             write_best(self.folder, self.search, best, list(self.rows.values()), self.parameters, self.metrics)
+            self.kept.put(self.folder / "best.json")
 
 
 def trial_number(trial_id: str) -> int:
@@ -416,9 +430,11 @@ def find_search(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def save_search(folder: Path, record: dict[str, Any]) -> None:
+def save_search(folder: Path, record: dict[str, Any], kept: Kept | None = None) -> None:
     for path in (folder / "search.json", folder / "state" / "search.json"):
         write_json(path, record)
+        if kept is not None:
+            kept.put(path)
 
 
 # ---------------------------------------------------------------- trials.csv

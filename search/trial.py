@@ -1,7 +1,7 @@
 """One trial, as it runs in a Ray worker: proposed parameters in, a report after every epoch, checkpoints of its own.
 
 Ray is given no checkpoints: after a kill its snapshot may name one that is gone. A trial that starts again, whoever
-starts it, looks into its own folder.
+starts it, looks into its own folder, or what an object store has of that.
 """
 
 import math
@@ -20,17 +20,18 @@ from byot.config import TrainConfig
 from byot.data import LabelledImages
 from byot.files import append_json_line, describe_refusal, write_json_lines
 from byot.lock import WORKER_WAIT_S, LockedError, lock_folder
-from byot.runs import restore_trainer, train_saving
+from byot.runs import OnSave, restore_trainer, train_saving
 from byot.stopping import DivergedError, TrainingError
 from byot.trainer import OnBatch, Trainer
 from search.records import DIVERGED
+from search.store import Bucket, working_folder
 
 # Steps of a new search's first trial after which its speed is reported: those that warm up, those that are timed.
 STEPS_TIMED = {"cpu": (1, 3), "mps": (10, 10), "cuda": (100, 100)}
 
 # Keys of a report with which a trial ends before its last epoch, beside the metric's NaN.
 FAILED = "failed"  # for good, with the reason
-UNWRITABLE = "unwritable"  # its folder cannot be read or written: the trial can go on when it can
+UNWRITABLE = "unwritable"  # its folder or the object store cannot be read or written: it can go on when that can
 # Key of a report that is no epoch's: images a second, before the first epoch is done.
 PACE = "pace"
 
@@ -44,6 +45,7 @@ class TrialSetup(NamedTuple):
     threads: int
     timed: str | None  # the trial that reports its speed early
     num_seeds: int = 1
+    place: Bucket | None = None  # where the trials' folders are kept, if not where they are
 
 
 def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledImages, val: LabelledImages) -> None:
@@ -52,16 +54,21 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
     One that goes on first reports its epochs again: the search may have been killed before it heard of them.
     """
     torch.set_num_threads(setup.threads)
-    folder = setup.trials_folder / suggestion["trial_id"]
+    trial_id = suggestion["trial_id"]
+    folder = setup.trials_folder / trial_id
+    place = None if setup.place is None else setup.place / trial_id
     ending = {"epoch": 0, setup.metric: math.nan}
     try:
-        if not (folder / "trial.json").is_file():  # a folder made here would be on this node alone
-            raise FileNotFoundError(ENOENT, f"the node {get_node_ip_address()} does not see it", str(folder))
-        with lock_folder(folder, wait_s=WORKER_WAIT_S):
-            config = setup.base.with_settings(**suggestion["params"])
-            timed = setup.metric if suggestion["trial_id"] == setup.timed else None
-            for record in train_seeds(config, setup.num_seeds, folder, train, val, timed):
-                tune.report(record)
+        with working_folder(folder, place) as (here, save):
+            if not (here / "trial.json").is_file():  # a folder made here would be on this node alone
+                told = f"the node {get_node_ip_address()} does not see it"
+                raise FileNotFoundError(ENOENT, told, str(place or folder))
+            with lock_folder(here, wait_s=WORKER_WAIT_S):
+                config = setup.base.with_settings(**suggestion["params"])
+                timed = setup.metric if trial_id == setup.timed else None
+                for record in train_seeds(config, setup.num_seeds, here, train, val, timed, save):
+                    save()
+                    tune.report(record)
     except TrainingError as error:
         tune.report(ending | {FAILED: f"{DIVERGED if isinstance(error, DivergedError) else ''}{error}"})
     except LockedError as error:
@@ -71,7 +78,13 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
 
 
 def train_seeds(
-    config: TrainConfig, num_seeds: int, folder: Path, train: LabelledImages, val: LabelledImages, timed: str | None
+    config: TrainConfig,
+    num_seeds: int,
+    folder: Path,
+    train: LabelledImages,
+    val: LabelledImages,
+    timed: str | None,
+    on_save: OnSave = lambda: None,
 ) -> Iterator[dict[str, Any]]:
     """Train with one seed or several, epoch by epoch side by side; yields each epoch's record, of several the mean.
 
@@ -90,7 +103,7 @@ def train_seeds(
     yield from done
     on_batch = report_pace(trainers[0], timed) if timed is not None else None
     running = [
-        train_saving(trainer, place, on_batch=on_batch if trainer is trainers[0] else None)
+        train_saving(trainer, place, on_batch if trainer is trainers[0] else None, on_save=on_save)
         for trainer, place in zip(trainers, folders, strict=True)
     ]
     for epoch in range(len(done) + 1, config.epochs + 1):

@@ -11,8 +11,9 @@ Everything is left in outputs/searches/NAME. The same command goes on with its o
 
 import argparse
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from byot.config import (
@@ -26,11 +27,12 @@ from byot.config import (
 )
 from byot.files import describe_refusal, errors_in, set_aside
 from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
-from byot.lock import lock_folder
+from byot.lock import LOCK_FILE, lock_folder
 from byot.searched import load_confirmation
 from search.records import find_search, load_search
 from search.settings import FRESH_SEEDS, SearchSettings
 from search.space import DEFAULT_SPACE, Space, read_space, space_from_dict, space_to_dict
+from search.store import COPY_OF, Bucket, Kept, KeptInBucket, copied_from, is_url, open_bucket
 
 if TYPE_CHECKING:
     from search.warm import WarmStart  # importing it at once would cost every `--help`
@@ -60,7 +62,12 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--address", help="address of a running Ray cluster, or auto (default: this machine alone)")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
-    parser.add_argument("--storage-path", metavar="DIR", help="where this search is kept (default: OUTPUTS/searches)")
+    parser.add_argument(
+        "--storage-path",
+        metavar="DIR or URL",
+        help="where this search is kept (default: OUTPUTS/searches); or an object store's URL, such as "
+        "s3://BUCKET/FOLDER: its records are then in OUTPUTS/searches as well",
+    )
     add_settings(parser, SearchSettings)
     add_settings(parser, TrainConfig, omit=(*SEARCHED, "batch_norm"), defaults={"val_fraction": VAL_FRACTION})
     return parser
@@ -88,9 +95,8 @@ def plan_search(arguments: argparse.Namespace, searches: Path) -> tuple[Path, Tr
         search = load_search(folder)
         asked = {**given, **given_search, **({} if arguments.space is None else {"space": space_to_dict(space)})}
     else:
-        default_name = f"{base.model}-w{base.width}-{base.dataset}-e{base.epochs}"
-        folder = searches / check_name(default_name if arguments.name is None else arguments.name)
-        if arguments.fresh or not folder.exists():
+        folder = searches / check_name(default_name(base) if arguments.name is None else arguments.name)
+        if arguments.fresh or is_new(folder):
             return folder, base, settings, space
         if not any((folder / name).exists() for name in ("search.json", "state/search.json", "trials")):
             raise ValueError(f"{folder} exists and holds no search: choose another --name")
@@ -101,6 +107,46 @@ def plan_search(arguments: argparse.Namespace, searches: Path) -> tuple[Path, Tr
             return folder, base, settings, space
         asked = {**base.to_dict(), **settings.to_dict(), "space": space_to_dict(space)}
     return folder, *_as_recorded(folder, search, asked, {**given, **given_search})
+
+
+def default_name(base: TrainConfig) -> str:
+    return f"{base.model}-w{base.width}-{base.dataset}-e{base.epochs}"
+
+
+def is_new(folder: Path) -> bool:
+    """Whether nothing but a lock, or the name of what it is to be a copy of, is in a search's folder."""
+    return not folder.exists() or all(path.name in (LOCK_FILE, COPY_OF) for path in folder.iterdir())
+
+
+def fetch_search(arguments: argparse.Namespace, searches: Path, bucket: Bucket, held: ExitStack) -> None:
+    """Copy what an object store has of the search that is meant; its name goes to `arguments`, its lock to `held`."""
+    given = given_settings(arguments, TrainConfig)
+    if arguments.name is None and arguments.resume:
+        arguments.name = _newest_in_bucket(bucket, given)
+    elif arguments.name is None:
+        arguments.name = default_name(TrainConfig(**{"val_fraction": VAL_FRACTION, **given}))
+    folder = searches / check_name(arguments.name)
+    if arguments.fresh:
+        return
+    held.enter_context(lock_folder(folder))
+    KeptInBucket(bucket, folder).fetch()
+    if arguments.resume and is_new(folder):
+        raise ValueError(f"there is no search {arguments.name} in {bucket}")
+
+
+def _newest_in_bucket(bucket: Bucket, given: dict[str, object]) -> str:
+    """The name of the newest unfinished search of this model and data set."""
+    with TemporaryDirectory() as looked_at:
+        for name in bucket.folders():
+            _fetch_records(bucket, name, ("search.json", "state/search.json", "confirmation.json"), Path(looked_at))
+        return _find_resumable(Path(looked_at), None, given, where=str(bucket)).name
+
+
+def _fetch_records(bucket: Bucket, name: str, records: tuple[str, ...], folder: Path) -> None:
+    """Copy these of a search's records, those that there are, to a folder of that name."""
+    for record in records:
+        with suppress(FileNotFoundError):
+            bucket.fetch([f"{name}/{record}"], folder)
 
 
 def _as_recorded(
@@ -144,15 +190,30 @@ def check_seeds(base: TrainConfig, settings: SearchSettings) -> None:
 
 
 def find_warm_start(
-    searches: Path, folder: Path, base: TrainConfig, settings: SearchSettings, space: Space, *, is_new: bool
+    searches: Path,
+    folder: Path,
+    base: TrainConfig,
+    settings: SearchSettings,
+    space: Space,
+    *,
+    is_new: bool,
+    bucket: Bucket | None = None,
 ) -> "WarmStart | None":
-    """What the search was started with, or is to be. Raises ValueError where that is lost, or nothing is there."""
+    """What the search was started with, or is to be. Raises ValueError where that is lost, or nothing is there.
+
+    An earlier search that is not here is looked for in the object store.
+    """
     if settings.warm_start is None:
         return None
     from search.warm import FILE, load_warm_start, make_warm_start
 
     if is_new or find_search(folder) is None:
-        return make_warm_start(searches, settings.warm_start, base, settings, space)
+        with TemporaryDirectory() as looked_at:
+            if bucket is not None and not (searches / settings.warm_start).exists():
+                _fetch_records(bucket, settings.warm_start, ("search.json", "trials.csv"), Path(looked_at))
+                if any(Path(looked_at).iterdir()):
+                    searches = Path(looked_at)
+            return make_warm_start(searches, settings.warm_start, base, settings, space)
     found = load_warm_start(folder, space, settings.metric)
     if found is None:
         raise ValueError(f"{folder / FILE} is missing: without it the search cannot go on as it was started; --fresh")
@@ -173,8 +234,8 @@ def _is_unfinished(folder: Path, search: dict[str, Any]) -> bool:
     return confirmation is None or confirmation["status"] != "finished"
 
 
-def _find_resumable(searches: Path, name: str | None, given: dict[str, object]) -> Path:
-    """The named search, else the newest unfinished one of this model and data set."""
+def _find_resumable(searches: Path, name: str | None, given: dict[str, object], where: str = "") -> Path:
+    """The named search, else the newest unfinished one of this model and data set; a person knows it as `where`."""
     if name is not None:
         if not (searches / check_name(name)).is_dir():
             raise ValueError(f"there is no search {name} in {searches}")
@@ -190,8 +251,27 @@ def _find_resumable(searches: Path, name: str | None, given: dict[str, object]) 
         if same and _is_unfinished(path.parent, search):
             found.append((str(search.get("started_at")), path.parent))
     if not found:
-        raise ValueError(f"no unfinished search is in {searches}; name one with --name, or start one without --resume")
+        raise ValueError(
+            f"no unfinished search is in {where or searches}; name one with --name, or start one without --resume"
+        )
     return max(found)[1]
+
+
+def take_over(bucket: Bucket, folder: Path, held: ExitStack, *, fresh: bool) -> Kept:
+    """Let this process drive the search that an object store keeps; `held` is told to let it go.
+
+    Raises ValueError where nothing can be written there.
+    """
+    kept = KeptInBucket(bucket, folder)
+    try:
+        if told := kept.take_over():
+            print(f"tune.py: {told}", file=sys.stderr)
+        held.callback(kept.let_go)
+        if fresh and (aside := kept.set_aside()):
+            print(f"what was in {kept.bucket} is now in {aside}")
+    except OSError as error:
+        raise ValueError(describe_refusal(error, str(kept.bucket))) from error
+    return kept
 
 
 def main() -> None:
@@ -210,12 +290,15 @@ def search(arguments: argparse.Namespace, held: ExitStack) -> int:
     with one_sentence_errors("tune.py"):
         if arguments.address is not None and not arguments.address.strip():
             raise ValueError("--address must be auto or the address of a Ray cluster, such as 10.0.0.1:6379")
-        if arguments.storage_path is not None and "://" in arguments.storage_path:
-            raise ValueError("--storage-path must be a folder (on a cluster one that every node shares), not a URL")
-        searches: str | Path = outputs_folder(arguments.outputs) / "searches"
-        if arguments.storage_path is not None:
-            searches = arguments.storage_path
-        folder, base, settings, space = plan_search(arguments, check_writable(searches))
+        outputs = outputs_folder(arguments.outputs)
+        bucket = open_bucket(arguments.storage_path) if is_url(arguments.storage_path) else None
+        in_folder = bucket is None and arguments.storage_path is not None
+        searches = check_writable(arguments.storage_path if in_folder else outputs / "searches")
+        if bucket is not None:
+            fetch_search(arguments, searches, bucket, held)
+        folder, base, settings, space = plan_search(arguments, searches)
+        if bucket is None and not arguments.fresh and (place := copied_from(folder)):
+            raise ValueError(f"{folder} is a copy of {place}: go on with --storage-path and its URL")
 
         from byot.distributed import ALONE
         from byot.step import ways_to_try
@@ -230,13 +313,17 @@ def search(arguments: argparse.Namespace, held: ExitStack) -> int:
             ways_to_try(base.acceleration, choose_device(base.device), ALONE)
         check_seeds(base, settings)
         data = load_search_data(base)
-        warm = find_warm_start(Path(searches), folder, base, settings, space, is_new=arguments.fresh)
+        warm = find_warm_start(searches, folder, base, settings, space, is_new=arguments.fresh, bucket=bucket)
         if arguments.fresh and folder.exists():
             with lock_folder(folder):
                 print(f"what was in {folder} is now in {set_aside(folder)}")
-        held.enter_context(lock_folder(folder))
+        if bucket is None or arguments.fresh:
+            held.enter_context(lock_folder(folder))
         recorded = find_search(folder)
-        plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed, warm, recorded)
+        kept = Kept() if bucket is None else take_over(bucket, folder, held, fresh=arguments.fresh)
+        plan = SearchPlan(
+            folder, base, settings, space, arguments.address, arguments.retry_failed, warm, recorded, kept
+        )
         check_same_search(plan, data)
     return run_search(plan, data, slots or asked)
 

@@ -46,8 +46,10 @@ class WarmStart(NamedTuple):
         number = f"the {len(self.points)} best settings" if len(self.points) > 1 else "the best setting"
         return f"warm start: {number} of {self.search}, which trained otherwise, are tried early"
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Path:
+        """Returns the file."""
         write_json(folder / FILE, {**self._asdict(), "trials": [trial._asdict() for trial in self.trials]})
+        return folder / FILE
 
 
 def load_warm_start(folder: Path, space: Space, metrics: tuple[str, ...]) -> WarmStart | None:

@@ -89,8 +89,13 @@ class SearchWatch(tune.Callback):
         reason = text.splitlines()[-1].strip()
         if "OutOfMemoryError" in text or "running low on memory" in text:
             reason = f"out of memory, as Ray's memory monitor saw it; fewer trials at once would help ({reason})"
-        self._write(lambda: write_text(self.records.trial_folder(trial_id) / "error.txt", text + "\n"))
+        self._write(lambda: self._keep_error(trial_id, text))
         self._end(trial_id, "failed", reason)
+
+    def _keep_error(self, trial_id: str, text: str) -> None:
+        path = self.records.trial_folder(trial_id) / "error.txt"
+        write_text(path, text + "\n")
+        self.records.kept.put(path)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Ray calls this several times a second, whether anything has happened or not."""

@@ -355,7 +355,9 @@ def test_no_data_and_no_network_is_one_sentence_before_ray_starts(tmp_path: Path
         (["--name", "../x"], ["name"]),
         (["--resume"], ["no unfinished search"]),
         (["--resume", "--name", "none"], ["none"]),
-        (["--storage-path", "s3://bucket/x"], ["--storage-path"]),
+        (["--storage-path", "ftp://bucket/x"], ["--storage-path", "s3"]),
+        (["--storage-path", "s3://bucket/x?surprise=1"], ["--storage-path", "surprise"]),
+        (["--storage-path", "s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http"], ["s3://bucket/x", "onnect"]),
         (["--surprise"], ["--surprise"]),
     ],
 )

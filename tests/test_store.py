@@ -1,0 +1,286 @@
+"""Searches kept in an object store, piece by piece, against a small S3 on this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from byot.files import write_json, write_text
+from search.store import (
+    COPY_OF,
+    DRIVER,
+    Bucket,
+    KeptInBucket,
+    TakenOverError,
+    copied_from,
+    open_bucket,
+    try_bucket,
+    working_folder,
+)
+from tests.helpers import PROJECT
+from tests.object_store import ObjectStore, credentials, serve
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    for name, value in credentials().items():
+        monkeypatch.setenv(name, value)
+    with serve() as store:
+        yield store
+
+
+@pytest.fixture
+def bucket(store: ObjectStore) -> Bucket:
+    return open_bucket(store.url())
+
+
+def refuse_writes(method: str, key: str) -> None:
+    if method in ("PUT", "POST", "DELETE"):
+        raise ConnectionResetError
+
+
+def test_what_is_written_is_read_listed_moved_and_removed(bucket: Bucket):
+    big = os.urandom(12 << 20)  # in parts
+    bucket.write("a/big", big)
+    (bucket / "a").write("b/c d", b"small")
+    bucket.write("a/empty", b"")
+    assert bucket.read("a/big") == big
+    assert (bucket / "a" / "b").read("c d") == b"small"
+    assert bucket.read("a/empty") == b""
+    assert sorted(bucket.files()) == ["a/b/c d", "a/big", "a/empty"]
+    assert (bucket.folders(), (bucket / "nowhere").files()) == (["a"], [])
+    bucket.move("a/big", "z")
+    bucket.remove("a/empty")
+    bucket.remove("a/empty")
+    assert sorted(bucket.files()) == ["a/b/c d", "z"]
+    with pytest.raises(FileNotFoundError) as error:
+        bucket.read("a/empty")
+    assert error.value.filename == "s3://bucket/searches/a/empty"
+
+
+def test_a_listing_of_several_pages(bucket: Bucket, tmp_path: Path):
+    names = [f"{number:03}" for number in range(120)]
+    for name in names:
+        bucket.write(name, name.encode())
+    assert sorted(bucket.files()) == names
+    bucket.fetch(names, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: name for name in names}
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("foo://bucket/x", "must be a folder or the URL of an object store"),
+        ("file:///tmp/a", "must be a folder or the URL of an object store"),
+        ("s3://", "must be like s3://BUCKET/FOLDER"),
+        ("s3:///x", "must be like s3://BUCKET/FOLDER"),
+        ("s3://bucket/../x", "must be like s3://BUCKET/FOLDER"),
+        ("s3://bucket/x#y", "must be like s3://BUCKET/FOLDER"),
+        ("s3://[bucket/x", "is not a URL"),
+        ("s3://a b/x", "Cannot parse URI"),
+        ("s3://name:word@bucket/x", "credentials come from the environment"),
+        ("s3://bucket/x?surprise=1", "surprise"),
+        ("abfs://container/x", "account name"),
+    ],
+)
+def test_urls_of_no_store(url: str, words: str):
+    with pytest.raises(ValueError, match=words):
+        open_bucket(url)
+
+
+def test_a_store_that_refuses(store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="s3://other/searches cannot be used: there is no such bucket"):
+        open_bucket(store.url(bucket="other"))
+    for name, value in credentials("nobody").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="ACCESS_DENIED"):
+        open_bucket(store.url())
+    assert "ACCESS_DENIED" in try_bucket(Bucket(store.url(), "s"))
+    store.stop()
+    with pytest.raises(ValueError, match=r"s3://bucket/searches cannot be used: .*connect"):
+        open_bucket(store.url())
+
+
+def test_a_process_killed_within_an_upload_leaves_what_was_there(store: ObjectStore, bucket: Bucket):
+    bucket.write("x", b"before")
+    code = f"from search.store import Bucket; Bucket({store.url()!r}).write('x', bytes(32 << 20))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env=os.environ | credentials())
+
+    def kill(method: str, key: str) -> None:
+        if method == "PUT":
+            process.kill()
+
+    store.on_request = kill
+    assert process.wait(60) == -signal.SIGKILL
+    assert bucket.read("x") == b"before"
+    assert bucket.files() == ["x"]
+
+
+# ---------------------------------------------------------------- a trial's folder
+
+
+def place_of_trial(bucket: Bucket) -> Bucket:
+    place = bucket / "s" / "trials" / "t0000"
+    place.write("trial.json", b"{}")
+    return place
+
+
+def write_epoch(folder: Path, epoch: int) -> None:
+    """As a trial does: a checkpoint, the one before the last removed, a line."""
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / f"epoch-{epoch:04d}.pt").write_text(f"state {epoch}")
+    (folder / "checkpoints" / f"epoch-{epoch - 2:04d}.pt").unlink(missing_ok=True)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(f"{epoch}\n")
+
+
+def test_a_trial_goes_on_in_another_folder_with_what_it_has_saved(store: ObjectStore, bucket: Bucket):
+    place = place_of_trial(bucket)
+    with working_folder(Path("unused"), place) as (here, save):
+        assert [path.name for path in here.iterdir()] == ["trial.json"]
+        for epoch in (1, 2, 3):
+            write_epoch(here, epoch)
+            save()
+            save()
+        (here / ".lock").touch()
+        (here / "checkpoints" / ".epoch-0004.pt.1.tmp").touch()
+        save()
+    assert not here.exists()
+    written = [key.rpartition("/")[2] for method, key in store.log if method == "PUT" and not key.endswith("/")]
+    assert written == ["trial.json"] + [name for n in (1, 2, 3) for name in (f"epoch-000{n}.pt", "metrics.jsonl")]
+    with working_folder(Path("unused"), place) as (there, save):
+        assert there != here
+        assert sorted(path.name for path in there.rglob("*.*")) == [
+            "epoch-0002.pt",
+            "epoch-0003.pt",
+            "metrics.jsonl",
+            "trial.json",
+        ]
+        assert (there / "metrics.jsonl").read_text() == "1\n2\n3\n"
+
+
+def test_a_checkpoint_that_cannot_be_put_there_costs_none_that_can_be_read(store: ObjectStore, bucket: Bucket):
+    place = place_of_trial(bucket)
+    with working_folder(Path("unused"), place) as (here, save):
+        for epoch in (1, 2):
+            write_epoch(here, epoch)
+            save()
+        before = sorted(place.files())
+        store.on_request = refuse_writes
+        write_epoch(here, 3)
+        with pytest.raises(OSError, match=r"epoch-0003\.pt"):
+            save()
+    assert sorted(place.files()) == before
+
+
+def test_a_folder_of_its_own_is_left_as_it_is(tmp_path: Path):
+    with working_folder(tmp_path, None) as (here, save):
+        save()
+        assert here == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- the driver's copy
+
+
+@pytest.fixture
+def kept(bucket: Bucket, tmp_path: Path) -> KeptInBucket:
+    (tmp_path / "one" / "s").mkdir(parents=True)
+    made = KeptInBucket(bucket, tmp_path / "one" / "s")
+    assert made.take_over() == ""
+    return made
+
+
+def put(kept: KeptInBucket, name: str, text: str) -> None:
+    write_text(kept.folder / name, text)
+    kept.put(kept.folder / name)
+
+
+def test_a_copy_has_the_records_and_not_the_checkpoints(kept: KeptInBucket, bucket: Bucket, tmp_path: Path):
+    for name in ("search.json", "state/search.json", "trials/t0000/trial.json", "confirmation/r/result.json"):
+        put(kept, name, name)
+    place = kept.place(kept.folder / "trials" / "t0000")
+    for name in (
+        "metrics.jsonl",
+        "seed-1/metrics.jsonl",
+        "checkpoints/epoch-0001.pt",
+        "seed-1/checkpoints/epoch-0001.pt",
+    ):
+        place.write(name, b"")
+    bucket.write("s/surprise", b"")
+    bucket.write("s/../../outside", b"")
+    there = tmp_path / "two" / "s"
+    there.mkdir(parents=True)
+    KeptInBucket(bucket, there).fetch()
+    found = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+    assert found == {
+        *("search.json", "state/search.json", "confirmation/r/result.json", COPY_OF),
+        *(f"trials/t0000/{name}" for name in ("trial.json", "metrics.jsonl", "seed-1/metrics.jsonl")),
+    }
+    assert copied_from(there) == "s3://bucket/searches/s"
+
+    write_text(there / "trials" / "t0001" / "trial.json", "never put there")
+    write_text(there / "trials" / "t0000" / "trial.json", "nor was this")
+    write_text(there / "mine.txt", "a user's")
+    KeptInBucket(bucket, there).fetch()
+    assert not (there / "trials" / "t0001").exists()
+    assert (there / "trials" / "t0000" / "trial.json").read_text() == "trials/t0000/trial.json"
+    assert (there / "mine.txt").exists()
+
+    kept.drop_checkpoints(kept.folder / "trials" / "t0000")
+    assert sorted(place.files()) == ["metrics.jsonl", "seed-1/metrics.jsonl", "trial.json"]
+    kept.fetch_run(kept.folder / "trials" / "t0000")
+    assert (kept.folder / "trials" / "t0000" / "seed-1" / "metrics.jsonl").exists()
+
+
+def test_no_copy_is_made_over_another_search(kept: KeptInBucket, bucket: Bucket, tmp_path: Path):
+    put(kept, "search.json", "{}")
+    other = tmp_path / "two" / "s"
+    write_json(other / "search.json", {"name": "of this machine"})
+    with pytest.raises(ValueError, match="is no copy of s3://bucket/searches/s"):
+        KeptInBucket(bucket, other).fetch()
+    assert "of this machine" in (other / "search.json").read_text()
+    bucket.remove("s/search.json")
+    with pytest.raises(ValueError, match="holds no search any more"):
+        kept.fetch()
+    assert (kept.folder / "search.json").exists()
+
+
+def test_the_last_driver_drives(kept: KeptInBucket, bucket: Bucket, tmp_path: Path):
+    put(kept, "search.json", "first")
+    (tmp_path / "two" / "s").mkdir(parents=True)
+    second = KeptInBucket(bucket, tmp_path / "two" / "s")
+    assert f"process {os.getpid()}" in second.take_over()
+    put(second, "search.json", "second")
+    with pytest.raises(TakenOverError, match="goes on with this search"):
+        put(kept, "search.json", "first again")
+    kept.let_go()
+    assert bucket.read("s/search.json") == b"second"
+    put(second, "search.json", "second again")
+    second.let_go()
+    assert DRIVER not in (bucket / "s").files()
+
+
+def test_setting_aside_leaves_nothing_and_loses_nothing(kept: KeptInBucket, bucket: Bucket):
+    assert kept.set_aside() == ""
+    put(kept, "search.json", "a")
+    kept.place(kept.folder / "trials" / "t0000").write("checkpoints/epoch-0001.pt", b"b")
+    aside = kept.set_aside()
+    assert (bucket / "s").files() == [DRIVER]
+    name = aside.removeprefix("s3://bucket/searches/")
+    assert name.startswith("replaced/s-")
+    assert sorted((bucket / name).files()) == ["search.json", "trials/t0000/checkpoints/epoch-0001.pt"]
+
+
+def test_a_node_that_cannot_reach_it_says_so(kept: KeptInBucket, store: ObjectStore, tmp_path: Path):
+    place: Any = kept.bucket
+    assert try_bucket(place) == ""
+    assert (tmp_path / "one" / "s" / COPY_OF).exists()
+    assert place.files() == [DRIVER]
+    store.on_request = refuse_writes
+    assert "AWS Error" in try_bucket(place)

@@ -436,7 +436,7 @@ def tell_result(plan: SearchPlan, records: SearchRecords) -> int:
     if not (plan.folder / "best.json").is_file():
         print(f"no trial reached its last epoch; what went wrong is in {plan.folder}", flush=True)
         return 1
-    print(_verdict(plan.folder))
+    print(_verdict(plan))
     return 0
 
 
@@ -469,8 +469,9 @@ def describe_time(
     return text
 
 
-def _verdict(folder: Path) -> str:
+def _verdict(plan: SearchPlan) -> str:
     """The best configuration, what it is compared with, and the commands to run next."""
+    folder, bucket = plan.folder, plan.kept.bucket
     best = read_json(folder / "best.json")
     metric = best["metric"]
     told = ", ".join(f"{name} {value:.4g}" for name, value in best["params"].items())
@@ -485,6 +486,7 @@ def _verdict(folder: Path) -> str:
             for one in front
         ]
     name = shlex.quote(folder.name)
+    place = "" if bucket is None else f" --storage-path {shlex.quote(bucket.url)}"
     try:
         confirmation = load_confirmation(folder)
     except ValueError as error:
@@ -495,7 +497,7 @@ def _verdict(folder: Path) -> str:
         lines += [
             "one run each: whether the difference is more than noise, a confirmation over fresh seeds says",
             "",
-            f"python search/tune.py --name {name} --resume --confirm 3",
+            f"python search/tune.py --name {name}{place} --resume --confirm 3",
         ]
     lines += [
         f"python analysis/best.py {name}",

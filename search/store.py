@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from byot.files import read_json, write_json
-from byot.lock import LOCK_FILE
+from byot.lock import LOCK_FILE, LockedError, lock_folder
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 IN_ONE_REQUEST = "allow_delayed_open"  # pyarrow's option for small objects in S3, which else take three
@@ -36,6 +37,8 @@ RECORDS = ("search.json", "trials.csv", "best.json", "warm_start.json", "confirm
 FOLDERS = ("state", "trials", "confirmation")
 NUM_THREADS = 16  # that fetch small objects side by side
 READ_ATTEMPTS = 3  # of a trial's folder from which a worker that is about to end still removes an old checkpoint
+TEMPORARY = "byot-run-"  # how the names of working folders begin
+ABANDONED_S = 60.0  # by when a working folder is locked if it is in use
 
 Save = Callable[[], None]
 
@@ -328,8 +331,10 @@ def working_folder(folder: Path, place: Bucket | None) -> Iterator[tuple[Path, S
     if place is None:
         yield folder, lambda: None
         return
-    with tempfile.TemporaryDirectory(prefix="byot-") as temporary:
-        here = Path(temporary)
+    _remove_abandoned()
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary, lock_folder(Path(temporary)):
+        here = Path(temporary) / "run"
+        here.mkdir()
         _fetch_all(place, here)
         known = _stamps(here)
 
@@ -344,6 +349,15 @@ def working_folder(folder: Path, place: Bucket | None) -> Iterator[tuple[Path, S
                 del known[name]
 
         yield here, save
+
+
+def _remove_abandoned() -> None:
+    """Remove the temporary folders of workers that were killed on this node: nobody holds their locks."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
+        with suppress(OSError, LockedError):  # another user's, or at work
+            if time.time() - folder.stat().st_mtime > ABANDONED_S:
+                with lock_folder(folder):
+                    shutil.rmtree(folder)
 
 
 def _fetch_all(place: Bucket, folder: Path) -> None:

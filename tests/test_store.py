@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,30 @@ def test_a_checkpoint_that_cannot_be_put_there_costs_none_that_can_be_read(store
         with pytest.raises(OSError, match=r"epoch-0003\.pt"):
             save()
     assert sorted(place.files()) == before
+
+
+def test_what_a_killed_worker_leaves_is_removed_and_what_is_at_work_stays(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = place_of_trial(bucket)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, signal; from pathlib import Path; from search.store import Bucket, working_folder\n"
+        f"with working_folder(Path('unused'), Bucket({place.url!r}, {place.below!r})):\n"
+        " os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | credentials() | {"TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "run" / "trial.json").exists()
+    with working_folder(Path("unused"), place) as (at_work, _):
+        assert left.exists(), "it may have been made this moment"
+        for folder in (left, at_work.parent):
+            os.utime(folder, (0, 0))
+        with working_folder(Path("unused"), place):
+            assert not left.exists()
+            assert at_work.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_its_own_is_left_as_it_is(tmp_path: Path):

@@ -265,6 +265,25 @@ def test_the_store_is_gone_for_a_while(search: BucketSearch, whole: Finished) ->
         assert_same(outcome(search.store, search.folder / "bucket"), whole.outcome)
 
 
+@pytest.mark.parametrize("name", ["trials/t0002/trial.json", "trials.csv"])
+def test_a_record_of_the_driver_cannot_be_put_there(search: BucketSearch, whole: Finished, name: str) -> None:
+    """Of a trial that is proposed, so that it is not begun; or the table, as one ends."""
+
+    def refuse(method: str, key: str) -> None:
+        ended = f"{KEPT}trials/t0000/checkpoints/epoch-{EPOCHS:04d}.pt" in search.store.objects
+        if (method, key) == ("PUT", KEPT + name) and ended:
+            raise ConnectionResetError
+
+    search.store.on_request = refuse
+    stopped = search.run("a", *FLAGS)
+    assert stopped.returncode == 1, stopped.stdout
+    assert_one_sentence(stopped.stderr, f"s3://bucket/searches/s/{name} cannot be read or written", "go on with: ")
+    search.store.on_request = lambda method, key: None
+    done = search.run("b", "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(outcome(search.store, search.folder / "bucket"), whole.outcome)
+
+
 def test_a_second_driver_takes_the_search_over(search: BucketSearch, whole: Finished) -> None:
     first = search.start("a", *FLAGS)
     search.wait_for(f"{THIRD}checkpoints/epoch-0001.pt", first)

@@ -12,8 +12,11 @@ it is about to write.
 import errno
 import json
 import os
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +32,19 @@ from byot.files import read_json, write_json
 from byot.lock import LOCK_FILE, LockedError, lock_folder
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
-IN_ONE_REQUEST = "allow_delayed_open"  # pyarrow's option for small objects in S3, which else take three
+# Unless the URL says otherwise. Small objects in one request, which else take three; Google's repeats for 15 minutes.
+OPTIONS = {"s3": "allow_delayed_open=true", "gs": "retry_limit_seconds=60", "gcs": "retry_limit_seconds=60"}
+ANSWER_TIMEOUT_S = 150  # for a store to say whether a bucket is there
+# In a process of its own: without credentials Azure's client does not raise, it aborts.
+LOOK = """
+import sys
+try:
+    from pyarrow.fs import FileSystem
+    files, root = FileSystem.from_uri(sys.argv[1])
+    sys.exit("there is no such bucket" if files.get_file_info(root.split("/")[0]).type.name == "NotFound" else 0)
+except Exception as error:
+    sys.exit(" ".join(str(error).split()))
+"""
 CHECKPOINTS = "checkpoints"
 DRIVER = "state/driver.json"
 COPY_OF = "copy-of.json"  # in the driver's folder alone: the place of which it is a copy
@@ -77,10 +92,7 @@ class Bucket:
         """The file system of pyarrow's and the folder's path in it."""
         from pyarrow.fs import FileSystem
 
-        url = self.url
-        if url.startswith("s3:") and IN_ONE_REQUEST not in url:
-            url += ("&" if "?" in url else "?") + f"{IN_ONE_REQUEST}=true"
-        files, root = FileSystem.from_uri(url)
+        files, root = FileSystem.from_uri(with_options(self.url))
         return files, f"{root.rstrip('/')}/{self.below}".rstrip("/")
 
     @contextmanager
@@ -98,19 +110,18 @@ class Bucket:
 
     def check(self) -> None:
         """Raise ValueError, in one sentence, unless the URL is one of a bucket that answers."""
-        from pyarrow import ArrowInvalid
-
+        command = [sys.executable, "-c", LOOK, with_options(self.url)]
         try:
-            with self._refusals():
-                try:
-                    files, root = self._opened
-                except ArrowInvalid as error:
-                    raise ValueError(f"--storage-path {self} cannot be used: {error}") from error
-                found = files.get_file_info(root.split("/")[0])
-        except OSError as error:
-            raise ValueError(f"--storage-path {self} cannot be used: {error.strerror}") from error
-        if found.type.name == "NotFound":
-            raise ValueError(f"--storage-path {self} cannot be used: there is no such bucket")
+            looked = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ANSWER_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            trouble = f"it did not answer within {ANSWER_TIMEOUT_S} s"
+        else:
+            trouble = looked.stderr.strip() if looked.returncode == 1 else ""
+            if looked.returncode not in (0, 1):
+                said = re.search(r"what\(\): *(.*)", looked.stderr)
+                trouble = said[1] if said else f"its client ended with code {looked.returncode}"
+        if trouble:
+            raise ValueError(f"--storage-path {self} cannot be used: {trouble}")
 
     def files(self) -> list[str]:
         """The names, relative to this folder, of all that lies in it and below; none where there is no such folder."""
@@ -167,6 +178,14 @@ class Bucket:
 
         with ThreadPoolExecutor(NUM_THREADS) as threads:
             list(threads.map(fetch_one, names))
+
+
+def with_options(url: str) -> str:
+    """The URL with what pyarrow is told of every store of its kind."""
+    option = OPTIONS.get(urlsplit(url).scheme, "")
+    if not option or option.partition("=")[0] in url:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}{option}"
 
 
 def open_bucket(url: str) -> Bucket:

@@ -106,8 +106,8 @@ class SearchWatch(tune.Callback):
     # ------------------------------------------------------------ what is made of it
 
     def catch_up(self, *, at_once: bool = False) -> None:
-        """Bring trials.csv up to date, where it is behind."""
-        if self.records.is_behind:
+        """Bring trials.csv up to date, where it is behind. What could not be written is tried once more, at the end."""
+        if self.records.is_behind and (at_once or not self.trouble):
             self._write(lambda: self.records.write_table(at_once=at_once))
 
     def _write(self, write: Callable[[], Any]) -> Any:

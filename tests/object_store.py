@@ -29,7 +29,7 @@ class ObjectStore:
         self.parts: dict[str, dict[int, bytes]] = {}  # upload id -> number -> bytes
         self.lock = threading.Lock()
         self.log: list[tuple[str, str]] = []  # method and key of each request that changed something
-        self.on_request: Callable[[str, str], None] = lambda method, key: None
+        self.on_request: Callable[[str, str], None] = lambda method, key: None  # ConnectionResetError: no answer
         self.port = 0
         self._server: ThreadingHTTPServer | None = None
 
@@ -110,7 +110,11 @@ class S3Handler(BaseHTTPRequestHandler):
         elif bucket != BUCKET:
             self._refuse(404, "NoSuchBucket")
         else:
-            self.kept.on_request(self.command, key)
+            try:
+                self.kept.on_request(self.command, key)
+            except ConnectionResetError:
+                self.close_connection = True
+                return
             getattr(self, f"_{self.command.lower()}")(key, query, body)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request  # noqa: N815

@@ -65,7 +65,9 @@ def outcome(store: ObjectStore, folder: Path) -> Outcome:
         for path in sorted(folder.glob("trials/*/metrics.jsonl"))
     }
     last = {str(path.relative_to(folder)): load_checkpoint(path)["model"] for path in folder.rglob(f"*{EPOCHS:04d}.pt")}
-    best = {name: value for name, value in read_json(folder / "best.json").items() if name != "hardware"}
+    best = {
+        name: value for name, value in read_json(folder / "best.json").items() if name not in ("commit", "hardware")
+    }
     return Outcome(rows, metrics, best, last)
 
 

@@ -120,6 +120,7 @@ class Confirmation:
         self.metric = settings.main_metric
         self.sign = 1 if settings.mode == "max" else -1
         self.max_rounds = settings.confirm_seeds
+        self.runs_a_trial = settings.seeds_per_trial
         self.least_sd = 100 / num_val if "accuracy" in self.metric else 0.0  # one image
         before = self._read_written()
         in_before = [arm["trial_id"] for arm in before["arms"] if arm.get("still_in")] if before else []
@@ -198,6 +199,11 @@ class Confirmation:
                     self._given.add(run)
                     return run
         return None
+
+    def num_left(self, rounds: int) -> int:
+        """How many runs so many rounds still take if no arm drops out that has not."""
+        remaining = self.judge().remaining
+        return sum(Run(arm, number) not in self.results for arm in remaining for number in range(rounds))
 
     def choice(self, judgement: Judgement) -> Arm | None:
         """The leader; but deep supervision alone, another method, only if no other can be the best. None: no leader."""

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import shlex
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 import warnings
 from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,8 +25,9 @@ from byot.runs import StopAsked
 from byot.searched import load_confirmation
 from byot.stopping import StoppedError, catch_stop_signals
 from search.cluster import RayStartError, Share, Slots, check_nodes, describe_nodes, share, start_ray
+from search.confirmation import FIRST_LOOK
 from search.live import DAY_S, LiveTable, format_duration
-from search.records import SearchRecords, now, save_search, table_columns
+from search.records import Row, SearchRecords, now, save_search, table_columns
 from search.settings import SearchSettings, expected_epochs, grace_epochs, share_of_gpu
 from search.space import ROLE_NAMES, Space, first_points, space_to_dict
 from search.store import Kept
@@ -181,6 +184,7 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
             confirmation = find_confirmation(plan, data, records) if code == 0 and is_complete(plan, records) else None
             if confirmation is not None and not confirmation.is_done:
                 confirmation.origin = _origin(plan, slots)
+                print(f"\n{describe_confirmation(confirmation, list(records.rows.values()), slots)}", flush=True)
                 code = _confirm(plan, confirmation, slots, deadline, stop_asked)
         return code or tell_result(plan, records)
     finally:
@@ -222,8 +226,6 @@ def _confirm(
     """Run the best again over fresh seeds; returns the exit code."""
     from search.confirm import confirm
 
-    arms = len(confirmation.arms)
-    print(f"\n{arms} configurations again, over at most {confirmation.max_rounds} fresh seeds each", flush=True)
     try:
         is_over, trouble = confirm(confirmation, slots, stop_asked, deadline)
     except StoppedError as stopped:
@@ -467,6 +469,25 @@ def describe_time(
         ways.append(f"fewer --epochs than {base.epochs}")
         text += f"\nto make that hours: {', '.join(ways)}"
     return text
+
+
+def describe_confirmation(confirmation: "Confirmation", rows: list[Row], slots: Slots) -> str:
+    """What is to be run again, and how long that will take if it goes as quickly as the trials did."""
+    arms, most = len(confirmation.arms), confirmation.max_rounds
+    least = min(FIRST_LOOK, most)
+    seeds = f"{least} to {most}" if least < most else str(most)
+    text = f"{arms} configurations again, over {seeds} fresh seeds each"
+    if confirmation.results:
+        text += f", {len(confirmation.results)} runs finished before"
+    paces = [row["seconds"] / row["epochs_done"] for row in rows if row["epochs_done"]]
+    if not paces:
+        return text
+    run_s = fmean(paces) * confirmation.base.epochs / confirmation.runs_a_trial
+    longest, shortest = (
+        format_duration(math.ceil(confirmation.num_left(rounds) / slots.max_concurrent) * run_s)
+        for rounds in (most, least)
+    )
+    return f"{text}: about {shortest}" + (f", at most {longest}" if longest != shortest else "")
 
 
 def _verdict(plan: SearchPlan) -> str:

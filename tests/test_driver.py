@@ -1,11 +1,15 @@
 """How a machine is shared among trials, and what is said of the time before a search starts."""
 
+from pathlib import Path
+
 import pytest
 
 from byot.config import TrainConfig
 from search.cluster import Share, Slots, share
-from search.driver import choose_grace, describe_time
+from search.confirm import Confirmation, Run
+from search.driver import choose_grace, describe_confirmation, describe_time
 from search.settings import SearchSettings
+from search.space import DEFAULT_SPACE
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,31 @@ def test_days_come_with_advice_and_hours_do_not():
     assert "fewer --epochs" in slow_gpu
     limited = describe_time(42, TrainConfig(), SearchSettings(time_budget="8h"), cpu, 45_000, 5_000)
     assert "it will stop after 8h" in limited
+
+
+def test_the_time_of_a_confirmation_is_told_by_the_pace_of_the_trials(tmp_path: Path):
+    """Trials of two runs each, 10 s an epoch of both: a run of 6 epochs takes 30 s. Two at a time."""
+    settings = SearchSettings(confirm=1, seeds_per_trial=2)
+    rows = [
+        {"trial_id": f"t{i:04}", "role": role, "status": "completed", "val_accuracy": value, "epochs_done": 6}
+        | {"seconds": 60.0, "error": "", **params}
+        for i, (role, value, params) in enumerate(
+            [
+                ("reference", 50.0, {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6}),
+                ("control", 49.0, {"alpha": 0.0, "temperature": 3.0, "beta": 0.0}),
+                ("sampled", 51.0, {"alpha": 0.2, "temperature": 2.0, "beta": 1e-5}),
+            ]
+        )
+    ]
+    confirmation = Confirmation(tmp_path, rows, DEFAULT_SPACE, TrainConfig(epochs=6), settings, 5000)
+    told = describe_confirmation(confirmation, rows, Slots(2, 1, 0, 2, 0))
+    assert (
+        told == "3 configurations again, over 3 to 8 fresh seeds each: about 2 min, at most 6 min"
+    )  # 5 x 30, 12 x 30 s
+    for arm in confirmation.arms:
+        confirmation.results |= {Run(arm, number): {"error": "", "val_accuracy": 50.0} for number in range(2)}
+    told = describe_confirmation(confirmation, rows, Slots(2, 1, 0, 2, 0))
+    assert told.endswith(", 6 runs finished before: about 60 s, at most 4 min"), told
 
 
 def test_grace_is_that_of_the_schedule_or_what_the_search_was_started_with():

@@ -136,9 +136,9 @@ def run_jobs(jobs: list[Job], slots: "Slots", stop_asked: "StopAsked") -> Iterat
     from byot.runs import train_run
     from search.tasks import Task, run_tasks
 
-    waiting = iter([Task(job, train_run, (job.config, job.folder, slots.cpus)) for job in jobs])
+    waiting = iter([Task(job, (job.config, job.folder, slots.cpus)) for job in jobs])
     try:
-        for done in run_tasks(lambda: next(waiting, None), slots, stop_asked):
+        for done in run_tasks(train_run, lambda: next(waiting, None), slots, stop_asked):
             yield Outcome(*done)
     finally:
         ray.shutdown()

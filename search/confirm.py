@@ -309,11 +309,11 @@ def confirm(
             return None
         folder = confirmation.run_folder(run)
         place = confirmation.kept.place(folder)
-        return Task(run, do_run, (confirmation.config(run), folder, images, slots.cpus, place))
+        return Task(run, (confirmation.config(run), folder, images, slots.cpus, place))
 
     confirmation.save("running")
     try:
-        for run, result, error in run_tasks(take, slots, stop_asked, deadline):
+        for run, result, error in run_tasks(do_run, take, slots, stop_asked, deadline):
             if error:
                 trouble = f"the run in {confirmation.run_folder(run)} failed: {error}"
                 print(trouble, flush=True)

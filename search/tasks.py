@@ -15,10 +15,9 @@ Key = TypeVar("Key")
 
 
 class Task(NamedTuple, Generic[Key]):
-    """What is to be called, and what its caller knows it by."""
+    """With what a piece is to be done, and what its caller knows it by."""
 
     key: Key
-    function: Callable[..., Any]
     arguments: tuple[Any, ...]
 
 
@@ -31,12 +30,13 @@ class Done(NamedTuple, Generic[Key]):
 
 
 def run_tasks(
+    function: Callable[..., Any],
     take: Callable[[], Task[Key] | None],
     slots: Slots,
     stop_asked: StopAsked = lambda: 0,
     deadline: float | None = None,
 ) -> Iterator[Done[Key]]:
-    """Run tasks on a Ray that is started and yield each as it ends; one that fails does not stop the others.
+    """Call the function for each task on a Ray that is started; yields each as it ends; a failed one stops no other.
 
     `take` gives the next task whenever there is room, and None when there is none for now; the iterator ends when none
     runs and none is given, or at the deadline on the monotonic clock, whatever runs then. Raises StoppedError once
@@ -44,14 +44,11 @@ def run_tasks(
     """
     import ray
 
-    make_remote = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus, max_retries=MAX_RETRIES)
-    remotes: dict[Callable[..., Any], Any] = {}
+    remote = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus, max_retries=MAX_RETRIES)(function)
     running: dict[Any, Key] = {}
     while deadline is None or time.monotonic() < deadline:
         while len(running) < slots.max_concurrent and (task := take()) is not None:
-            if task.function not in remotes:
-                remotes[task.function] = make_remote(task.function)
-            running[remotes[task.function].remote(*task.arguments)] = task.key
+            running[remote.remote(*task.arguments)] = task.key
         if not running:
             return
         ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_UP_S)

@@ -14,7 +14,7 @@ from benchmarks.train_speed import some_images
 from byot.config import Acceleration, Precision, TrainConfig, absolute_path
 from byot.data import LabelledImages
 from byot.files import write_json
-from byot.flags import Parser, one_sentence_errors
+from byot.flags import Parser, one_line, one_sentence_errors
 from byot.provenance import provenance
 from byot.trainer import Trainer, choose_device
 
@@ -52,19 +52,16 @@ def compare(config: TrainConfig, images: LabelledImages) -> list[dict[str, Any]]
     rows = []
     for way in WAYS[choose_device(config.device).type]:
         for precision, largest in LARGEST.items():
-            found = measure(config.with_settings(precision=precision, acceleration=way), images)
+            row: dict[str, Any] = {"way": way, "precision": precision, "allowed": largest, "agrees": False, "error": ""}
+            try:
+                found = measure(config.with_settings(precision=precision, acceleration=way), images)
+            except Exception as error:  # whatever a compiler or a driver raises: the other ways are tried all the same
+                rows.append(row | {"error": f"{type(error).__name__}: {one_line(str(error))}"})
+                continue
             differences = {name: abs(found[name] - value) / abs(value) for name, value in expected.items()}
             worst = max(differences, key=lambda name: differences[name])
-            rows.append(
-                {
-                    "way": way,
-                    "precision": precision,
-                    "largest_difference": differences[worst],
-                    "of": worst,
-                    "allowed": largest,
-                    "agrees": differences[worst] <= largest,
-                }
-            )
+            agrees = differences[worst] <= largest
+            rows.append(row | {"agrees": agrees, "of": worst, "largest_difference": differences[worst]})
     return rows
 
 
@@ -80,8 +77,11 @@ def main() -> None:
     rows = compare(config, images)
     print("way      precision  largest relative difference from the CPU")
     for row in rows:
-        verdict = "agrees" if row["agrees"] else f"MORE than {row['allowed']:g}"
-        print(f"{row['way']:<7}  {row['precision']:<9}  {row['largest_difference']:.2e} ({row['of']}): {verdict}")
+        told = row["error"]
+        if not told:
+            verdict = "agrees" if row["agrees"] else f"MORE than {row['allowed']:g}"
+            told = f"{row['largest_difference']:.2e} ({row['of']}): {verdict}"
+        print(f"{row['way']:<7}  {row['precision']:<9}  {told}")
     if arguments.output:
         settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "data_dir")}
         record = {"settings": settings, "rows": rows, **provenance(choose_device("auto"))}

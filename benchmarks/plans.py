@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from byot.config import PROJECT_ROOT, TrainConfig
-from byot.files import read_json
+from byot.files import errors_in, read_json
 from byot.searched import find_choice
+from search.records import read_rows
 from search.space import DEFAULT_SPACE
 
 Arm = Literal["plain", "deep-supervision", "reference", "searched"]
@@ -47,7 +48,7 @@ TABLE_PLANS = {
 SEARCH_PLANS = {
     # A fifth of the epochs: the first rung, when the learning rate has dropped once, is at epoch 16.
     "search-r18": SearchPlan(
-        TrainConfig(model="resnet18", epochs=40, val_fraction=0.1), ("--num-samples", "24", "--trials-per-gpu", "auto")
+        TrainConfig(model="resnet18", epochs=40, val_fraction=0.1), ("--num-samples", "24", "--trials-per-gpu", "4")
     ),
 }
 SPEED_PLAN = "speed"
@@ -104,13 +105,18 @@ class PlannedRun(NamedTuple):
 def searched_settings(search: str, *folders: Path) -> dict[str, float] | None:
     """The loss weights that a search chose, confirmed if it was, from the first of the folders of searches that has it.
 
-    None where none has.
+    None where none has, or not all of its trials have ended: what it would choose may change.
     """
     for folder in (searches / search for searches in folders):
-        if (folder / "best.json").is_file():
+        if (folder / "best.json").is_file() and _is_over(folder):
             settings = find_choice(folder, search).settings
             return {name: settings[name] for name in DEFAULT_SPACE}
     return None
+
+
+def _is_over(folder: Path) -> bool:
+    ended = [row for row in read_rows(folder / "trials.csv") if row["status"] != "running"]
+    return len(ended) >= read_json(folder / "search.json")["num_samples"]
 
 
 def arms_of(plan: TablePlan, outputs: Path) -> dict[Arm, TrainConfig]:
@@ -137,7 +143,8 @@ def read_record(path: Path, run: PlannedRun) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path)
-    differences = run.config.differing_settings(TrainConfig.from_dict(record.get("config")))
+    with errors_in(path):
+        differences = run.config.differing_settings(TrainConfig.from_dict(record.get("config")))
     if differences:
         raise ValueError(f"{path} is of a run with other settings ({', '.join(differences)}): move it away")
     return record

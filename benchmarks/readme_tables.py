@@ -8,6 +8,7 @@ see the same images in the same order.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from byot.files import read_json, write_text
 from byot.flags import Parser, one_sentence_errors
 from byot.searched import load_confirmation
 from search.records import read_rows
-from search.space import ROLE_NAMES
+from search.space import DEFAULT_SPACE, ROLE_NAMES
 
 README = PROJECT_ROOT / "README.md"
 BEGIN, END = "<!-- tables: made by benchmarks/readme_tables.py from results/ -->", "<!-- end of the tables -->"
@@ -86,22 +87,23 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Paire
 
 
 def load_runs(name: str, results: Path = RESULTS) -> dict[Arm, dict[int, dict[str, Any]]]:
-    """Arm -> seed -> record of a plan's finished runs. Raises ValueError for records with other settings."""
+    """Arm -> seed -> record of a plan's runs that have ended, also of those that diverged.
+
+    Raises ValueError for records with settings that are not the plan's, or not the same with every seed.
+    """
     base = TABLE_PLANS[name].base
     found: dict[Arm, dict[int, dict[str, Any]]] = {}
     for arm in ARM_NAMES:
         for path in sorted((results / "runs").glob(f"{name}-{arm}-s*.json")):
             record = read_json(path)
             config = TrainConfig.from_dict(record["config"])
-            expected = base.with_settings(seed=config.seed, **FIXED_ARMS.get(arm, _weights(config)))
+            first = next(iter(found[arm].values())) if arm in found else record
+            weights = {weight: first["config"][weight] for weight in DEFAULT_SPACE}
+            expected = base.with_settings(seed=config.seed, **FIXED_ARMS.get(arm, weights))
             if config.differing_settings(expected):
                 raise ValueError(f"{path} is not of the plan {name}")
             found.setdefault(arm, {})[config.seed] = record
     return found
-
-
-def _weights(config: TrainConfig) -> dict[str, float]:
-    return {"alpha": config.alpha, "temperature": config.temperature, "beta": config.beta}
 
 
 # ---------------------------------------------------------------- tables
@@ -120,7 +122,9 @@ def mean_and_sd(values: Sequence[float]) -> str:
 
 def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
     """A plan's heading, its table, the paired differences and where all that comes from; empty without records."""
-    runs = load_runs(name, results)
+    ended = load_runs(name, results)
+    runs = {arm: {s: r for s, r in of_arm.items() if "error" not in r} for arm, of_arm in ended.items()}
+    runs = {arm: of_arm for arm, of_arm in runs.items() if of_arm}
     if not runs:
         return ""
     base = plan.base
@@ -128,15 +132,19 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
     numbers = sorted({len(of_arm) for of_arm in runs.values()})
     n = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
     heading = (
-        f"**CIFAR-100, {network}, recipe `{base.recipe}`, {base.epochs} epochs** (plan `{name}`). All 50,000 training "
-        f"images, the test set read once a run, after its last epoch; test accuracy in percent, mean ± standard "
-        f"deviation of n = {n} seeds."
+        f"**CIFAR-100, {network}, recipe `{base.recipe}`, {base.epochs} epochs** (plan `{name}`): test accuracy in "
+        f"percent, mean ± standard deviation of n = {n} seeds, trained on all 50,000 training images, the test set "
+        "read once a run, after its last epoch."
     )
+    if name in PUBLISHED:
+        heading += (
+            " Published: single runs, the reference implementation's with the epoch that is best on the test set."
+        )
     rows = []
     for source, values in PUBLISHED.get(name, {}).items():
         rows.append([f"published: {source}", "1", *(f"{v:.2f}" for v in values), *[NOTHING] * (5 - len(values))])
     for arm, of_arm in runs.items():
-        rows.append([_arm_name(arm, of_arm), str(len(of_arm)), *(_cell(arm, of_arm, i) for i in CLASSIFIERS)])
+        rows.append([_arm_name(arm, of_arm, plan), str(len(of_arm)), *(_cell(arm, of_arm, i) for i in CLASSIFIERS)])
     parts = [heading, table(["", "n", *CLASSIFIERS.values()], rows)]
     if differences := difference_rows(runs):
         parts += [
@@ -144,6 +152,10 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
             "the interval does not hold 0.",
             table(["", "n", *CLASSIFIERS.values()], differences),
         ]
+    if diverged := [
+        f"{ARM_NAMES[a]}, seed {s}" for a, of_arm in ended.items() for s in of_arm if s not in runs.get(a, {})
+    ]:
+        parts.append(f"Diverged, and left out above: {'; '.join(diverged)}.")
     weights = searched_settings(plan.search, results / "searches")
     if weights is not None and base.with_settings(**weights) == base:
         parts.append(f"The search `{plan.search}` chose the reference's setting itself: there is no other arm to run.")
@@ -151,12 +163,12 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
-def _arm_name(arm: Arm, of_arm: dict[int, dict[str, Any]]) -> str:
+def _arm_name(arm: Arm, of_arm: dict[int, dict[str, Any]], plan: TablePlan) -> str:
     if arm != "searched":
         return ARM_NAMES[arm]
     config = next(iter(of_arm.values()))["config"]
     told = ", ".join(f"`{name}` {config[name]:.3g}" for name in ("alpha", "temperature", "beta"))
-    return f"{ARM_NAMES[arm]} ({told})"
+    return f"{ARM_NAMES[arm]} (by `{plan.search}`: {told})"
 
 
 def _cell(arm: Arm, of_arm: dict[int, dict[str, Any]], classifier: str) -> str:
@@ -185,19 +197,28 @@ def difference_rows(runs: dict[Arm, dict[int, dict[str, Any]]]) -> list[list[str
 
 def origin(records: Sequence[dict[str, Any]]) -> str:
     """Hardware, versions and commits of the records, each named once, and what a run took."""
-    devices = sorted({_hardware(record["hardware"]) for record in records})
+    devices = sorted({_hardware(record) for record in records})
     versions = sorted({", ".join(f"{n} {record['versions'][n]}" for n in ("python", "torch")) for record in records})
-    commits = sorted({str(record["commit"] or "unknown")[:7] for record in records})
+    commits = sorted({_short(record.get("commit")) for record in records})
     text = f"{'; '.join(devices)}; {'; '.join(versions)}; commit {', '.join(commits)}"
     if times := [record["elapsed_s"] for record in records if "elapsed_s" in record]:
-        text += f"; {statistics.median(times):,.0f} s a run (median, the machine shared)"
+        text += f"; {statistics.median(times):,.0f} s a run (median)"
     return f"{text}."
 
 
-def _hardware(hardware: dict[str, Any]) -> str:
-    if hardware["device"] != "cpu":
-        return str(hardware["device"])
-    return f"{hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)} a run"
+def _short(commit: str | None) -> str:
+    """The first letters of a commit, and whether files were changed."""
+    number, _, changed = (commit or "unknown").partition("-")
+    return number[:7] + ("-" + changed if changed else "")
+
+
+def _hardware(record: dict[str, Any]) -> str:
+    """The device, the threads of a run on a CPU, and the precision where it is recorded."""
+    hardware = record["hardware"]
+    told = str(hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"])
+    if hardware["device"] == "cpu" and "elapsed_s" in record:  # of a search they are the driver's threads
+        told += f", {hardware['threads']} thread{'s' * (hardware['threads'] > 1)} a run"
+    return told + (f", {record['precision']}" if "precision" in record else "")
 
 
 # ---------------------------------------------------------------- searches
@@ -227,23 +248,28 @@ def search_section(name: str, results: Path = RESULTS) -> str:
     network = f"ResNet{config['model'].removeprefix('resnet')} of width {config['width']}"
     error = accuracy_standard_error(whole[0]["val_accuracy"], num_images)
     more = f", the best {MOST_TRIALS} of them" if len(whole) > MOST_TRIALS else ""
+    others = Counter(row["status"] for row in rows if row not in whole)
+    told = ", ".join(f"{number} {'unfinished' if status == 'running' else status}" for status, number in others.items())
     heading = (
         f"**Search `{name}`**: CIFAR-100, {network}, recipe `{config['recipe']}`, {len(rows)} trials of up to "
         f"{config['epochs']} epochs, one run each; accuracy in percent on {num_images:,} held-out training images "
-        f"(standard error near {error:.1f} points), of those that reached the last epoch{more}; "
-        f"{len(rows) - len(whole)} were stopped before or failed."
+        f"(standard error near {error:.1f} points), of those that reached the last epoch{more}"
+        f"{f'; the others: {told}' if told else ''}."
     )
     parts = [heading, table(["", *(f"`{p}`" for p in space), *CLASSIFIERS.values()], lines)]
+    records = [search]
     if (confirmation := load_confirmation(folder)) is not None:
+        records.append(confirmation)
         values = "; ".join(
             f"{_arm_label(arm, space)} {', '.join('diverged' if v is None else f'{v:.2f}' for v in arm['values'])}"
             for arm in confirmation["arms"]
         )
+        status = "" if confirmation["status"] == "finished" else f" ({confirmation['status']})"
         parts.append(
-            f"Confirmed over {confirmation['num_rounds']} fresh seeds, each with its own validation split: {values}. "
-            f"{' '.join(confirmation['verdict'])}"
+            f"Run again over {confirmation['num_rounds']} fresh seeds{status}, each with its own validation split: "
+            f"{values}. {' '.join(confirmation['verdict'])}"
         )
-    parts.append(origin([search]))
+    parts.append(origin(records))
     return "\n\n".join(parts)
 
 

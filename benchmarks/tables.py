@@ -21,7 +21,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -43,7 +44,7 @@ from benchmarks.plans import (
 )
 from benchmarks.pool import make_pool
 from byot.config import PROJECT_ROOT, TrainConfig, absolute_path, outputs_folder
-from byot.files import read_json, write_json, write_text
+from byot.files import describe_refusal, read_json, write_json, write_text
 from byot.flags import Parser, flag_name, one_line, one_sentence_errors
 
 NUM_TRAIN_IMAGES = {"cifar100": 50_000}
@@ -130,19 +131,27 @@ class Ended(NamedTuple):
     run: PlannedRun
     result: dict[str, Any] | None
     error: str = ""
+    diverged: bool = False
 
 
 def run_pieces(
     plan: str, runs: list[PlannedRun], places: Places, concurrent: int, threads: int, stop_at: float | None
 ) -> Iterator[Ended]:
-    """Run until the given time, so many at once, and yield each as it ends; one that fails does not stop the others."""
+    """Run until the given time, so many at once, and yield each as it ends; one that fails does not stop the others.
+
+    Each has a process of its own: one that a GPU's error or the memory's end has spoilt is not used again.
+    """
+    from byot.stopping import DivergedError
+
     waiting = list(reversed(runs))
     running: dict[Future[dict[str, Any] | None], PlannedRun] = {}
-    with make_pool(concurrent) as pool:
+    with ExitStack() as pools:
         while True:
             while len(running) < concurrent and waiting and (stop_at is None or time.time() < stop_at):
                 run = waiting.pop()
+                pool = pools.enter_context(make_pool(1))
                 future = pool.submit(train_piece, run.config, places.run(plan, run), threads, stop_at)
+                pool.shutdown(wait=False)
                 running[future] = run
             if not running:
                 return
@@ -151,9 +160,8 @@ def run_pieces(
                 run = running.pop(future)
                 try:
                     yield Ended(run, future.result())
-                except (ValueError, OSError, RuntimeError) as error:  # diverged, a full disk, a worker that was killed
-                    waiting = [] if isinstance(error, BrokenExecutor) else waiting
-                    yield Ended(run, None, one_line(str(error)))
+                except (ValueError, OSError, RuntimeError) as error:  # a full disk, a process that was killed, ...
+                    yield Ended(run, None, one_line(str(error)), isinstance(error, DivergedError))
 
 
 def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, places: Places) -> int:
@@ -182,24 +190,39 @@ def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, pla
         concurrent = arguments.concurrent or (1 if on_gpu else cores)
         threads = max(1, cores // concurrent)
     print(f"{name}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
-    failed, code = 0, 0
+    left, failed, code = [run.name(name) for run in waiting], 0, 0
     try:
         for ended in run_pieces(name, waiting, places, concurrent, threads, stop_at):
-            run, result = ended.run, ended.result
-            if result is not None:
-                config = {**result["config"], "data_dir": None}
-                write_json(places.record(name, run), {"plan": name, "arm": run.arm, **result, "config": config})
-            failed += bool(ended.error)
-            print(f"{run.name(name)}: {ended.error or describe(run, places.run(name, run), result)}", flush=True)
+            run, told = ended.run, ended.error
+            try:
+                if keep_record(name, ended, places):
+                    left.remove(run.name(name))
+            except OSError as error:  # the run's own result is where it was trained: the record is made of it next time
+                told = describe_refusal(error, places.results)
+            failed += bool(told)
+            print(f"{run.name(name)}: {told or describe(run, places.run(name, run), ended.result)}", flush=True)
     except KeyboardInterrupt:  # which the runs have heard as well, and saved
         code = 128 + signal.SIGINT
-    left = [run for run in runs if read_record(places.record(name, run), run) is None]
     print(f"{len(runs) - len(left)} of {len(runs)} runs are finished; their records are in {places.results / 'runs'}")
     if left:
         print(go_on())
     if failed:
         print(f"tables.py: {failed} of {len(runs)} runs failed; the same command tries them again", file=sys.stderr)
     return code or int(failed > 0)
+
+
+def keep_record(plan: str, ended: Ended, places: Places) -> bool:
+    """Write the record of a run that is finished, or that diverged and would do so again; returns whether it is."""
+    record: dict[str, Any] = {"plan": plan, "arm": ended.run.arm}
+    if ended.result is not None:
+        record |= ended.result
+    elif ended.diverged:
+        record |= {"config": ended.run.config.to_dict(), "error": ended.error}
+    else:
+        return False
+    record["config"] = {**record["config"], "data_dir": None}
+    write_json(places.record(plan, ended.run), record)
+    return True
 
 
 def describe(run: PlannedRun, folder: Path, result: dict[str, Any] | None) -> str:
@@ -229,18 +252,16 @@ def do_search_plan(name: str, plan: SearchPlan, arguments: argparse.Namespace, p
     if arguments.toy:
         base, flags = base.with_settings(**TOY), ["--num-samples", "4"]
     folder = places.outputs / "searches" / name
-    command = [sys.executable, str(PROJECT_ROOT / "search" / "tune.py"), "--name", name, "--outputs", places.outputs]
-    if folder.exists():
-        command += ["--resume"]
-    else:
-        defaults = TrainConfig().to_dict()
-        changed = {n: v for n, v in base.to_dict().items() if v != defaults[n]}
-        command += [part for n, v in changed.items() for part in (flag_name(n), v)] + flags
+    defaults = TrainConfig().to_dict()
+    changed = {setting: value for setting, value in base.to_dict().items() if value != defaults[setting]}
+    command: list[Any] = [sys.executable, PROJECT_ROOT / "search" / "tune.py", "--name", name]
+    command += ["--outputs", places.outputs, *flags]
+    command += [part for setting, value in changed.items() for part in (flag_name(setting), value)]
     if arguments.data_dir is not None:
         command += ["--data-dir", absolute_path(arguments.data_dir)]
     if arguments.minutes is not None:
         command += ["--time-budget", f"{arguments.minutes:g}m"]
-    code = subprocess.run([str(part) for part in command], check=False).returncode
+    code = run_to_its_end(command)
     if (folder / "search.json").is_file():
         kept = places.results / "searches" / name
         for record in SEARCH_RECORDS:
@@ -248,6 +269,16 @@ def do_search_plan(name: str, plan: SearchPlan, arguments: argparse.Namespace, p
                 copy_record(folder / record, kept / record)
         print(f"its records are in {kept}")
     return code
+
+
+def run_to_its_end(command: list[Any]) -> int:
+    """Run a command, also to the end of what it does on Ctrl-C, which it hears as well; returns its exit code."""
+    with subprocess.Popen([str(part) for part in command]) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
 
 
 def copy_record(source: Path, target: Path) -> None:
@@ -265,13 +296,14 @@ def copy_record(source: Path, target: Path) -> None:
 
 
 def do_speed_plan(arguments: argparse.Namespace, places: Places) -> int:
-    """The device against the CPU, then its speed; each part once."""
+    """The device against the CPU, then its speed; each part once, and one that fails does not stop the others."""
     import torch
 
     on_gpu = torch.cuda.is_available()
     commands = TOY_COMMANDS if arguments.toy else GPU_COMMANDS if on_gpu else CPU_COMMANDS
     folder = places.results / "benchmarks" / ("gpu" if on_gpu else "cpu")
     stop_at = None if arguments.minutes is None else time.time() + 60 * arguments.minutes
+    first_code = 0
     for name, (script, *flags) in commands.items():
         output = folder / f"{name}.json"
         if output.is_file():
@@ -279,14 +311,16 @@ def do_speed_plan(arguments: argparse.Namespace, places: Places) -> int:
             continue
         if stop_at is not None and time.time() >= stop_at:
             print(f"the time is over; {go_on()}")
-            return 0
+            break
         if arguments.data_dir is not None and name != "concurrent-trials":  # which has random images
             flags += ["--data-dir", str(absolute_path(arguments.data_dir))]
         command = [sys.executable, str(PROJECT_ROOT / script), *flags, "--output", str(output)]
         print(f"\n{shlex.join(command)}", flush=True)
-        if code := subprocess.run(command, check=False).returncode:
-            return code
-    return 0
+        code = run_to_its_end(command)
+        if code in (-signal.SIGINT, 128 + signal.SIGINT):
+            return 128 + signal.SIGINT
+        first_code = first_code or code
+    return first_code
 
 
 def go_on() -> str:

@@ -131,13 +131,14 @@ def measure(
 
 def memory_growth_gib(config: TrainConfig, data: LabelledImages, of: str, num_workers: int) -> float:
     """Of this process, from before the network is built to after a few steps."""
-    before = resident_gib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the most held so far is from now on what is held now
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        before = resident_gib("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the most held so far is from now on what is held now
     if of == "ours":
         next(Trainer(config, data).epochs())
     else:
         list(ReferenceLoop(config, data.images, data.labels, num_workers).epoch())
-    cuda = torch.cuda.is_available()
     return torch.cuda.max_memory_allocated() / GIB if cuda else resident_gib("VmHWM") - before
 
 

@@ -20,7 +20,10 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def find_commit() -> str | None:
-    """The checked-out commit, with `-dirty` behind it if tracked files were changed; None outside a checkout."""
+    """The checked-out commit, with `-dirty` behind it if tracked files were changed.
+
+    Outside a checkout what $BYOT_COMMIT says: a copy of the files knows no commit. None where that is not set.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -32,7 +35,9 @@ def find_commit() -> str | None:
         return answer.stdout.strip() if answer.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
-    if commit and git("status", "--porcelain", "--untracked-files=no"):
+    if not commit:
+        return os.environ.get("BYOT_COMMIT") or None
+    if git("status", "--porcelain", "--untracked-files=no"):
         commit += "-dirty"
     return commit
 

@@ -234,6 +234,7 @@ def finish_run(
         **test.to_record("test"),
         "elapsed_s": sum(record["elapsed_s"] for record in trainer.history),
         "num_processes": trainer.processes.count,
+        "precision": "fp32" if trainer.autocast_dtype is None else "bf16",
         **origin,
     }
     if trainer.processes.is_first:

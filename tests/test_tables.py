@@ -14,10 +14,10 @@ import pytest
 
 from benchmarks import devices
 from benchmarks.plans import PLANS, TABLE_PLANS, PlannedRun, TablePlan, arms_of, planned_runs, read_record
-from benchmarks.readme_tables import BEGIN, END, load_runs, paired_difference, plan_section, with_tables
-from benchmarks.tables import TOY, Places, run_pieces, train_piece
+from benchmarks.readme_tables import BEGIN, END, load_runs, origin, paired_difference, plan_section, with_tables
+from benchmarks.tables import TOY, Places, keep_record, run_pieces, train_piece
 from byot.config import PROJECT_ROOT, TrainConfig
-from byot.files import read_json, write_json
+from byot.files import read_json, write_json, write_text
 from byot.loss import self_distillation_loss
 from tests.helpers import assert_one_sentence, command_environment, command_line, picture_of, run_command
 
@@ -25,8 +25,12 @@ TABLES = "benchmarks/tables.py"
 SMALL = TrainConfig(dataset="digits", width=4, epochs=2, device="cpu")
 
 
-def write_search(folder: Path, **weights: float) -> None:
+def write_search(folder: Path, num_ended: int = 2, **weights: float) -> None:
+    """A search of two trials."""
     write_json(folder / "best.json", {"config": SMALL.with_settings(**weights).to_dict()})
+    write_json(folder / "search.json", {"num_samples": 2})
+    statuses = [*["completed"] * num_ended, *["running"] * (2 - num_ended)]
+    write_text(folder / "trials.csv", "\n".join(["trial_id,status", *(f"t{i},{s}" for i, s in enumerate(statuses))]))
 
 
 # ---------------------------------------------------------------- what is run
@@ -49,6 +53,8 @@ def test_the_searched_arm_is_what_the_search_chose_unless_that_is_another_arm(tm
     assert arms["searched"] == SMALL.with_settings(alpha=0.3, temperature=5.0, beta=1e-5), "its weights, no more"
     write_search(tmp_path / "searches" / "found", alpha=0.1, temperature=3.0, beta=1e-6)
     assert "searched" not in arms_of(plan, tmp_path)
+    write_search(tmp_path / "searches" / "found", num_ended=1, alpha=0.3)
+    assert "searched" not in arms_of(plan, tmp_path), "another may be chosen yet"
 
 
 def test_all_arms_have_one_seed_before_any_has_two():
@@ -126,6 +132,14 @@ def test_a_run_that_fails_is_told_and_does_not_stop_the_others(tmp_path: Path):
     assert "the loss became" in ended["searched"].error
     assert ended["searched"].result is None
     assert ended["plain"].error
+    assert [keep_record("plan", ended[arm], places) for arm in ("reference", "searched", "plain")] == [
+        True,
+        True,
+        False,
+    ]
+    diverged = read_record(places.record("plan", bad), bad)
+    assert diverged is not None
+    assert "the loss became" in diverged["error"], "it would diverge again: it is not run again"
 
 
 @pytest.mark.slow
@@ -157,6 +171,9 @@ def test_a_search_and_the_arm_that_it_chooses(tmp_path: Path):
     assert found.returncode == 0, found.stderr
     kept = tmp_path / "toy" / "results" / "searches" / "search-r18"
     assert {path.name for path in kept.iterdir()} == {"search.json", "trials.csv", "best.json"}
+    again = run_command(["search-r18", "--toy", "--outputs", tmp_path], cwd=tmp_path, script=TABLES)
+    assert again.returncode == 0, again.stderr
+    assert "is finished already" in again.stdout
     chosen = read_json(kept / "best.json")["params"]
     (tmp_path / "toy" / "searches" / "search-r18").rename(tmp_path / "toy" / "searches" / "search-of-before")
     copied = tmp_path / "toy" / "searches" / "search-r18"
@@ -296,6 +313,30 @@ def test_a_table_from_records(tmp_path: Path):
     assert cells["deep supervision minus plain cross-entropy"][4] == "+0.00 ± 0.00"
     assert "n = 2 to 3 seeds" in lines[0]
     assert "commit 0123456;" in lines[-1]
+
+
+def test_a_run_that_diverged_is_named_under_the_table(tmp_path: Path):
+    write_runs(tmp_path, {"plain": [30.0], "deep-supervision": [30.0], "reference": [32.0, 33.0]})
+    path = tmp_path / "runs" / "tiny-reference-s1.json"
+    write_json(path, {"config": read_json(path)["config"], "error": "the loss became nan in epoch 1"})
+    text = plan_section("tiny", TABLE_PLANS["tiny"], tmp_path)
+    assert "| self distillation, the reference's setting | 1 | 29.00 |" in text
+    assert "Diverged, and left out above: self distillation, the reference's setting, seed 1." in text
+
+
+def test_seeds_of_different_searched_settings_share_no_row(tmp_path: Path):
+    base = TABLE_PLANS["tiny"].base
+    for seed, alpha in enumerate((0.3, 0.3, 0.4)):
+        config = base.with_settings(alpha=alpha, seed=seed)
+        write_json(tmp_path / "runs" / f"tiny-searched-s{seed}.json", {"config": config.to_dict()})
+    with pytest.raises(ValueError, match=r"tiny-searched-s2\.json is not of the plan"):
+        load_runs("tiny", tmp_path)
+
+
+def test_a_commit_keeps_the_word_that_files_were_changed():
+    record = {"versions": {"python": "3.12.1", "torch": "2.11.0"}, "hardware": {"device": "NVIDIA H200", "cpu": "Xeon"}}
+    told = origin([record | {"commit": "0123456789-dirty", "precision": "bf16"}, record | {"commit": None}])
+    assert told == "NVIDIA H200; NVIDIA H200, bf16; python 3.12.1, torch 2.11.0; commit 0123456-dirty, unknown."
 
 
 def test_no_record_no_table(tmp_path: Path):

@@ -101,11 +101,11 @@ def choose_grace(base: TrainConfig, settings: SearchSettings, recorded: dict[str
     return min(base.epochs, grace_epochs(base.epochs, first_drop(base)) if asked is None else asked)
 
 
-def open_records(plan: SearchPlan) -> SearchRecords:
-    """What the search's folder holds of its trials; what was found damaged is told."""
+def read_records(plan: SearchPlan) -> SearchRecords:
+    """What the search's folder holds of its trials."""
     for folder in (plan.folder, plan.folder / "state", *plan.folder.glob("trials/t*")):
         remove_leftovers(folder)
-    records = SearchRecords(
+    return SearchRecords(
         plan.folder,
         parameters=list(plan.space),
         metric=plan.settings.main_metric,
@@ -116,6 +116,17 @@ def open_records(plan: SearchPlan) -> SearchRecords:
         grace=choose_grace(plan.base, plan.settings, plan.recorded),
         kept=plan.kept,
     )
+
+
+def check_num_samples(plan: SearchPlan, records: SearchRecords) -> None:
+    """Raise ValueError if there are more trials than are asked for."""
+    if len(records.rows) > plan.settings.num_samples:
+        raise ValueError(f"{plan.folder} has {len(records.rows)} trials already: give that --num-samples or more")
+
+
+def open_records(plan: SearchPlan) -> SearchRecords:
+    """The same; what was found damaged is told, and what failed is to be tried again if that is asked for."""
+    records = read_records(plan)
     for note in records.notes:
         print(f"tune.py: {note}", file=sys.stderr)
     if plan.retry_failed:
@@ -131,10 +142,8 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
     """
     try:
         records = open_records(plan)
-        if len(records.rows) > plan.settings.num_samples:
-            told = f"{plan.folder} has {len(records.rows)} trials already: give that --num-samples or more"
-            print(f"tune.py: {told}", file=sys.stderr)
-            return 2
+        with one_sentence_errors("tune.py"):
+            check_num_samples(plan, records)
         if plan.recorded is not None and is_complete(plan, records):
             records.search = plan.recorded
             records.write_tables()

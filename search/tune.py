@@ -14,7 +14,7 @@ import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from byot.config import (
     NOT_IDENTITY,
@@ -34,8 +34,10 @@ from search.settings import FRESH_SEEDS, SearchSettings
 from search.space import DEFAULT_SPACE, Space, read_space, space_from_dict, space_to_dict
 from search.store import COPY_OF, Bucket, Kept, KeptInBucket, copied_from, is_url, open_bucket
 
-if TYPE_CHECKING:
-    from search.warm import WarmStart  # importing it at once would cost every `--help`
+if TYPE_CHECKING:  # importing them at once would cost every `--help`
+    from search.cluster import Share, Slots
+    from search.driver import SearchData, SearchPlan
+    from search.warm import WarmStart
 
 SEARCHED = ("alpha", "temperature", "beta")
 # What may change from one part of a search to the next.
@@ -257,10 +259,57 @@ def _find_resumable(searches: Path, name: str | None, given: dict[str, object], 
     return max(found)[1]
 
 
+class Prepared(NamedTuple):
+    """A search of which all is known that it takes to start it."""
+
+    plan: "SearchPlan"
+    data: "SearchData"
+    room: "Slots | Share"
+
+
+def prepare(
+    arguments: argparse.Namespace, searches: Path, bucket: Bucket | None, before: Prepared | None = None
+) -> Prepared:
+    """What the command line and the search's records ask for. `before`: what they did a moment ago.
+
+    Raises ValueError for what cannot be done here.
+    """
+    folder, base, settings, space = plan_search(arguments, searches)
+    if bucket is None and not arguments.fresh and (place := copied_from(folder)):
+        raise ValueError(f"{folder} is a copy of {place}: go on with --storage-path and its URL")
+
+    from byot.distributed import ALONE
+    from byot.step import ways_to_try
+    from byot.trainer import choose_device
+    from search.cluster import Share, share_machine
+    from search.driver import SearchPlan, load_search_data
+
+    # A cluster's resources are known only once Ray has connected to it.
+    asked = Share(settings.cpus_per_trial, settings.gpus_asked_for, settings.max_concurrent)
+    slots = share_machine(asked, base.device) if arguments.address is None else None
+    if slots is not None:
+        ways_to_try(base.acceleration, choose_device(base.device), ALONE)
+    check_seeds(base, settings)
+    data = load_search_data(base) if before is None or before.plan.base != base else before.data
+    warm = find_warm_start(searches, folder, base, settings, space, is_new=arguments.fresh, bucket=bucket)
+    plan = SearchPlan(folder, base, settings, space, arguments.address, arguments.retry_failed, warm)
+    return Prepared(plan, data, slots or asked)
+
+
+def check_going_on(prepared: Prepared) -> None:
+    """Raise ValueError if a search cannot go on so, as far as a copy of its records tells."""
+    from search.driver import check_num_samples, check_same_search, read_records
+
+    plan = prepared.plan._replace(recorded=find_search(prepared.plan.folder))
+    check_same_search(plan, prepared.data)
+    check_num_samples(plan, read_records(plan))
+
+
 def take_over(bucket: Bucket, folder: Path, held: ExitStack, *, fresh: bool) -> Kept:
     """Let this process drive the search that an object store keeps; `held` is told to let it go.
 
-    Raises ValueError where nothing can be written there.
+    Its folder is then a copy of what no other driver changes any more. Raises ValueError where nothing can be written
+    there.
     """
     kept = KeptInBucket(bucket, folder)
     try:
@@ -269,6 +318,8 @@ def take_over(bucket: Bucket, folder: Path, held: ExitStack, *, fresh: bool) -> 
         held.callback(kept.let_go)
         if fresh and (aside := kept.set_aside()):
             print(f"what was in {kept.bucket} is now in {aside}")
+        if not fresh:
+            kept.fetch()
     except OSError as error:
         raise ValueError(describe_refusal(error, str(kept.bucket))) from error
     return kept
@@ -296,36 +347,25 @@ def search(arguments: argparse.Namespace, held: ExitStack) -> int:
         searches = check_writable(arguments.storage_path if in_folder else outputs / "searches")
         if bucket is not None:
             fetch_search(arguments, searches, bucket, held)
-        folder, base, settings, space = plan_search(arguments, searches)
-        if bucket is None and not arguments.fresh and (place := copied_from(folder)):
-            raise ValueError(f"{folder} is a copy of {place}: go on with --storage-path and its URL")
+        prepared = prepare(arguments, searches, bucket)
 
-        from byot.distributed import ALONE
-        from byot.step import ways_to_try
-        from byot.trainer import choose_device
-        from search.cluster import Share, share_machine
-        from search.driver import SearchPlan, check_same_search, load_search_data, run_search
+        from search.driver import check_same_search, run_search
 
-        # A cluster's resources are known only once Ray has connected to it.
-        asked = Share(settings.cpus_per_trial, settings.gpus_asked_for, settings.max_concurrent)
-        slots = share_machine(asked, base.device) if arguments.address is None else None
-        if slots is not None:
-            ways_to_try(base.acceleration, choose_device(base.device), ALONE)
-        check_seeds(base, settings)
-        data = load_search_data(base)
-        warm = find_warm_start(searches, folder, base, settings, space, is_new=arguments.fresh, bucket=bucket)
+        folder, kept = prepared.plan.folder, Kept()
         if arguments.fresh and folder.exists():
             with lock_folder(folder):
                 print(f"what was in {folder} is now in {set_aside(folder)}")
         if bucket is None or arguments.fresh:
             held.enter_context(lock_folder(folder))
-        recorded = find_search(folder)
-        kept = Kept() if bucket is None else take_over(bucket, folder, held, fresh=arguments.fresh)
-        plan = SearchPlan(
-            folder, base, settings, space, arguments.address, arguments.retry_failed, warm, recorded, kept
-        )
-        check_same_search(plan, data)
-    return run_search(plan, data, slots or asked)
+        if bucket is not None:
+            if not arguments.fresh:  # a command that is refused must end nobody's search
+                check_going_on(prepared)
+            kept = take_over(bucket, folder, held, fresh=arguments.fresh)
+            if not arguments.fresh:  # by now another driver may have done more
+                prepared = prepare(arguments, searches, bucket, prepared)
+        plan = prepared.plan._replace(recorded=find_search(folder), kept=kept)
+        check_same_search(plan, prepared.data)
+    return run_search(plan, prepared.data, prepared.room)
 
 
 if __name__ == "__main__":

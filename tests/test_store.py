@@ -6,12 +6,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from byot.files import write_json, write_text
+from byot.config import TrainConfig
+from byot.files import read_json, write_json, write_text
+from search import driver, tune
+from search.records import SearchRecords, save_search
+from search.settings import SearchSettings
+from search.space import DEFAULT_SPACE, space_to_dict
 from search.store import (
     COPY_OF,
     DRIVER,
@@ -310,3 +316,116 @@ def test_a_node_that_cannot_reach_it_says_so(kept: KeptInBucket, store: ObjectSt
     assert place.files() == [DRIVER]
     store.on_request = refuse_writes
     assert "AWS Error" in try_bucket(place)
+
+
+# ---------------------------------------------------------------- a command and another driver
+
+
+class Elsewhere:
+    """A search of two trials that a driver on another machine has put into the bucket and still drives."""
+
+    def __init__(self, bucket: Bucket, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.kept = KeptInBucket(bucket, folder)
+        assert self.kept.take_over() == ""
+        self.bucket: Bucket = self.kept.bucket
+        self.base = TrainConfig(dataset="digits", width=4, epochs=2, val_fraction=0.1)
+        self.data = driver.load_search_data(self.base)
+        self.save(num_samples=2)
+        for _ in range(2):
+            self.add_trial()
+
+    def save(self, **changed: Any) -> None:
+        settings = SearchSettings(**changed)
+        images = {"num_train_images": len(self.data.train.labels), "num_val_images": len(self.data.val.labels)}
+        record = {"config": self.base.to_dict(), "settings": settings.to_dict(), "space": space_to_dict(DEFAULT_SPACE)}
+        save_search(self.kept.folder, record | images, self.kept)
+
+    def records(self) -> SearchRecords:
+        return SearchRecords(
+            self.kept.folder,
+            parameters=list(DEFAULT_SPACE),
+            metric="val_accuracy",
+            mode="max",
+            epochs=2,
+            seed=0,
+            kept=self.kept,
+        )
+
+    def add_trial(self) -> None:
+        records = self.records()
+        records.begin("sampled", {"alpha": 0.5, "temperature": 3.0, "beta": 1e-6})
+        records.write_table(at_once=True)
+
+
+@pytest.fixture
+def elsewhere(bucket: Bucket, tmp_path: Path) -> Elsewhere:
+    return Elsewhere(bucket, tmp_path / "elsewhere" / "s")
+
+
+class Command:
+    """tune.py up to the moment at which the search would run."""
+
+    def __init__(self, store: ObjectStore, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.flags = ["--name", "s", "--storage-path", store.url(), "--outputs", str(outputs)]
+        self.folder = outputs / "searches" / "s"
+        self.plans: list[driver.SearchPlan] = []
+        monkeypatch.setattr(driver, "run_search", self.run)
+
+    def run(self, plan: driver.SearchPlan, *_: object) -> int:
+        self.plans.append(plan)
+        return 0
+
+    def __call__(self, *flags: object) -> int:
+        arguments = tune.build_parser().parse_args([*self.flags, *map(str, flags)])
+        with ExitStack() as held:
+            return tune.search(arguments, held)
+
+
+@pytest.fixture
+def command(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    return Command(store, tmp_path / "here", monkeypatch)
+
+
+def test_what_another_driver_does_as_this_one_starts_is_seen(
+    elsewhere: Elsewhere, command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    load = driver.load_search_data
+
+    def meanwhile(base: TrainConfig) -> driver.SearchData:
+        elsewhere.save(num_samples=3)
+        elsewhere.add_trial()
+        return load(base)
+
+    monkeypatch.setattr(driver, "load_search_data", meanwhile)
+    assert command("--resume") == 0
+    (plan,) = command.plans
+    assert plan.settings.num_samples == 3
+    assert plan.recorded is not None
+    assert plan.recorded["settings"]["num_samples"] == 3
+    assert len(driver.read_records(plan).rows) == 3
+    with pytest.raises(TakenOverError):
+        elsewhere.add_trial()
+
+
+@pytest.mark.parametrize("wrong", ["images", "space", "number"])
+def test_a_command_that_is_refused_takes_nothing_over(
+    elsewhere: Elsewhere, command: Command, capsys: pytest.CaptureFixture[str], wrong: str
+):
+    if wrong == "images":
+        record = read_json(elsewhere.kept.folder / "search.json") | {"num_val_images": 7}
+        save_search(elsewhere.kept.folder, record, elsewhere.kept)
+        words = "num_val_images 7"
+    elif wrong == "space":
+        put(elsewhere.kept, "trials.csv", "trial_id,lr,error\n")
+        words = "another search space"
+    else:
+        elsewhere.save(num_samples=1)
+        words = "has 2 trials already"
+    before = elsewhere.bucket.read(DRIVER)
+    with pytest.raises(SystemExit) as refusal:
+        command("--resume")
+    assert refusal.value.code == 2
+    assert words in capsys.readouterr().err
+    assert elsewhere.bucket.read(DRIVER) == before
+    elsewhere.add_trial()

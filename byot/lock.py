@@ -18,10 +18,11 @@ class LockedError(ValueError):
 
 
 @contextmanager
-def lock_folder(folder: Path, wait_s: float = 0) -> Iterator[None]:
+def lock_folder(folder: Path, wait_s: float = 0, *, has_to_lock: bool = False) -> Iterator[None]:
     """Make the folder if it is missing and hold its lock. Of one in which nothing was then written nothing is left.
 
-    Raises LockedError if another process still holds the lock after `wait_s` seconds.
+    Raises LockedError if another process still holds the lock after `wait_s` seconds. Where no file can be locked it
+    only warns, or raises OSError if it has to lock.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,7 +32,7 @@ def lock_folder(folder: Path, wait_s: float = 0) -> Iterator[None]:
     except Timeout as error:
         raise LockedError(f"another process is writing to {folder}; wait for it or stop it first") from error
     except OSError as error:
-        if error.errno not in NO_LOCKS_HERE:
+        if has_to_lock or error.errno not in NO_LOCKS_HERE:
             raise
         warnings.warn(f"{folder} lies where no file can be locked: run one process at a time there", stacklevel=3)
     try:

@@ -351,7 +351,10 @@ def working_folder(folder: Path, place: Bucket | None) -> Iterator[tuple[Path, S
         yield folder, lambda: None
         return
     _remove_abandoned()
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary, lock_folder(Path(temporary)):
+    with (
+        tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True) as temporary,
+        lock_folder(Path(temporary)),
+    ):
         here = Path(temporary) / "run"
         here.mkdir()
         _fetch_all(place, here)
@@ -359,11 +362,15 @@ def working_folder(folder: Path, place: Bucket | None) -> Iterator[tuple[Path, S
 
         def save() -> None:
             found = _stamps(here)
+            gone = known.keys() - found.keys()
+            for name in gone:
+                if CHECKPOINTS not in PurePosixPath(name).parts:  # no trial removes a record: something else does
+                    raise FileNotFoundError(errno.ENOENT, "something has removed it", str(here / name))
             new = [name for name, stamp in found.items() if known.get(name) != stamp]
             for name in sorted(new, key=lambda name: CHECKPOINTS not in PurePosixPath(name).parts):
                 place.write(name, (here / name).read_bytes())
                 known[name] = found[name]
-            for name in known.keys() - found.keys():
+            for name in gone:
                 place.remove(name)
                 del known[name]
 
@@ -373,9 +380,9 @@ def working_folder(folder: Path, place: Bucket | None) -> Iterator[tuple[Path, S
 def _remove_abandoned() -> None:
     """Remove the temporary folders of workers that were killed on this node: nobody holds their locks."""
     for folder in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
-        with suppress(OSError, LockedError):  # another user's, or at work
+        with suppress(OSError, LockedError):  # another user's, at work, or where nothing says whether it is
             if time.time() - folder.stat().st_mtime > ABANDONED_S:
-                with lock_folder(folder):
+                with lock_folder(folder, has_to_lock=True):
                     shutil.rmtree(folder)
 
 

@@ -1,6 +1,8 @@
 """Searches kept in an object store, piece by piece, against a small S3 on this machine."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +210,37 @@ def test_what_a_killed_worker_leaves_is_removed_and_what_is_at_work_stays(
             assert not left.exists()
             assert at_work.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_something_else_removes_here_is_not_removed_there(bucket: Bucket):
+    place = place_of_trial(bucket)
+    with working_folder(Path("unused"), place) as (here, save):
+        for epoch in (1, 2, 3):
+            write_epoch(here, epoch)
+            save()
+        before = sorted(place.files())
+        shutil.rmtree(here)
+        with pytest.raises(FileNotFoundError, match="something has removed it"):
+            save()
+        shutil.rmtree(here.parent)
+    assert sorted(place.files()) == before
+
+
+@pytest.mark.filterwarnings("ignore:.* no file can be locked")
+def test_where_nothing_can_be_locked_no_working_folder_is_removed(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = place_of_trial(bucket)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("byot.lock.FileLock.acquire", refuse)
+    with working_folder(Path("unused"), place) as (at_work, _):
+        os.utime(at_work.parent, (0, 0))
+        with working_folder(Path("unused"), place):
+            assert (at_work / "trial.json").exists()
 
 
 def test_a_folder_of_its_own_is_left_as_it_is(tmp_path: Path):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,9 +178,9 @@ def check_nodes(folder: Path, slots: Slots, bucket: Bucket | None = None) -> Non
         raise ValueError(
             f"no node of the cluster has the {slots.cpus} CPUs and {slots.gpus:g} GPUs that a trial asks for"
         )
-    state = folder / "state"
-    sign = state / f".{os.getpid()}.tmp"  # a name of those that are cleared away when a search goes on
-    write_text(sign, "")
+    sign = folder / "state" / f".{os.getpid()}.tmp"  # a name of those that are cleared away when a search goes on
+    if bucket is None:
+        write_text(sign, "")
     look = ray.remote(num_cpus=0, max_retries=0)(try_folder if bucket is None else try_bucket)
     place: Any = sign if bucket is None else bucket
     try:
@@ -195,7 +196,9 @@ def check_nodes(folder: Path, slots: Slots, bucket: Bucket | None = None) -> Non
             except RayError as error:  # the task could not be run there
                 troubles[on_node[answer]] = str(error).strip().splitlines()[-1]
     finally:
-        remove_leftovers(state)
+        remove_leftovers(sign.parent)
+        with suppress(OSError):  # a search that goes on has more in it
+            sign.parent.rmdir()
     still_there = {node["NodeID"] for node in nodes_with_room(slots)}  # one that is lost meanwhile is no trouble
     told = [f"{nodes[node]} ({trouble})" for node, trouble in troubles.items() if trouble and node in still_there]
     if told:

@@ -47,6 +47,7 @@ except Exception as error:
 """
 CHECKPOINTS = "checkpoints"
 DRIVER = "state/driver.json"
+LEFTOVER = ".tmp"  # how the name ends of what a node writes to see whether it can
 COPY_OF = "copy-of.json"  # in the driver's folder alone: the place of which it is a copy
 RECORDS = ("search.json", "trials.csv", "best.json", "warm_start.json", "confirmation.json")
 FOLDERS = ("state", "trials", "confirmation")
@@ -211,7 +212,8 @@ def open_bucket(url: str) -> Bucket:
 def is_record(name: str) -> bool:
     """Whether an object is one of those that the driver's folder has a copy of."""
     parts = PurePosixPath(name).parts
-    return CHECKPOINTS not in parts and name != DRIVER and (parts[0] in FOLDERS or name in RECORDS)
+    passing = CHECKPOINTS in parts or name == DRIVER or name.endswith(LEFTOVER)
+    return not passing and (parts[0] in FOLDERS or name in RECORDS)
 
 
 class Kept:
@@ -409,7 +411,7 @@ def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 def try_bucket(place: Bucket) -> str:
     """What is wrong, seen from here, with the place where a search is kept; nothing if that is empty."""
-    name = f"state/{socket.gethostname()}-{os.getpid()}.tmp"
+    name = f"state/{socket.gethostname()}-{os.getpid()}{LEFTOVER}"
     try:
         place.read(DRIVER)
         place.write(name, b"")

@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from byot.config import TrainConfig
 from byot.files import read_json, write_json, write_text
+from byot.lock import lock_folder
 from search import driver, tune
+from search.cluster import Slots, check_nodes
 from search.records import SearchRecords, save_search
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE, space_to_dict
@@ -278,6 +281,7 @@ def test_a_copy_has_the_records_and_not_the_checkpoints(kept: KeptInBucket, buck
     ):
         place.write(name, b"")
     bucket.write("s/surprise", b"")
+    bucket.write("s/state/node-1.tmp", b"")
     bucket.write("s/../../outside", b"")
     there = tmp_path / "two" / "s"
     there.mkdir(parents=True)
@@ -349,6 +353,45 @@ def test_a_node_that_cannot_reach_it_says_so(kept: KeptInBucket, store: ObjectSt
     assert place.files() == [DRIVER]
     store.on_request = refuse_writes
     assert "AWS Error" in try_bucket(place)
+
+
+class Node:
+    """Ray's client, on one node that answers at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            "search.cluster.nodes_with_room", lambda _: [{"NodeID": "1" * 56, "NodeManagerAddress": "one"}]
+        )
+        monkeypatch.setattr("ray.remote", lambda **_: lambda look: self.task(look))
+        monkeypatch.setattr("ray.wait", lambda tasks, **_: (tasks, []))
+        monkeypatch.setattr("ray.get", lambda task: task)
+
+    def task(self, look: Callable[[Any], str]) -> Any:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=look))
+
+
+def test_after_looking_at_the_nodes_nothing_is_left(
+    bucket: Bucket, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """So that a command that was refused can be given again."""
+    Node(monkeypatch)
+    bucket.write(f"s/{DRIVER}", b"{}")
+    slots = Slots(1, 1, 0.0, 1, 0)
+    folder = tmp_path / "s"
+    with lock_folder(folder):
+        check_nodes(folder, slots)
+        check_nodes(folder, slots, bucket / "s")
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        store.on_request = refuse_writes
+        with pytest.raises(ValueError, match=r"1 of 1 nodes cannot work on s3://bucket/searches/s: one .*AWS Error"):
+            check_nodes(folder, slots, bucket / "s")
+        monkeypatch.setattr("search.cluster.try_folder", lambda _: "it cannot write there")
+        with pytest.raises(ValueError, match=r"1 of 1 nodes cannot work on .* \(it cannot write there"):
+            check_nodes(folder, slots)
+    assert not folder.exists()
+    write_text(folder / "state" / "search.json", "{}")
+    check_nodes(folder, slots)
+    assert [path.name for path in (folder / "state").iterdir()] == ["search.json"]
 
 
 # ---------------------------------------------------------------- a command and another driver

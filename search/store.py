@@ -26,7 +26,7 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from byot.files import read_json, write_json
 from byot.lock import LOCK_FILE, LockedError, lock_folder
@@ -34,6 +34,8 @@ from byot.lock import LOCK_FILE, LockedError, lock_folder
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 # Unless the URL says otherwise. Small objects in one request, which else take three; Google's repeats for 15 minutes.
 OPTIONS = {"s3": "allow_delayed_open=true", "gs": "retry_limit_seconds=60", "gcs": "retry_limit_seconds=60"}
+# What may be in the name of an option whose value must not be in every command and message that is printed.
+SECRET = re.compile("secret|token|passw|credential|key|sas|sig", re.IGNORECASE)
 ANSWER_TIMEOUT_S = 150  # for a store to say whether a bucket is there
 # In a process of its own: without credentials Azure's client does not raise, it aborts.
 LOOK = """
@@ -195,7 +197,9 @@ def open_bucket(url: str) -> Bucket:
         parts = urlsplit(url)
         has_password = parts.password is not None
     except ValueError as error:
-        raise ValueError(f"--storage-path {url} is not a URL ({error})") from error
+        raise ValueError(f"--storage-path {url.partition('?')[0]} is not a URL ({error})") from error
+    if any(SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
+        raise ValueError("--storage-path must have no secret in its query: credentials come from the environment")
     if parts.scheme not in SCHEMES:
         raise ValueError(
             f"--storage-path must be a folder or the URL of an object store ({', '.join(SCHEMES)}), not {parts.scheme}://"

@@ -106,6 +106,14 @@ def test_urls_of_no_store(url: str, words: str):
         open_bucket(url)
 
 
+@pytest.mark.parametrize("option", ["client_secret", "sig", "SAS", "access_key", "secret_key", "X-Amz-Security-Token"])
+@pytest.mark.parametrize("place", ["s3://bucket/x", "s3://"])
+def test_a_secret_in_a_url_is_refused_and_not_told(option: str, place: str):
+    with pytest.raises(ValueError, match="must have no secret in its query") as error:
+        open_bucket(f"{place}?region=us-west-2&{option}=xyzzy")
+    assert "xyzzy" not in str(error.value)
+
+
 def test_a_store_that_refuses(store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="s3://other/searches cannot be used: there is no such bucket"):
         open_bucket(store.url(bucket="other"))

@@ -31,13 +31,13 @@ from urllib.parse import parse_qsl, urlsplit
 from byot.files import read_json, write_json
 from byot.lock import LOCK_FILE, LockedError, lock_folder
 
-SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
+SCHEMES = ("s3", "gs", "gcs")
 # Unless the URL says otherwise. Small objects in one request, which else take three; Google's repeats for 15 minutes.
 OPTIONS = {"s3": "allow_delayed_open=true", "gs": "retry_limit_seconds=60", "gcs": "retry_limit_seconds=60"}
 # What may be in the name of an option whose value must not be in every command and message that is printed.
 SECRET = re.compile("secret|token|passw|credential|key|sas|sig", re.IGNORECASE)
 ANSWER_TIMEOUT_S = 150  # for a store to say whether a bucket is there
-# In a process of its own: without credentials Azure's client does not raise, it aborts.
+# In a process of its own, which can be ended: pyarrow's clients repeat what is not answered, one step after another.
 LOOK = """
 import sys
 try:
@@ -121,8 +121,7 @@ class Bucket:
         else:
             trouble = looked.stderr.strip() if looked.returncode == 1 else ""
             if looked.returncode not in (0, 1):
-                said = re.search(r"what\(\): *(.*)", looked.stderr)
-                trouble = said[1] if said else f"its client ended with code {looked.returncode}"
+                trouble = f"its client ended with code {looked.returncode}"
         if trouble:
             raise ValueError(f"--storage-path {self} cannot be used: {trouble}")
 

@@ -259,7 +259,7 @@ TUNE: list[Line] = [
     ("--storage-path 's3://a b/a'", "Cannot parse URI"),
     ("--storage-path s3://name:word@bucket/a", "--storage-path must have no password in it"),
     ("--storage-path s3://bucket/a?x=1", "Unexpected query parameter in S3 URI: 'x'"),
-    ("--storage-path abfs://container/a", "AzureOptions doesn't contain a valid account name"),
+    ("--storage-path abfs://container/a", "object store (s3, gs, gcs), not abfs://"),
     ("--alpha 0.5", "unrecognized arguments: --alpha 0.5"),  # these three are searched
     ("--temperature 3", "unrecognized arguments: --temperature 3"),
     ("--beta 0", "unrecognized arguments: --beta 0"),

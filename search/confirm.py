@@ -295,7 +295,8 @@ def confirm(
 ) -> tuple[bool, str]:
     """Run what is worth running, on a Ray that is started; returns whether it is over and else what went wrong.
 
-    Raises StoppedError when asked to stop; what was begun goes on from its checkpoints another time.
+    Raises StoppedError when asked to stop, OSError where another driver goes on with it; what was begun goes on from its
+    checkpoints another time.
     """
     import ray
 
@@ -311,9 +312,13 @@ def confirm(
         place = confirmation.kept.place(folder)
         return Task(run, (confirmation.config(run), folder, images, slots.cpus, place))
 
+    def has_to_stop() -> int:
+        confirmation.kept.look()
+        return stop_asked()
+
     confirmation.save("running")
     try:
-        for run, result, error in run_tasks(do_run, take, slots, stop_asked, deadline):
+        for run, result, error in run_tasks(do_run, take, slots, has_to_stop, deadline):
             if error:
                 trouble = f"the run in {confirmation.run_folder(run)} failed: {error}"
                 print(trouble, flush=True)

@@ -54,6 +54,7 @@ COPY_OF = "copy-of.json"  # in the driver's folder alone: the place of which it 
 RECORDS = ("search.json", "trials.csv", "best.json", "warm_start.json", "confirmation.json")
 FOLDERS = ("state", "trials", "confirmation")
 NUM_THREADS = 16  # that fetch small objects side by side
+LOOK_EVERY_S = 30.0  # by a driver at whether it still drives
 READ_ATTEMPTS = 3  # of a trial's folder from which a worker that is about to end still removes an old checkpoint
 TEMPORARY = "byot-run-"  # how the names of working folders begin
 ABANDONED_S = 60.0  # by when a working folder is locked if it is in use
@@ -231,6 +232,9 @@ class Kept:
     def put(self, path: Path) -> None:
         """Keep a record that has been written."""
 
+    def look(self) -> None:
+        """To be called often. Raises TakenOverError once another driver goes on with the search."""
+
     def fetch_run(self, folder: Path) -> None:
         """Bring what a trial or a run wrote, but for its checkpoints."""
 
@@ -248,6 +252,7 @@ class KeptInBucket(Kept):
         self.bucket: Bucket = bucket / folder.name
         self.folder = folder
         self._driver = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().isoformat()}
+        self._next_look_at = 0.0  # on the monotonic clock
 
     def place(self, folder: Path) -> Bucket:
         return self.bucket / self._name(folder)
@@ -315,11 +320,24 @@ class KeptInBucket(Kept):
 
     # ------------------------------------------------------------ as it goes on
 
-    def put(self, path: Path) -> None:
+    def _check_driver(self) -> None:
         driver = self._read_driver()
         if driver != self._driver:
             host = driver.get("host", "another machine")
             raise TakenOverError(errno.EBUSY, f"the driver on {host} goes on with this search", str(self.bucket))
+
+    def look(self) -> None:
+        if time.monotonic() >= self._next_look_at:
+            try:
+                self._check_driver()
+            except TakenOverError:
+                raise
+            except OSError:
+                pass  # a store that stays away is told when something is to be put there
+            self._next_look_at = time.monotonic() + LOOK_EVERY_S
+
+    def put(self, path: Path) -> None:
+        self._check_driver()
         self.bucket.write(self._name(path), path.read_bytes())
 
     def fetch_run(self, folder: Path) -> None:

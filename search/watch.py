@@ -99,6 +99,8 @@ class SearchWatch(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Ray calls this several times a second, whether anything has happened or not."""
+        if not self.trouble:
+            self._write(self.records.kept.look)
         self.catch_up()
         if self.live.is_due():
             self._show([trial.config["trial_id"] for trial in trials if trial.status == Trial.RUNNING])

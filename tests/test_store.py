@@ -20,6 +20,7 @@ from byot.files import read_json, write_json, write_text
 from byot.lock import lock_folder
 from search import driver, tune
 from search.cluster import Slots, check_nodes
+from search.confirm import confirm
 from search.records import SearchRecords, save_search
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE, space_to_dict
@@ -54,6 +55,10 @@ def bucket(store: ObjectStore) -> Bucket:
 def refuse_writes(method: str, key: str) -> None:
     if method in ("PUT", "POST", "DELETE"):
         raise ConnectionResetError
+
+
+def refuse_all(method: str, key: str) -> None:
+    raise ConnectionResetError
 
 
 def test_what_is_written_is_read_listed_moved_and_removed(bucket: Bucket):
@@ -340,6 +345,42 @@ def test_the_last_driver_drives(kept: KeptInBucket, bucket: Bucket, tmp_path: Pa
     put(second, "search.json", "second again")
     second.let_go()
     assert DRIVER not in (bucket / "s").files()
+
+
+def test_a_driver_looks_now_and_then_whether_it_still_drives(
+    kept: KeptInBucket, store: ObjectStore, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kept.look()
+    KeptInBucket(bucket, tmp_path / "two" / "s").take_over()
+    kept.look()  # not yet again
+    monkeypatch.setattr("search.store.LOOK_EVERY_S", 0.0)
+    kept._next_look_at = 0.0
+    asked = store.on_request
+    store.on_request = refuse_all
+    kept.look()
+    store.on_request = asked
+    with pytest.raises(TakenOverError, match="goes on with this search"):
+        kept.look()
+
+
+def test_a_confirmation_ends_once_another_driver_goes_on_with_it(monkeypatch: pytest.MonkeyPatch):
+    def run_tasks(function: object, take: object, slots: object, stop_asked: Callable[[], int], *_: object) -> Any:
+        assert stop_asked() == 0
+        kept.look = taken_over
+        stop_asked()
+        yield
+
+    def taken_over() -> None:
+        raise TakenOverError(errno.EBUSY, "the driver elsewhere goes on with this search", "s3://bucket/s")
+
+    saved: list[str] = []
+    kept: Any = SimpleNamespace(look=lambda: None)
+    confirmation: Any = SimpleNamespace(base=TrainConfig(dataset="digits"), kept=kept, save=saved.append)
+    monkeypatch.setattr("ray.put", lambda images: images)
+    monkeypatch.setattr("search.confirm.run_tasks", run_tasks)
+    with pytest.raises(TakenOverError):
+        confirm(confirmation, Slots(1, 1, 0.0, 1, 0), lambda: 0, None)
+    assert saved == ["running"]
 
 
 def test_setting_aside_leaves_nothing_and_loses_nothing(kept: KeptInBucket, bucket: Bucket):

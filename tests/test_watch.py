@@ -1,5 +1,6 @@
 """What the driver makes of what Ray tells it: how trials end, when a search gives up, what a full disk leaves."""
 
+import errno
 import math
 import sys
 import time
@@ -16,6 +17,7 @@ from search.live import LiveTable
 from search.mirror import OptunaMirror
 from search.records import DIVERGED, MEASURES, SearchRecords, read_rows, save_search
 from search.space import DEFAULT_SPACE, first_points
+from search.store import TakenOverError
 from search.study import BudgetAwareSearch, RecordedAsha
 from search.trial import FAILED, UNWRITABLE
 from search.watch import MAX_FAILURES, MAX_RETRIES, SearchWatch, StopWatch
@@ -91,6 +93,20 @@ class Driver:
 @pytest.fixture
 def driver(tmp_path: Path) -> Driver:
     return Driver(tmp_path)
+
+
+def test_a_driver_that_no_longer_drives_stops_the_search(tmp_path: Path):
+    def look() -> None:
+        raise TakenOverError(errno.EBUSY, "the driver elsewhere goes on with this search", "s3://bucket/s")
+
+    driver = Driver(tmp_path)
+    driver.start()
+    driver.watch.on_step_end(0, [])
+    assert not driver.watch.has_to_stop()
+    driver.records.kept.look = look  # type: ignore[method-assign]
+    driver.watch.on_step_end(1, [])
+    assert StopWatch(driver.watch).stop_all()
+    assert "the driver elsewhere goes on" in driver.watch.trouble
 
 
 def test_how_trials_end(driver: Driver):

@@ -295,8 +295,8 @@ def confirm(
 ) -> tuple[bool, str]:
     """Run what is worth running, on a Ray that is started; returns whether it is over and else what went wrong.
 
-    Raises StoppedError when asked to stop, OSError where another driver goes on with it; what was begun goes on from its
-    checkpoints another time.
+    Raises StoppedError when asked to stop, OSError where another driver goes on with it; what was begun goes on from
+    its checkpoints another time.
     """
     import ray
 

@@ -49,6 +49,7 @@ except Exception as error:
 """
 CHECKPOINTS = "checkpoints"
 DRIVER = "state/driver.json"
+REPLACING = "state/replacing.json"  # while what the store has of a search is set aside: to where
 LEFTOVER = ".tmp"  # how the name ends of what a node writes to see whether it can
 COPY_OF = "copy-of.json"  # in the driver's folder alone: the place of which it is a copy
 RECORDS = ("search.json", "trials.csv", "best.json", "warm_start.json", "confirmation.json")
@@ -216,7 +217,7 @@ def open_bucket(url: str) -> Bucket:
 def is_record(name: str) -> bool:
     """Whether an object is one of those that the driver's folder has a copy of."""
     parts = PurePosixPath(name).parts
-    passing = CHECKPOINTS in parts or name == DRIVER or name.endswith(LEFTOVER)
+    passing = CHECKPOINTS in parts or name in (DRIVER, REPLACING) or name.endswith(LEFTOVER)
     return not passing and (parts[0] in FOLDERS or name in RECORDS)
 
 
@@ -269,26 +270,38 @@ class KeptInBucket(Kept):
             raise ValueError(
                 f"{self.folder} is no copy of {self.bucket}: give another --name or --outputs, or put it there"
             )
-        names = [name for name in self.bucket.files() if is_record(name)]
+        there = self.bucket.files()
+        if REPLACING in there:  # what is still there is of a search that was to be replaced
+            self._clear()
+            return
+        names = [name for name in there if is_record(name)]
         if not names:
             if any((self.folder / name).exists() for name in ("search.json", "trials")):
                 raise ValueError(f"{self.bucket} holds no search any more, {self.folder} has a copy: put it back there")
             return
+        self._clear()
+        self._mark()
+        self.bucket.fetch(names, self.folder)
+
+    def _clear(self) -> None:
         for name in FOLDERS:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for name in RECORDS:
             (self.folder / name).unlink(missing_ok=True)
-        self._mark()
-        self.bucket.fetch(names, self.folder)
 
     def _mark(self) -> None:
         write_json(self.folder / COPY_OF, {"place": str(self.bucket)})
 
     def take_over(self) -> str:
-        """Become what drives the search; returns a sentence where another had not ended. Raises OSError."""
-        before = self._read_driver()
+        """Become what drives the search; returns a sentence where another had not ended. Raises OSError.
+
+        Where that was about to set the search aside, it is done now.
+        """
+        before = self._read_json(DRIVER)
         self._mark()
         self.bucket.write(DRIVER, json.dumps(self._driver).encode())
+        if REPLACING in self.bucket.files():
+            self._finish_setting_aside()
         if not before:
             return ""
         return (
@@ -299,29 +312,39 @@ class KeptInBucket(Kept):
     def let_go(self) -> None:
         """Say that nothing drives the search any more. An unreachable store is told otherwise."""
         with suppress(OSError):
-            if self._read_driver() == self._driver:
+            if self._read_json(DRIVER) == self._driver:
                 self.bucket.remove(DRIVER)
 
-    def _read_driver(self) -> dict[str, Any]:
+    def _read_json(self, name: str) -> dict[str, Any]:
         try:
-            found = json.loads(self.bucket.read(DRIVER))
+            found = json.loads(self.bucket.read(name))
         except (FileNotFoundError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 
     def set_aside(self) -> str:
         """Move what the store has to replaced/NAME-TIME beside it, first what makes it a search; returns the place."""
+        if all(name == DRIVER for name in self.bucket.files()):
+            return ""
         target = f"replaced/{self.folder.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.bucket.write(REPLACING, json.dumps({"target": target}).encode())
+        return self._finish_setting_aside()
+
+    def _finish_setting_aside(self) -> str:
+        """Do what is left of it, whoever began it."""
+        target = str(self._read_json(REPLACING).get("target"))
         around = Bucket(self.bucket.url, "")
-        names = [name for name in self.bucket.files() if name != DRIVER]
+        names = [name for name in self.bucket.files() if name not in (DRIVER, REPLACING)]
         for name in sorted(names, key=lambda name: PurePosixPath(name).name != "search.json"):
+            self._check_driver()
             around.move(f"{self.folder.name}/{name}", f"{target}/{name}")
-        return str(around / target) if names else ""
+        self.bucket.remove(REPLACING)
+        return str(around / target)
 
     # ------------------------------------------------------------ as it goes on
 
     def _check_driver(self) -> None:
-        driver = self._read_driver()
+        driver = self._read_json(DRIVER)
         if driver != self._driver:
             host = driver.get("host", "another machine")
             raise TakenOverError(errno.EBUSY, f"the driver on {host} goes on with this search", str(self.bucket))

@@ -394,6 +394,45 @@ def test_setting_aside_leaves_nothing_and_loses_nothing(kept: KeptInBucket, buck
     assert sorted((bucket / name).files()) == ["search.json", "trials/t0000/checkpoints/epoch-0001.pt"]
 
 
+@pytest.mark.parametrize("moved", [0, 1, 3])
+def test_what_was_being_set_aside_is_no_search_and_is_set_aside_by_the_next(
+    kept: KeptInBucket, store: ObjectStore, bucket: Bucket, tmp_path: Path, moved: int
+):
+    names = ["search.json", "state/search.json", "trials/t0000/trial.json", "trials.csv"]
+    for name in names:
+        put(kept, name, name)
+    left = moved
+
+    def die(method: str, key: str) -> None:
+        nonlocal left
+        if method == "PUT" and key.startswith("searches/replaced/") and not key.endswith("/"):
+            if left == 0:
+                raise ConnectionResetError
+            left -= 1
+
+    store.on_request = die
+    with pytest.raises(OSError, match="replaced"):
+        kept.set_aside()
+    store.on_request = lambda method, key: None
+    second = KeptInBucket(bucket, tmp_path / "two" / "s")
+    second.folder.mkdir(parents=True)
+    for name in ("search.json", "trials.csv"):
+        write_text(second.folder / name, "of the copy that was here before")
+    write_json(second.folder / COPY_OF, {"place": str(second.bucket)})
+    second.fetch()
+    assert [path.name for path in second.folder.iterdir()] == [COPY_OF]
+    assert second.take_over() != ""
+    second.fetch()
+    assert [path.name for path in second.folder.iterdir()] == [COPY_OF]
+    assert (bucket / "s").files() == [DRIVER]
+    (aside,) = (bucket / "replaced").folders()
+    assert sorted((bucket / "replaced" / aside).files()) == sorted(names)
+    put(second, "search.json", "of the new search")
+    with pytest.raises(TakenOverError):
+        kept._finish_setting_aside()
+    assert bucket.read("s/search.json") == b"of the new search"
+
+
 def test_a_node_that_cannot_reach_it_says_so(kept: KeptInBucket, store: ObjectStore, tmp_path: Path):
     place: Any = kept.bucket
     assert try_bucket(place) == ""
@@ -425,7 +464,10 @@ def test_after_looking_at_the_nodes_nothing_is_left(
     Node(monkeypatch)
     bucket.write(f"s/{DRIVER}", b"{}")
     slots = Slots(1, 1, 0.0, 1, 0)
-    folder = tmp_path / "s"
+    folder, goes_on = tmp_path / "s", tmp_path / "t"
+    write_text(goes_on / "state" / "search.json", "{}")
+    check_nodes(goes_on, slots)
+    assert [path.name for path in (goes_on / "state").iterdir()] == ["search.json"]
     with lock_folder(folder):
         check_nodes(folder, slots)
         check_nodes(folder, slots, bucket / "s")
@@ -437,9 +479,6 @@ def test_after_looking_at_the_nodes_nothing_is_left(
         with pytest.raises(ValueError, match=r"1 of 1 nodes cannot work on .* \(it cannot write there"):
             check_nodes(folder, slots)
     assert not folder.exists()
-    write_text(folder / "state" / "search.json", "{}")
-    check_nodes(folder, slots)
-    assert [path.name for path in (folder / "state").iterdir()] == ["search.json"]
 
 
 # ---------------------------------------------------------------- a command and another driver

@@ -245,6 +245,8 @@ def _find_resumable(searches: Path, name: str | None, given: dict[str, object], 
     found = []
     for path in searches.glob("*/search.json"):
         try:
+            if copied_from(path.parent):  # what it is a copy of goes on with its URL alone
+                continue
             search = load_search(path.parent)
         except ValueError:  # damaged past repair; naming it says so
             continue

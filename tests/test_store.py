@@ -592,3 +592,12 @@ def test_a_command_that_is_refused_takes_nothing_over(
     assert words in capsys.readouterr().err
     assert elsewhere.bucket.read(DRIVER) == before
     elsewhere.add_trial()
+
+
+def test_without_a_bucket_the_newest_search_is_none_of_the_copies(elsewhere: Elsewhere):
+    searches = elsewhere.kept.folder.parent
+    with pytest.raises(ValueError, match="no unfinished search is in"):
+        tune._find_resumable(searches, None, {})
+    save_search(searches / "mine", {"started_at": "2020", "config": {}})
+    assert tune._find_resumable(searches, None, {}) == searches / "mine"
+    assert tune._find_resumable(searches, "s", {}) == elsewhere.kept.folder

@@ -139,9 +139,17 @@ def fetch_search(arguments: argparse.Namespace, searches: Path, bucket: Bucket, 
 def _newest_in_bucket(bucket: Bucket, given: dict[str, object]) -> str:
     """The name of the newest unfinished search of this model and data set."""
     with TemporaryDirectory() as looked_at:
-        for name in bucket.folders():
+        for name in filter(_is_name, bucket.folders()):
             _fetch_records(bucket, name, ("search.json", "state/search.json", "confirmation.json"), Path(looked_at))
         return _find_resumable(Path(looked_at), None, given, where=str(bucket)).name
+
+
+def _is_name(text: str) -> bool:
+    try:
+        check_name(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _fetch_records(bucket: Bucket, name: str, records: tuple[str, ...], folder: Path) -> None:
@@ -211,7 +219,8 @@ def find_warm_start(
 
     if is_new or find_search(folder) is None:
         with TemporaryDirectory() as looked_at:
-            if bucket is not None and not (searches / settings.warm_start).exists():
+            here = (searches / settings.warm_start).exists()
+            if bucket is not None and not here and _is_name(settings.warm_start):
                 _fetch_records(bucket, settings.warm_start, ("search.json", "trials.csv"), Path(looked_at))
                 if any(Path(looked_at).iterdir()):
                     searches = Path(looked_at)

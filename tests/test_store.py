@@ -601,3 +601,24 @@ def test_without_a_bucket_the_newest_search_is_none_of_the_copies(elsewhere: Els
     save_search(searches / "mine", {"started_at": "2020", "config": {}})
     assert tune._find_resumable(searches, None, {}) == searches / "mine"
     assert tune._find_resumable(searches, "s", {}) == elsewhere.kept.folder
+
+
+def test_of_an_earlier_search_the_bucket_is_asked_only_by_its_name(
+    elsewhere: Elsewhere, store: ObjectStore, tmp_path: Path
+):
+    def ask(name: str) -> object:
+        settings = SearchSettings(warm_start=name)
+        return tune.find_warm_start(
+            *(tmp_path / "here", tmp_path / "here" / "new", elsewhere.base, settings, DEFAULT_SPACE),
+            is_new=True,
+            bucket=Bucket(store.url()),
+        )
+
+    asked: list[str] = []
+    store.on_request = lambda method, key: asked.append(key)
+    for name in ("../s", str(tmp_path / "s"), "a/b"):
+        with pytest.raises(ValueError, match="there is no search"):
+            ask(name)
+    assert asked == []
+    with pytest.raises(ValueError, match="the search s has no trial within this space"):
+        ask("s")

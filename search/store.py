@@ -5,8 +5,8 @@ state/driver.json, which says what drives the search. The driver's own folder is
 when a search goes on; each record is put into the store as soon as it is written, before anything that depends on it
 is done. A trial works in a temporary folder of its node: what the store has of it is fetched first, each checkpoint and
 then metrics.jsonl is put there before the epoch is reported. An object appears whole, under its last name, or not at
-all. No object can be locked: whoever writes state/driver.json last drives the search, and any other driver ends when
-it is about to write.
+all. No object can be locked: whoever writes state/driver.json last drives the search, and any other driver ends within
+half a minute, or when it is about to write.
 """
 
 import errno

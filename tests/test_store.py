@@ -622,3 +622,15 @@ def test_of_an_earlier_search_the_bucket_is_asked_only_by_its_name(
     assert asked == []
     with pytest.raises(ValueError, match="the search s has no trial within this space"):
         ask("s")
+
+
+def test_a_fresh_start_takes_over_and_sets_aside(
+    elsewhere: Elsewhere, command: Command, capsys: pytest.CaptureFixture[str]
+):
+    assert command("--fresh", "--dataset", "digits", "--width", 4, "--epochs", 3) == 0
+    assert "s3://bucket/searches/replaced/s-" in capsys.readouterr().out
+    (plan,) = command.plans
+    assert (plan.recorded, plan.base.epochs) == (None, 3)
+    assert elsewhere.bucket.files() == []
+    with pytest.raises(TakenOverError):
+        elsewhere.add_trial()

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 from byot.files import read_json, write_json
@@ -71,21 +71,43 @@ class TakenOverError(OSError):
     """Another driver goes on with this search."""
 
 
+class Owner(NamedTuple):
+    """A driver and the search that it drives."""
+
+    search: str  # its folder below the URL's
+    driver: dict[str, Any]  # as it stands in the store
+
+
 class Bucket:
     """A folder in an object store. What the store refuses is an OSError with a sentence and the object's place.
 
     It travels to workers as its URL and connects when it is first used, with the credentials that are found there.
     """
 
-    def __init__(self, url: str, below: str = "") -> None:
+    def __init__(self, url: str, below: str = "", owner: "Owner | None" = None) -> None:
+        """`owner` is the driver for which workers write here."""
         self.url = url
         self.below = below
+        self.owner = owner
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Bucket, (self.url, self.below)
+        return Bucket, (self.url, self.below, self.owner)
 
     def __truediv__(self, name: str) -> "Bucket":
-        return Bucket(self.url, f"{self.below}/{name}".lstrip("/"))
+        return Bucket(self.url, f"{self.below}/{name}".lstrip("/"), self.owner)
+
+    def check_owner(self) -> None:
+        """Raise TakenOverError if another driver has the search by now."""
+        if self.owner is None:
+            return
+        search = Bucket(self.url, self.owner.search)
+        try:
+            found = json.loads(search.read(DRIVER))
+        except (FileNotFoundError, ValueError):
+            found = None
+        if found != self.owner.driver:
+            host = found.get("host", "another machine") if isinstance(found, dict) else "another machine"
+            raise TakenOverError(errno.EBUSY, f"the driver on {host} goes on with this search", str(search))
 
     def __str__(self) -> str:
         """The place without what the URL says of the connection."""
@@ -250,9 +272,10 @@ class KeptInBucket(Kept):
     """In an object store; `folder` is the driver's copy, whose lock it holds."""
 
     def __init__(self, bucket: Bucket, folder: Path) -> None:
-        self.bucket: Bucket = bucket / folder.name
-        self.folder = folder
         self._driver = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().isoformat()}
+        search = (bucket / folder.name).below
+        self.bucket: Bucket = Bucket(bucket.url, search, Owner(search, self._driver))
+        self.folder = folder
         self._next_look_at = 0.0  # on the monotonic clock
 
     def place(self, folder: Path) -> Bucket:
@@ -336,23 +359,17 @@ class KeptInBucket(Kept):
         around = Bucket(self.bucket.url, "")
         names = [name for name in self.bucket.files() if name not in (DRIVER, REPLACING)]
         for name in sorted(names, key=lambda name: PurePosixPath(name).name != "search.json"):
-            self._check_driver()
+            self.bucket.check_owner()
             around.move(f"{self.folder.name}/{name}", f"{target}/{name}")
         self.bucket.remove(REPLACING)
         return str(around / target)
 
     # ------------------------------------------------------------ as it goes on
 
-    def _check_driver(self) -> None:
-        driver = self._read_json(DRIVER)
-        if driver != self._driver:
-            host = driver.get("host", "another machine")
-            raise TakenOverError(errno.EBUSY, f"the driver on {host} goes on with this search", str(self.bucket))
-
     def look(self) -> None:
         if time.monotonic() >= self._next_look_at:
             try:
-                self._check_driver()
+                self.bucket.check_owner()
             except TakenOverError:
                 raise
             except OSError:
@@ -360,7 +377,7 @@ class KeptInBucket(Kept):
             self._next_look_at = time.monotonic() + LOOK_EVERY_S
 
     def put(self, path: Path) -> None:
-        self._check_driver()
+        self.bucket.check_owner()
         self.bucket.write(self._name(path), path.read_bytes())
 
     def fetch_run(self, folder: Path) -> None:
@@ -407,6 +424,7 @@ def working_folder(folder: Path, place: Bucket | None) -> Iterator[tuple[Path, S
         known = _stamps(here)
 
         def save() -> None:
+            place.check_owner()  # the old driver's worker may not have heard yet that it was taken over
             found = _stamps(here)
             gone = known.keys() - found.keys()
             for name in gone:

@@ -287,9 +287,14 @@ def test_a_record_of_the_driver_cannot_be_put_there(search: BucketSearch, whole:
 
 
 def test_a_second_driver_takes_the_search_over(search: BucketSearch, whole: Finished) -> None:
+    """The first hears nothing of it for a while: it would else have ended its search before the second can begin."""
     first = search.start("a", *FLAGS)
     search.wait_for(f"{THIRD}checkpoints/epoch-0001.pt", first)
-    done = search.run("b", "--resume")
+    first.send_signal(signal.SIGSTOP)
+    try:
+        done = search.run("b", "--resume")
+    finally:
+        first.send_signal(signal.SIGCONT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_one_sentence(done.stderr, "if that still runs, it ends now")
     assert first.wait(60) == 1

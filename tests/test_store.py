@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,23 @@ def test_what_something_else_removes_here_is_not_removed_there(bucket: Bucket):
         with pytest.raises(FileNotFoundError, match="something has removed it"):
             save()
         shutil.rmtree(here.parent)
+    assert sorted(place.files()) == before
+
+
+def test_a_worker_of_a_driver_that_was_taken_over_puts_nothing(bucket: Bucket, tmp_path: Path):
+    kept = KeptInBucket(bucket, tmp_path / "one" / "s")
+    kept.folder.mkdir(parents=True)
+    kept.take_over()
+    place = pickle.loads(pickle.dumps(kept.place(kept.folder / "trials" / "t0000")))
+    with working_folder(Path("unused"), place) as (here, save):
+        write_epoch(here, 1)
+        save()
+        before = sorted(place.files())
+        assert before
+        KeptInBucket(bucket, tmp_path / "two" / "s").bucket.write(DRIVER, b"{}")
+        write_epoch(here, 2)
+        with pytest.raises(TakenOverError, match="goes on with this search"):
+            save()
     assert sorted(place.files()) == before
 
 

@@ -11,9 +11,9 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from analysis.verdict import accuracy_standard_error
+from analysis.verdict import CONFIDENCE, Interval, accuracy_standard_error
 from benchmarks.plans import (
     ARM_NAMES,
     FIXED_ARMS,
@@ -37,7 +37,6 @@ SEARCHES = ("search-r18", "cifar100-w16-e6")
 CLASSIFIERS = {"1": "1/4", "2": "2/4", "3": "3/4", "4": "4/4", "ensemble": "ensemble"}
 NOTHING = "\N{EN DASH}"
 MOST_TRIALS = 8  # listed of a search
-CONFIDENCE = 0.95
 
 # Accuracies that others publish, percent, single runs; the reference implementation's: the best epoch on the test set.
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
@@ -65,25 +64,14 @@ COMPARED: tuple[tuple[Arm, Arm], ...] = (
 )
 
 
-class PairedDifference(NamedTuple):
-    """The mean of differences over seeds, in points, and half the width of its 95 % interval (Student's t)."""
-
-    mean: float
-    half_width: float
-
-    @property
-    def resolved(self) -> bool:
-        return abs(self.mean) > self.half_width
-
-
-def paired_difference(values: Sequence[float], others: Sequence[float]) -> PairedDifference:
-    """Of at least two pairs."""
+def paired_difference(values: Sequence[float], others: Sequence[float]) -> Interval:
+    """The mean of the differences of at least two pairs, with its 95 % interval (Student's t)."""
     from scipy.special import stdtrit
 
     differences = [a - b for a, b in zip(values, others, strict=True)]
     error = statistics.stdev(differences) / len(differences) ** 0.5
     quantile = float(stdtrit(len(differences) - 1, (1 + CONFIDENCE) / 2))
-    return PairedDifference(statistics.mean(differences), quantile * error)
+    return Interval(statistics.mean(differences), quantile * error)
 
 
 def load_runs(name: str, results: Path = RESULTS) -> dict[Arm, dict[int, dict[str, Any]]]:
@@ -189,7 +177,7 @@ def difference_rows(runs: dict[Arm, dict[int, dict[str, Any]]]) -> list[list[str
                 cells.append(NOTHING)
                 continue
             found = paired_difference(*([runs[a][s][f"test_accuracy_{i}"] for s in seeds] for a in (arm, other)))
-            text = f"{found.mean:+.2f} ± {found.half_width:.2f}"
+            text = f"{found.difference:+.2f} ± {found.half_width:.2f}"
             cells.append(f"**{text}**" if found.resolved else text)
         rows.append([f"{SHORT_NAMES[arm]} minus {SHORT_NAMES[other]}", str(len(seeds)), *cells])
     return rows

@@ -354,7 +354,7 @@ def test_records_of_other_settings_make_no_table(tmp_path: Path):
 
 def test_paired_differences():
     found = paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
-    assert found.mean == 2.0
+    assert found.difference == 2.0
     assert found.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6), "Student's t with two degrees"
     assert not found.resolved
     assert paired_difference([2.0, 2.1], [1.0, 1.1]).resolved

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.trials import CLASSIFIER_NAMES, SUFFIXES
 from analysis.verdict import CONFIDENCE, Interval, accuracy_standard_error
 from benchmarks.plans import (
     ARM_NAMES,
     FIXED_ARMS,
     RESULTS,
-    SEARCH_PLANS,
     TABLE_PLANS,
     Arm,
     TablePlan,
@@ -33,8 +33,7 @@ from search.space import DEFAULT_SPACE, ROLE_NAMES
 
 README = PROJECT_ROOT / "README.md"
 BEGIN, END = "<!-- tables: made by benchmarks/readme_tables.py from results/ -->", "<!-- end of the tables -->"
-SEARCHES = ("search-r18", "cifar100-w16-e6")
-CLASSIFIERS = {"1": "1/4", "2": "2/4", "3": "3/4", "4": "4/4", "ensemble": "ensemble"}
+CLASSIFIERS = dict(zip(SUFFIXES, CLASSIFIER_NAMES, strict=True))
 NOTHING = "\N{EN DASH}"
 MOST_TRIALS = 8  # listed of a search
 
@@ -141,7 +140,7 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
             table(["", "n", *CLASSIFIERS.values()], differences),
         ]
     if diverged := [
-        f"{ARM_NAMES[a]}, seed {s}" for a, of_arm in ended.items() for s in of_arm if s not in runs.get(a, {})
+        f"{ARM_NAMES[arm]}, seed {s}" for arm, of_arm in ended.items() for s, r in of_arm.items() if "error" in r
     ]:
         parts.append(f"Diverged, and left out above: {'; '.join(diverged)}.")
     weights = searched_settings(plan.search, results / "searches")
@@ -155,7 +154,7 @@ def _arm_name(arm: Arm, of_arm: dict[int, dict[str, Any]], plan: TablePlan) -> s
     if arm != "searched":
         return ARM_NAMES[arm]
     config = next(iter(of_arm.values()))["config"]
-    told = ", ".join(f"`{name}` {config[name]:.3g}" for name in ("alpha", "temperature", "beta"))
+    told = ", ".join(f"`{name}` {config[name]:.3g}" for name in DEFAULT_SPACE)
     return f"{ARM_NAMES[arm]} (by `{plan.search}`: {told})"
 
 
@@ -272,7 +271,7 @@ def _arm_label(arm: dict[str, Any], space: Sequence[str]) -> str:
 
 def all_sections(results: Path = RESULTS) -> str:
     sections = [plan_section(name, plan, results) for name, plan in TABLE_PLANS.items()]
-    sections += [search_section(name, results) for name in dict.fromkeys((*SEARCH_PLANS, *SEARCHES))]
+    sections += [search_section(name, results) for name in dict.fromkeys(plan.search for plan in TABLE_PLANS.values())]
     return "\n\n".join(filter(None, sections))
 
 

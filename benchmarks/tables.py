@@ -14,7 +14,6 @@ minutes of one GPU: results/README.md. The tables themselves: benchmarks/readme_
 
 import argparse
 import math
-import os
 import shlex
 import signal
 import subprocess
@@ -180,15 +179,17 @@ def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, pla
         if not runs:
             raise ValueError(f"no setting of another arm has been searched yet: run the plan {plan.search} first")
         waiting = [run for run in runs if read_record(places.record(name, run), run) is None]
-        if waiting or data_dir is not None:  # a folder that is named has to be right also where nothing is left to train
+        if (
+            waiting or data_dir is not None
+        ):  # a folder that is named has to be right also where nothing is left to train
             check_images(plan.base.dataset, data_dir)
 
         from byot.trainer import choose_device
+        from search.cluster import count_cpus
 
         on_gpu = choose_device(plan.base.device).type != "cpu"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        concurrent = arguments.concurrent or (1 if on_gpu else cores)
-        threads = max(1, cores // concurrent)
+        concurrent = arguments.concurrent or (1 if on_gpu else count_cpus())
+        threads = max(1, count_cpus() // concurrent)
     print(f"{name}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
     left, failed, code = [run.name(name) for run in waiting], 0, 0
     try:

@@ -71,9 +71,14 @@ def share(asked: Share, num_cpus: int, num_gpus: int, where: str) -> Slots:
     return Slots(min(asked.max_concurrent or room, room), cpus, gpus, num_cpus, num_gpus)
 
 
+def count_cpus() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_machine(asked: Share, device: str) -> Slots:
     """Share this machine. Raises ValueError for more than it has, or for a device it lacks."""
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_cpus = count_cpus()
     num_gpus = torch.cuda.device_count() if choose_device(device).type == "cuda" else 0
     return share(asked, num_cpus, num_gpus, "this machine")
 

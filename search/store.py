@@ -101,12 +101,9 @@ class Bucket:
         if self.owner is None:
             return
         search = Bucket(self.url, self.owner.search)
-        try:
-            found = json.loads(search.read(DRIVER))
-        except (FileNotFoundError, ValueError):
-            found = None
+        found = search.read_object(DRIVER)
         if found != self.owner.driver:
-            host = found.get("host", "another machine") if isinstance(found, dict) else "another machine"
+            host = found.get("host", "another machine")
             raise TakenOverError(errno.EBUSY, f"the driver on {host} goes on with this search", str(search))
 
     def __str__(self) -> str:
@@ -176,6 +173,14 @@ class Bucket:
                 data: bytes = stream.read()
         return data
 
+    def read_object(self, name: str) -> dict[str, Any]:
+        """A JSON object; empty where there is none or it is damaged."""
+        try:
+            found = json.loads(self.read(name))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def write(self, name: str, data: bytes) -> None:
         with self._refusals(name):
             files, root = self._opened
@@ -236,10 +241,14 @@ def open_bucket(url: str) -> Bucket:
     return bucket
 
 
+def is_checkpoint(name: str) -> bool:
+    return CHECKPOINTS in PurePosixPath(name).parts
+
+
 def is_record(name: str) -> bool:
     """Whether an object is one of those that the driver's folder has a copy of."""
     parts = PurePosixPath(name).parts
-    passing = CHECKPOINTS in parts or name in (DRIVER, REPLACING) or name.endswith(LEFTOVER)
+    passing = is_checkpoint(name) or name in (DRIVER, REPLACING) or name.endswith(LEFTOVER)
     return not passing and (parts[0] in FOLDERS or name in RECORDS)
 
 
@@ -320,7 +329,7 @@ class KeptInBucket(Kept):
 
         Where that was about to set the search aside, it is done now.
         """
-        before = self._read_json(DRIVER)
+        before = self.bucket.read_object(DRIVER)
         self._mark()
         self.bucket.write(DRIVER, json.dumps(self._driver).encode())
         if REPLACING in self.bucket.files():
@@ -335,15 +344,8 @@ class KeptInBucket(Kept):
     def let_go(self) -> None:
         """Say that nothing drives the search any more. An unreachable store is told otherwise."""
         with suppress(OSError):
-            if self._read_json(DRIVER) == self._driver:
+            if self.bucket.read_object(DRIVER) == self._driver:
                 self.bucket.remove(DRIVER)
-
-    def _read_json(self, name: str) -> dict[str, Any]:
-        try:
-            found = json.loads(self.bucket.read(name))
-        except (FileNotFoundError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
 
     def set_aside(self) -> str:
         """Move what the store has to replaced/NAME-TIME beside it, first what makes it a search; returns the place."""
@@ -355,7 +357,7 @@ class KeptInBucket(Kept):
 
     def _finish_setting_aside(self) -> str:
         """Do what is left of it, whoever began it."""
-        target = str(self._read_json(REPLACING).get("target"))
+        target = str(self.bucket.read_object(REPLACING).get("target"))
         around = Bucket(self.bucket.url, "")
         names = [name for name in self.bucket.files() if name not in (DRIVER, REPLACING)]
         for name in sorted(names, key=lambda name: PurePosixPath(name).name != "search.json"):
@@ -382,12 +384,12 @@ class KeptInBucket(Kept):
 
     def fetch_run(self, folder: Path) -> None:
         place = self.place(folder)
-        place.fetch([name for name in place.files() if CHECKPOINTS not in name and name != "trial.json"], folder)
+        place.fetch([name for name in place.files() if not is_checkpoint(name) and name != "trial.json"], folder)
 
     def drop_checkpoints(self, folder: Path) -> None:
         place = self.place(folder)
         for name in place.files():
-            if CHECKPOINTS in PurePosixPath(name).parts:
+            if is_checkpoint(name):
                 place.remove(name)
 
     def rename(self, folder: Path, target: Path) -> None:
@@ -428,10 +430,10 @@ def working_folder(folder: Path, place: Bucket | None) -> Iterator[tuple[Path, S
             found = _stamps(here)
             gone = known.keys() - found.keys()
             for name in gone:
-                if CHECKPOINTS not in PurePosixPath(name).parts:  # no trial removes a record: something else does
+                if not is_checkpoint(name):  # no trial removes a record: something else does
                     raise FileNotFoundError(errno.ENOENT, "something has removed it", str(here / name))
             new = [name for name, stamp in found.items() if known.get(name) != stamp]
-            for name in sorted(new, key=lambda name: CHECKPOINTS not in PurePosixPath(name).parts):
+            for name in sorted(new, key=lambda name: not is_checkpoint(name)):
                 place.write(name, (here / name).read_bytes())
                 known[name] = found[name]
             for name in gone:

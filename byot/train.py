@@ -11,11 +11,14 @@ finish the step at hand and save.
 """
 
 import argparse
+import io
 import os
 import shlex
 import signal
 import sys
-from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from byot.flags import Parser, add_settings, given_settings, one_sentence_errors
 from byot.lock import lock_folder
 from byot.searched import find_best
 from byot.stopping import StoppedError, TrainingError, catch_stop_signals
+
+FIRST_SPEAKS_WITHIN_S = 30.0
 
 
 def build_parser() -> Parser:
@@ -127,10 +132,28 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
     raise SystemExit(1)
 
 
+@contextmanager
+def first_refuses() -> Iterator[None]:
+    """Let the first process refuse a command in the name of all, which torchrun ends as soon as one has ended.
+
+    What only this process has to refuse, as of a folder that its machine lacks, it says itself after a while.
+    """
+    with redirect_stderr(io.StringIO()) as said:
+        try:
+            yield
+            return
+        except SystemExit as refusal:
+            code = refusal.code
+            if code:
+                time.sleep(FIRST_SPEAKS_WITHIN_S)  # torchrun ends this process meanwhile
+    print(said.getvalue(), end="", file=sys.stderr)
+    raise SystemExit(code)
+
+
 def main() -> None:
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; it speaks for all
     with open(os.devnull, "w") as nowhere, nullcontext() if is_first else redirect_stdout(nowhere):
-        with nullcontext() if is_first else redirect_stderr(nowhere):
+        with nullcontext() if is_first else first_refuses():
             arguments = build_parser().parse_args()
             with one_sentence_errors("train.py"):
                 config, folder, checkpoint = plan_run(arguments)

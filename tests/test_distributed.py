@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from byot import step
+from byot import step, train
 from byot.batches import augment
 from byot.config import TrainConfig
 from byot.data import LabelledImages
@@ -232,6 +232,21 @@ def test_two_processes_refuse_in_one_sentence(tmp_path: Path) -> None:
     assert complaint.count("alpha must lie between 0 and 1") == 1
     assert 'train.py", line' not in complaint, "no traceback of ours"
     assert not (tmp_path / "o").exists()
+
+
+def test_a_further_process_leaves_refusing_to_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends only after the first has had time to: torchrun ends them all as soon as one has ended."""
+    waited: list[tuple[float, str]] = []
+    monkeypatch.setattr("time.sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setattr("sys.argv", ["train.py", "--alpha", "2"])
+    for rank, waits in (("0", []), ("1", [(train.FIRST_SPEAKS_WITHIN_S, "")])):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as refused:
+            train.main()
+        assert (refused.value.code, waited) == (2, waits)
+        assert capsys.readouterr().err == "train.py: alpha must lie between 0 and 1, not 2\n"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -1,6 +1,6 @@
 """The runs behind the tables of results: a named plan, done in pieces of a given length, each going on from the last.
 
-  python benchmarks/tables.py tiny --data-dir DIR                           width 16, for a CPU
+  python benchmarks/tables.py tiny --data-dir DIR                           width 16, for a CPU; its search: search-tiny
   python benchmarks/tables.py reference-r18 --data-dir DIR --minutes 8      stops in time; the same command goes on
   python benchmarks/tables.py search-r18 --data-dir DIR --minutes 8         the search whose choice is the last arm
   python benchmarks/tables.py speed --data-dir DIR --minutes 8              this device against the CPU, then its speed
@@ -172,9 +172,7 @@ def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, pla
             plan = plan._replace(num_seeds=arguments.seeds)
         data_dir = None if arguments.data_dir is None else str(absolute_path(arguments.data_dir))
         runs = [
-            run
-            for run in planned_runs(plan, places.outputs, data_dir)
-            if arguments.arms is None or run.arm in arguments.arms
+            run for run in planned_runs(plan, *places, data_dir) if arguments.arms is None or run.arm in arguments.arms
         ]
         if not runs:
             raise ValueError(f"no setting of another arm has been searched yet: run the plan {plan.search} first")

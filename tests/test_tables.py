@@ -242,7 +242,7 @@ def children_of(parent: int, word: str) -> list[int]:
         (["tiny", "--minutes", "0"], ["--minutes", "above 0"]),
         (["tiny", "--minutes", "nan"], ["--minutes", "above 0"]),
         (["tiny", "--seeds", "0"], ["--seeds"]),
-        (["tiny", "--arms", "searched", "--toy"], ["cifar100-w16-e6"]),
+        (["tiny", "--arms", "searched", "--toy"], ["search-tiny"]),
         (["tiny", "--toy", "--data-dir", "."], ["--toy", "--data-dir"]),
         (["tiny", "--data-dir", "nowhere"], ["nowhere"]),
         (["speed", "--seeds", "3"], ["--seeds", "tiny"]),
@@ -283,7 +283,7 @@ def test_a_device_that_computes_something_else_is_found_out(monkeypatch: pytest.
 
 
 def write_runs(results: Path, accuracies: dict[str, list[float]]) -> None:
-    for run in planned_runs(TABLE_PLANS["tiny"], Path("nowhere")):
+    for run in planned_runs(TABLE_PLANS["tiny"], Path("nowhere"), Path("nowhere")):
         if run.config.seed < len(accuracies[run.arm]):
             value = accuracies[run.arm][run.config.seed]
             record: dict[str, Any] = {"config": run.config.to_dict(), "elapsed_s": 100.0, "commit": "0123456789"}

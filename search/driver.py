@@ -2,7 +2,6 @@
 
 import io
 import logging
-import math
 import shlex
 import shutil
 import signal
@@ -11,25 +10,23 @@ import time
 import warnings
 from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from byot.config import TrainConfig, first_drop
+from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
-from byot.files import describe_refusal, read_json, remove_leftovers
+from byot.files import describe_refusal, remove_leftovers
 from byot.flags import one_sentence_errors
 from byot.provenance import find_commit, find_versions, provenance
 from byot.runs import StopAsked
-from byot.searched import load_confirmation
 from byot.stopping import StoppedError, catch_stop_signals
 from search.cluster import RayStartError, Share, Slots, check_nodes, describe_nodes, share, start_ray
-from search.confirmation import FIRST_LOOK
-from search.live import DAY_S, LiveTable, format_duration
-from search.records import Row, SearchRecords, now, save_search, table_columns
-from search.settings import SearchSettings, expected_epochs, grace_epochs, share_of_gpu
-from search.space import ROLE_NAMES, Space, first_points, space_to_dict
+from search.live import LiveTable
+from search.messages import describe_confirmation, describe_time, verdict
+from search.records import SearchRecords, now, save_search, table_columns
+from search.settings import SearchSettings, choose_grace, share_of_gpu
+from search.space import Space, first_points, space_to_dict
 from search.store import Kept
 
 if TYPE_CHECKING:
@@ -37,9 +34,6 @@ if TYPE_CHECKING:
     from search.trial import TrialSetup  # importing it imports Ray
     from search.warm import WarmStart
     from search.watch import SearchWatch
-
-EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
-QUICK_WIDTH = 16
 
 
 class SearchPlan(NamedTuple):
@@ -90,15 +84,6 @@ def check_same_search(plan: SearchPlan, data: SearchData) -> None:
                 f"the search {folder.name} was started with {name} {before}, the data set has {number} now; "
                 "give the --data-dir it was started with"
             )
-
-
-def choose_grace(base: TrainConfig, settings: SearchSettings, recorded: dict[str, Any] | None = None) -> int:
-    """Epochs before ASHA may stop a trial; a search that goes on keeps to what it was started with."""
-    asked = settings.grace
-    if asked is None and recorded is not None:
-        before = recorded.get("grace_epochs")
-        asked = before if isinstance(before, int) else grace_epochs(base.epochs)  # of a version that knew no other
-    return min(base.epochs, grace_epochs(base.epochs, first_drop(base)) if asked is None else asked)
 
 
 def read_records(plan: SearchPlan) -> SearchRecords:
@@ -447,95 +432,8 @@ def tell_result(plan: SearchPlan, records: SearchRecords) -> int:
     if not (plan.folder / "best.json").is_file():
         print(f"no trial reached its last epoch; what went wrong is in {plan.folder}", flush=True)
         return 1
-    print(_verdict(plan))
+    print(verdict(plan.folder, plan.kept.bucket))
     return 0
-
-
-def describe_time(
-    images_per_s: float,
-    base: TrainConfig,
-    settings: SearchSettings,
-    slots: Slots,
-    num_train: int,
-    num_val: int,
-) -> str:
-    """How long a search will take at this speed, and, where that is days, what would make it hours."""
-    epoch_s = (num_train + num_val * EVALUATION_COST) / images_per_s
-    slot_epoch_s = settings.seeds_per_trial * epoch_s / slots.max_concurrent
-    grace = choose_grace(base, settings) if settings.stops_early else base.epochs
-    about = expected_epochs(settings.num_samples, base.epochs, grace) * slot_epoch_s
-    at_most = settings.num_samples * base.epochs * slot_epoch_s
-    text = f"{images_per_s:.0f} images/s a trial, {slots.max_concurrent} at a time: about {format_duration(about)}"
-    if at_most > about:
-        text += f", at most {format_duration(at_most)}"
-    budget = settings.time_budget_s()
-    if budget is not None and budget < about:
-        text += f"; it will stop after {settings.time_budget}"
-    elif about > DAY_S:
-        ways = [] if slots.gpus else ["a GPU"]
-        if base.width > QUICK_WIDTH:
-            ways.append(f"--width {QUICK_WIDTH} (about a tenth of the work of 64)")
-        ways.append(f"fewer --epochs than {base.epochs}")
-        text += f"\nto make that hours: {', '.join(ways)}"
-    return text
-
-
-def describe_confirmation(confirmation: "Confirmation", rows: list[Row], slots: Slots) -> str:
-    """What is to be run again, and how long that will take if it goes as quickly as the trials did."""
-    arms, most = len(confirmation.arms), confirmation.max_rounds
-    least = min(FIRST_LOOK, most)
-    seeds = f"{least} to {most}" if least < most else str(most)
-    text = f"{arms} configurations again, over {seeds} fresh seeds each"
-    if confirmation.results:
-        text += f", {len(confirmation.results)} runs finished before"
-    paces = [row["seconds"] / row["epochs_done"] for row in rows if row["epochs_done"]]
-    if not paces:
-        return text
-    run_s = fmean(paces) * confirmation.base.epochs / confirmation.runs_a_trial
-    longest, shortest = (
-        format_duration(math.ceil(confirmation.num_left(rounds) / slots.max_concurrent) * run_s)
-        for rounds in (most, least)
-    )
-    return f"{text}: about {shortest}" + (f", at most {longest}" if longest != shortest else "")
-
-
-def _verdict(plan: SearchPlan) -> str:
-    """The best configuration, what it is compared with, and the commands to run next."""
-    folder, bucket = plan.folder, plan.kept.bucket
-    best = read_json(folder / "best.json")
-    metric = best["metric"]
-    told = ", ".join(f"{name} {value:.4g}" for name, value in best["params"].items())
-    lines = [f"best: trial {best['trial_id']}, {told}: {metric} {best['value']:.2f}"]
-    for other in best["compared_with"]:
-        if other["role"] != best["role"]:
-            lines.append(f"      {ROLE_NAMES[other['role']]}: {metric} {other['value']:.2f}")
-    if front := best.get("pareto_front"):
-        lines += ["", "no other is better in one without being worse in another:"]
-        lines += [
-            f"      {one['trial_id']}  " + "  ".join(f"{name} {value:.2f}" for name, value in one["values"].items())
-            for one in front
-        ]
-    name = shlex.quote(folder.name)
-    place = "" if bucket is None else f" --storage-path {shlex.quote(bucket.url)}"
-    try:
-        confirmation = load_confirmation(folder)
-    except ValueError as error:
-        confirmation = {"verdict": [f"{error}; --confirm makes it anew"]}
-    if confirmation is not None:
-        lines += ["", *confirmation["verdict"], ""]
-    else:
-        lines += [
-            "one run each: whether the difference is more than noise, a confirmation over fresh seeds says",
-            "",
-            f"python search/tune.py --name {name}{place} --resume --confirm 3",
-        ]
-    lines += [
-        f"python analysis/best.py {name}",
-        f"python byot/train.py --best {name}",
-        f"python analysis/retrain.py {name} --top 3 --seeds 3",
-        f"python analysis/report.py {name}",
-    ]
-    return "\n".join(lines)
 
 
 class LogWriter(io.TextIOBase):

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from byot.config import MOST, setting
+from byot.config import MOST, TrainConfig, first_drop, setting
 
 Metric = Literal[
     "val_accuracy",
@@ -188,6 +188,15 @@ def grace_epochs(epochs: int, first_drop: float | None = None) -> int:
     if first_drop is not None:
         least = max(least, math.ceil(first_drop * epochs) + 1)
     return min(epochs, least)
+
+
+def choose_grace(base: TrainConfig, settings: SearchSettings, recorded: dict[str, Any] | None = None) -> int:
+    """Epochs before ASHA may stop a trial; a search that goes on keeps to what it was started with."""
+    asked = settings.grace
+    if asked is None and recorded is not None:
+        before = recorded.get("grace_epochs")
+        asked = before if isinstance(before, int) else grace_epochs(base.epochs)  # of a version that knew no other
+    return min(base.epochs, grace_epochs(base.epochs, first_drop(base)) if asked is None else asked)
 
 
 def expected_epochs(num_samples: int, epochs: int, grace: int) -> float:

@@ -7,8 +7,8 @@ import pytest
 from byot.config import TrainConfig
 from search.cluster import Share, Slots, share
 from search.confirm import Confirmation, Run
-from search.driver import choose_grace, describe_confirmation, describe_time
-from search.settings import SearchSettings
+from search.messages import describe_confirmation, describe_time
+from search.settings import SearchSettings, choose_grace
 from search.space import DEFAULT_SPACE
 
 

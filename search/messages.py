@@ -1,0 +1,110 @@
+"""What a search tells a person beside its trials: how long it will take, what it found, what to run next."""
+
+import math
+import shlex
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from byot.config import TrainConfig
+from byot.files import read_json
+from byot.searched import load_confirmation
+from search.cluster import Slots
+from search.confirmation import FIRST_LOOK
+from search.live import DAY_S, format_duration
+from search.records import Row
+from search.settings import SearchSettings, choose_grace, expected_epochs
+from search.space import ROLE_NAMES
+from search.store import Bucket
+
+if TYPE_CHECKING:
+    from search.confirm import Confirmation  # importing it imports Ray
+
+EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
+QUICK_WIDTH = 16
+
+
+def describe_time(
+    images_per_s: float,
+    base: TrainConfig,
+    settings: SearchSettings,
+    slots: Slots,
+    num_train: int,
+    num_val: int,
+) -> str:
+    """How long a search will take at this speed, and, where that is days, what would make it hours."""
+    epoch_s = (num_train + num_val * EVALUATION_COST) / images_per_s
+    slot_epoch_s = settings.seeds_per_trial * epoch_s / slots.max_concurrent
+    grace = choose_grace(base, settings) if settings.stops_early else base.epochs
+    about = expected_epochs(settings.num_samples, base.epochs, grace) * slot_epoch_s
+    at_most = settings.num_samples * base.epochs * slot_epoch_s
+    text = f"{images_per_s:.0f} images/s a trial, {slots.max_concurrent} at a time: about {format_duration(about)}"
+    if at_most > about:
+        text += f", at most {format_duration(at_most)}"
+    budget = settings.time_budget_s()
+    if budget is not None and budget < about:
+        text += f"; it will stop after {settings.time_budget}"
+    elif about > DAY_S:
+        ways = [] if slots.gpus else ["a GPU"]
+        if base.width > QUICK_WIDTH:
+            ways.append(f"--width {QUICK_WIDTH} (about a tenth of the work of 64)")
+        ways.append(f"fewer --epochs than {base.epochs}")
+        text += f"\nto make that hours: {', '.join(ways)}"
+    return text
+
+
+def describe_confirmation(confirmation: "Confirmation", rows: list[Row], slots: Slots) -> str:
+    """What is to be run again, and how long that will take if it goes as quickly as the trials did."""
+    arms, most = len(confirmation.arms), confirmation.max_rounds
+    least = min(FIRST_LOOK, most)
+    seeds = f"{least} to {most}" if least < most else str(most)
+    text = f"{arms} configurations again, over {seeds} fresh seeds each"
+    if confirmation.results:
+        text += f", {len(confirmation.results)} runs finished before"
+    paces = [row["seconds"] / row["epochs_done"] for row in rows if row["epochs_done"]]
+    if not paces:
+        return text
+    run_s = fmean(paces) * confirmation.base.epochs / confirmation.runs_a_trial
+    longest, shortest = (
+        format_duration(math.ceil(confirmation.num_left(rounds) / slots.max_concurrent) * run_s)
+        for rounds in (most, least)
+    )
+    return f"{text}: about {shortest}" + (f", at most {longest}" if longest != shortest else "")
+
+
+def verdict(folder: Path, bucket: Bucket | None) -> str:
+    """The best configuration, what it is compared with, and the commands to run next."""
+    best = read_json(folder / "best.json")
+    metric = best["metric"]
+    told = ", ".join(f"{name} {value:.4g}" for name, value in best["params"].items())
+    lines = [f"best: trial {best['trial_id']}, {told}: {metric} {best['value']:.2f}"]
+    for other in best["compared_with"]:
+        if other["role"] != best["role"]:
+            lines.append(f"      {ROLE_NAMES[other['role']]}: {metric} {other['value']:.2f}")
+    if front := best.get("pareto_front"):
+        lines += ["", "no other is better in one without being worse in another:"]
+        lines += [
+            f"      {one['trial_id']}  " + "  ".join(f"{name} {value:.2f}" for name, value in one["values"].items())
+            for one in front
+        ]
+    name = shlex.quote(folder.name)
+    place = "" if bucket is None else f" --storage-path {shlex.quote(bucket.url)}"
+    try:
+        confirmation = load_confirmation(folder)
+    except ValueError as error:
+        confirmation = {"verdict": [f"{error}; --confirm makes it anew"]}
+    if confirmation is not None:
+        lines += ["", *confirmation["verdict"], ""]
+    else:
+        lines += [
+            "one run each: whether the difference is more than noise, a confirmation over fresh seeds says",
+            "",
+            f"python search/tune.py --name {name}{place} --resume --confirm 3",
+        ]
+    lines += [
+        f"python analysis/best.py {name}",
+        f"python byot/train.py --best {name}",
+        f"python analysis/retrain.py {name} --top 3 --seeds 3",
+        f"python analysis/report.py {name}",
+    ]
+    return "\n".join(lines)

@@ -20,7 +20,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations 15
 
 # The fault tests of `make test` many times over: kills, full disks, lost nodes, damaged files.
 faults: $(INSTALLED)

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -107,7 +107,7 @@ def train_piece(config: TrainConfig, folder: Path, threads: int, stop_at: float 
     from byot.stopping import StoppedError, catch_stop_signals
 
     torch.set_num_threads(threads)
-    with lock_folder(folder, wait_s=WORKER_WAIT_S), catch_stop_signals() as stop_asked:
+    with lock_folder(folder, wait_s=WORKER_WAIT_S), catch_stop_signals() as stop_asked, ctrl_c(signal.SIG_UNBLOCK):
 
         def is_over() -> int:
             return signal.SIGTERM if stop_at is not None and time.time() >= stop_at else stop_asked()
@@ -133,6 +133,16 @@ class Ended(NamedTuple):
     diverged: bool = False
 
 
+@contextmanager
+def ctrl_c(how: int) -> Iterator[None]:
+    """Hold Ctrl-C back from this thread (SIG_BLOCK) or let it in (SIG_UNBLOCK), within."""
+    before = signal.pthread_sigmask(how, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run_pieces(
     plan: str, runs: list[PlannedRun], places: Places, concurrent: int, threads: int, stop_at: float | None
 ) -> Iterator[Ended]:
@@ -149,7 +159,8 @@ def run_pieces(
             while len(running) < concurrent and waiting and (stop_at is None or time.time() < stop_at):
                 run = waiting.pop()
                 pool = pools.enter_context(make_pool(1))
-                future = pool.submit(train_piece, run.config, places.run(plan, run), threads, stop_at)
+                with ctrl_c(signal.SIG_BLOCK):  # its process is born so: until it can save, Ctrl-C waits
+                    future = pool.submit(train_piece, run.config, places.run(plan, run), threads, stop_at)
                 pool.shutdown(wait=False)
                 running[future] = run
             if not running:

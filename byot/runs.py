@@ -106,10 +106,10 @@ def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None, 
     The first process holds the folder's lock and is the one that writes, which it does once all of that has worked;
     others, on whatever machine, read its checkpoint. Raises ValueError for what a user can put right.
     """
+    if not processes.is_first:
+        processes.from_first(None)  # it refuses, downloads and decodes for all
     read_result(config, folder)
     check_dataset(config.dataset, config.data_dir)
-    if not processes.is_first:
-        processes.from_first(None)  # it downloads and decodes for all
     images = load_images(config.dataset, config.data_dir, "train")
     if processes.is_first:
         processes.from_first(None)

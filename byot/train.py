@@ -116,7 +116,8 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
             )
             stop_asked = held.enter_context(catch_stop_signals())
             if not processes.is_first:
-                return finish_run(run, stop_asked=stop_asked)
+                with processes.ending_with_first():
+                    return finish_run(run, stop_asked=stop_asked)
             with show_progress(run.trainer.epoch, config.epochs) as (on_batch, on_epoch):
                 return finish_run(run, on_batch, on_epoch, stop_asked)
         except StoppedError as stopped:

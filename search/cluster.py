@@ -19,6 +19,7 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # with Ray's 15, any other process on a busy machine would starve the trials
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_gcs_server_port_wait_time_s": "120",  # instead of 30, which a busy machine may take
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial keeps its own metrics.jsonl
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # search/driver.py has one for SIGINT and SIGTERM alike
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # with the default of 2 s reused workers can deadlock
@@ -117,7 +118,7 @@ def start_ray(slots: Slots | None, address: str | None = None) -> None:
                 ) from error
             raise RayStartError(f"no Ray cluster answers at {address}") from error
         except Exception as error:  # Ray has no class of its own for a start that timed out
-            if "timed out" not in str(error):
+            if "timed out" not in str(error).lower():
                 if address is None:
                     raise
                 # Another version of Ray or Python there, a machine that is no node: no defect of ours.

@@ -135,6 +135,12 @@ class Confirmation:
             if result is not None:
                 self.results[run] = result
 
+    def drop_checkpoints(self) -> None:
+        """Remove those of runs that have ended: one may have been killed just before it did that itself."""
+        for folder in map(self.run_folder, self.results):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            self.kept.drop_checkpoints(folder)
+
     def config(self, run: Run) -> TrainConfig:
         fresh = FRESH_SEEDS + run.round
         seeds = {"seed": self.base.seed + fresh, "split_seed": self.base.split_seed + fresh}

@@ -136,6 +136,7 @@ def run_search(plan: SearchPlan, data: SearchData, room: Slots | Share) -> int:
             if confirmation is not None:
                 _record_settings(plan)
                 if confirmation.judge().is_over and not confirmation.is_done:  # fewer are asked for than were run
+                    confirmation.drop_checkpoints()
                     confirmation.save("finished")
             if confirmation is None or confirmation.is_done:
                 print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
@@ -177,6 +178,7 @@ def _run_on_ray(plan: SearchPlan, data: SearchData, room: Slots | Share, records
                 code = _run(plan, data, slots, records, deadline, stop_asked)
             confirmation = find_confirmation(plan, data, records) if code == 0 and is_complete(plan, records) else None
             if confirmation is not None and not confirmation.is_done:
+                confirmation.drop_checkpoints()
                 confirmation.origin = _origin(plan, slots)
                 print(f"\n{describe_confirmation(confirmation, list(records.rows.values()), slots)}", flush=True)
                 code = _confirm(plan, confirmation, slots, deadline, stop_asked)
@@ -324,7 +326,7 @@ def _run(
         status = "finished" if finished else "interrupted"
         save_search(folder, record | {"status": status, "finished_at": now()}, plan.kept)
     if watch.trouble:
-        print(f"\n{records.to_text()}\n")
+        print(f"\n{records.to_text()}\n", flush=True)
         retry = ["--retry-failed"] if any(row["status"] == "failed" for row in records.ended) else []
         print(f"tune.py: {watch.trouble}; when that is mended, {_go_on(plan, *retry)}", file=sys.stderr)
         return 1

@@ -48,7 +48,7 @@ def run_command(
         env=command_environment(**variables),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 

@@ -323,7 +323,10 @@ def test_ray_can_pickle_it(terminal: FakeTerminal):
         pickle.loads(pickle.dumps(live)).say("a line of one without a table")
 
 
-def test_it_is_drawn_at_most_once_a_second_but_after_each_line(terminal: FakeTerminal):
+def test_it_is_drawn_at_most_once_in_a_while_but_after_each_line(
+    terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("search.live.REFRESH_S", 3600.0)
     with LiveTable() as live:
         assert live.is_due()
         live.show(make_view())

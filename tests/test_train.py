@@ -10,8 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,12 @@ from byot.runs import finish_run, open_run, train_run, train_saving
 from byot.stopping import DivergedError, OutOfMemoryError, StoppedError
 from byot.trainer import Trainer, build_model, choose_autocast_dtype, choose_device
 from tests.helpers import (
+    PROJECT,
     TIMES,
     ParquetMaker,
     assert_one_sentence,
     assert_same_state,
     call_main,
-    command_environment,
-    command_line,
     picture_of,
     run_command,
     write_parquet,
@@ -685,44 +683,19 @@ def test_evaluate_prints_the_accuracies_of_the_result(
     assert picture_of(folder) == before
 
 
-@pytest.fixture
-def process() -> Iterator[list[subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for one in started:
-        one.kill()
-        one.communicate()
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], limit_s: float = 120) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_killed_and_started_again_ends_in_the_same_weights(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, process: list[subprocess.Popen[str]]
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     straight, _ = finished
     folder = tmp_path / "outputs" / "runs" / "killed"
     arguments = [*FLAGS, "--outputs", tmp_path / "outputs", "--name", "killed"]
-    running = subprocess.Popen(
-        command_line("byot/train.py", *arguments),
+    killed = run_command(
+        ["epoch-*.pt", 4, "written", PROJECT / "byot/train.py", *arguments],
         cwd=tmp_path,
-        env=command_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        script="tests/faults/killed_in_write.py",
+        PYTHONPATH=str(PROJECT),
     )
-    process.append(running)
-    metrics = folder / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, running)
-    os.kill(running.pid, signal.SIGKILL)
-    running.communicate()
-    assert running.returncode == -signal.SIGKILL
-    assert not (folder / "result.json").exists(), "it was too late to kill it"
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
     again = run_command(arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr

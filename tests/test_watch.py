@@ -181,6 +181,7 @@ def test_a_terminal_sees_the_trials_that_run(driver: Driver, monkeypatch: pytest
     terminal = FakeTerminal()
     monkeypatch.setattr(sys, "__stdout__", terminal)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("search.live.REFRESH_S", 3600.0)
     first, second = driver.start(), driver.start()
     second.status = "PENDING"
     with driver.watch.live:

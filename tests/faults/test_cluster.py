@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.cluster_utils import Cluster
 
 from byot.config import TrainConfig
 from search.cluster import RAY_ENVIRONMENT, environment_of_workers, try_folder
 from search.trial import UNWRITABLE, TrialSetup, run_trial
+from tests.faults.nodes import start_cluster
 from tests.faults.searches import Search
 from tests.helpers import PROJECT, assert_one_sentence, command_environment, command_line, run_command
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NUM_NODES = 3
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where `ray job submit` tells a driver its runtime environment
@@ -37,9 +37,7 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}).items():
             patch.setenv(name, os.environ.get(name, value))
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        for _ in range(NUM_NODES):
-            made.add_node(num_cpus=1)
+        made = start_cluster(NUM_NODES)
         yield made
         made.shutdown()
 
@@ -58,7 +56,7 @@ def test_three_nodes_run_code_that_they_do_not_have(tmp_path: Path, cluster: Any
         env=command_environment(PYTHONPATH=str(project)),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     search.check_whole()
@@ -80,7 +78,7 @@ def test_a_folder_of_the_driver_alone(tmp_path: Path, cluster: Any) -> None:
         ),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 2, done.stdout + done.stderr
     address = cluster.address.partition(":")[0]

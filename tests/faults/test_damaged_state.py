@@ -124,7 +124,7 @@ def test_records_of_another_kind(copy: Search, wrong: str) -> None:
         assert "t0000 is taken from trials.csv" in records.notes[0]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("place", RESUMED)
 def test_all_at_once(copy: Search, place: int) -> None:
     """Ray's files too, the newest checkpoint of each trial, and of the two places for each fact one."""
@@ -141,7 +141,7 @@ def test_all_at_once(copy: Search, place: int) -> None:
 
 
 @long_only
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_same_command_finds_its_way_without_search_json(copy: Search) -> None:
     with TALLY.attempt("search.json and its copy truncated, the search finished"):
         for name in ("search.json", "state/search.json"):
@@ -155,7 +155,7 @@ def test_the_same_command_finds_its_way_without_search_json(copy: Search) -> Non
 
 
 @long_only
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_moved_and_renamed(copy: Search, tmp_path: Path) -> None:
     """It goes on where it lies now, and the old place stays as it is."""
     with TALLY.attempt("a search moved and renamed, then gone on with"):

@@ -80,7 +80,7 @@ def test_run_with_a_limit_on_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("leave", [100_000 + 1_200_000 * i for i in range(TIMES_TRIED)])
 def test_search(small_disk: Path, leave: int) -> None:
     search = Search(small_disk / "outputs")

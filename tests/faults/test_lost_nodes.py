@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.cluster_utils import Cluster
 
 from search.cluster import RAY_ENVIRONMENT
 from tests.faults.conftest import LONG
+from tests.faults.nodes import add_node, start_cluster
 from tests.faults.searches import Search
 from tests.faults.tally import TALLY
 
@@ -25,9 +25,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head that runs no trials, and two nodes with room for one each."""
     for name, value in (RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}).items():
         monkeypatch.setenv(name, os.environ.get(name, value))
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        made.add_node(num_cpus=1)
+    made = start_cluster(2)
     yield made
     made.shutdown()
 
@@ -41,6 +39,6 @@ def test_lost_nodes(tmp_path: Path, cluster: Any, moments: random.Random) -> Non
             time.sleep(moments.uniform(0, 1))
             assert process.poll() is None, (search.outputs / "driver.log").read_text()
             cluster.remove_node(moments.choice(sorted(cluster.worker_nodes, key=id)), allow_graceful=False)
-            cluster.add_node(num_cpus=1)
+            add_node(cluster)
         assert process.wait(timeout=600) == 0, (search.outputs / "driver.log").read_text()
         search.check_whole()

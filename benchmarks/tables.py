@@ -199,9 +199,9 @@ def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, pla
         on_gpu = choose_device(plan.base.device).type != "cpu"
         concurrent = arguments.concurrent or (1 if on_gpu else count_cpus())
         threads = max(1, count_cpus() // concurrent)
-    print(f"{name}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
     left, failed, code = [run.name(name) for run in waiting], 0, 0
     try:
+        print(f"{name}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
         for ended in run_pieces(name, waiting, places, concurrent, threads, stop_at):
             run, told = ended.run, ended.error
             try:

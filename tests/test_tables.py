@@ -152,7 +152,9 @@ def test_a_run_that_fails_is_told_and_does_not_stop_the_others(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_what_runs(tmp_path: Path):
+@pytest.mark.parametrize("lines_before", [1, 2])
+def test_ctrl_c_saves_what_runs(tmp_path: Path, lines_before: int):
+    """Also a run whose process has only just begun to start, as after the first line."""
     command = command_line(TABLES, "tiny", "--toy", "--seeds", 200, "--concurrent", 1, "--outputs", tmp_path)
     process = subprocess.Popen(
         command,
@@ -164,10 +166,10 @@ def test_ctrl_c_saves_what_runs(tmp_path: Path):
         start_new_session=True,
     )
     assert process.stdout is not None
-    lines = [process.stdout.readline() for _ in range(2)]
+    lines = [process.stdout.readline() for _ in range(lines_before)]
     assert "600 runs, 0 finished before" in lines[0]
     os.killpg(process.pid, signal.SIGINT)
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGINT
     assert "of 600 runs are finished" in rest
     assert "go on with:" in rest

@@ -27,12 +27,13 @@ from byot.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from byot.config import NUM_CLASSIFIERS, TrainConfig
+from byot.config import NUM_CLASSIFIERS, TrainConfig, absolute_path
 from byot.data import LabelledImages, Normalisation, check_dataset, load_images, split_validation
 from byot.distributed import ALONE, Processes
 from byot.files import append_json_line, errors_in, read_json, remove_leftovers, write_json, write_json_lines
 from byot.lock import WORKER_WAIT_S, lock_folder
 from byot.metrics import EpochMetrics, Evaluation, evaluate
+from byot.model import BranchedResNet
 from byot.provenance import provenance
 from byot.state import check_buffers, check_state, check_weights
 from byot.stopping import StoppedError
@@ -269,16 +270,34 @@ def train_run(config: TrainConfig, folder: Path, threads: int | None = None) -> 
 
 def evaluate_checkpoint(config: TrainConfig, checkpoint: Path, test: LabelledImages) -> tuple[Evaluation, int]:
     """Evaluate the weights of a checkpoint; returns the figures and the epochs it was trained."""
-    state = load_checkpoint(checkpoint)
-    check_state(checkpoint, state)
     device = choose_device(config.device)
-    model = build_model(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    check_weights(checkpoint, state, model)
-    model.load_state_dict(state["model"])
+    model, state = _load_weights(config, checkpoint)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = place_images(test, device, config.placement)
     batches = in_order(source, EVAL_BATCH_SIZE[device.type], Normalisation(**state["normalisation"]))
     dtype = choose_autocast_dtype(config.precision, device)
     return evaluate(model, batches, autocast_dtype=dtype), state["epoch"]
+
+
+def load_network(path: Path | str) -> tuple[BranchedResNet, Normalisation]:
+    """The trained network of a run's folder, or of a checkpoint file, on the CPU and in evaluation mode.
+
+    Its input is a batch [N,3,H,W] of values from 0 to 1 that were normalised with what is returned beside it. Raises
+    ValueError where there is none.
+    """
+    _, config, checkpoint = find_checkpoint(absolute_path(path))
+    model, state = _load_weights(config, checkpoint)
+    return model.eval(), Normalisation(**state["normalisation"])
+
+
+def _load_weights(config: TrainConfig, checkpoint: Path) -> tuple[BranchedResNet, dict[str, Any]]:
+    """The network with a checkpoint's weights, and all that the checkpoint holds."""
+    state = load_checkpoint(checkpoint)
+    check_state(checkpoint, state)
+    model = build_model(config)
+    check_weights(checkpoint, state, model)
+    model.load_state_dict(state["model"])
+    return model, state
 
 
 def find_checkpoint(path: Path) -> tuple[Path, TrainConfig, Path]:

@@ -17,11 +17,11 @@ class SearchedChoice(NamedTuple):
     source: str
 
 
-def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedChoice:
+def find_best(outputs: Path, search: str, model: str | None = None, dataset: str | None = None) -> SearchedChoice:
     """The configuration that the named search confirmed, else its best.
 
-    If `search` is empty, of the newest finished one for this model and data set, else the shipped one. Raises
-    ValueError where there is none.
+    If `search` is empty, of the newest finished one, for this model and data set where they are given, else the shipped
+    one. Raises ValueError where there is none.
     """
     searches = outputs / "searches"
     if search:
@@ -42,14 +42,17 @@ def find_best(outputs: Path, search: str, model: str, dataset: str) -> SearchedC
             continue
         if not record_path.with_name("best.json").is_file():
             continue
-        if settings.get("model") == model and settings.get("dataset") == dataset:
+        if all(asked in (None, settings.get(name)) for name, asked in (("model", model), ("dataset", dataset))):
             finished.append((str(record.get("finished_at")), record_path.parent))
     if finished:
         folder = max(finished)[1]
         return find_choice(folder, f"the newest finished search, {folder.name}")
+    model, dataset = model or TrainConfig().model, dataset or TrainConfig().dataset
     shipped = SHIPPED_FOLDER / f"{model}-{dataset}.json"
     if shipped.is_file():
-        return _read_choice(shipped, "results/best, shipped with the project, as no search here has finished")
+        return _read_choice(
+            shipped, f"results/best, shipped with the project, as no search of {model} on {dataset} has finished here"
+        )
     raise ValueError(
         f"no finished search of {model} on {dataset} is in {searches} and none is shipped: "
         f"run python search/tune.py --model {model} --dataset {dataset} first"

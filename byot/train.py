@@ -68,8 +68,8 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
         folder, config, checkpoint = find_checkpoint(absolute_path(arguments.resume))
         return config.with_settings(**given), folder, checkpoint
     if arguments.best is not None:
-        defaults = TrainConfig(**given)
-        choice = find_best(outputs, arguments.best, defaults.model, defaults.dataset)
+        TrainConfig(**given)  # refuses what is wrong by itself
+        choice = find_best(outputs, arguments.best, given.get("model"), given.get("dataset"))
         config = TrainConfig.from_dict({**choice.settings, **given})
         print(
             f"alpha {config.alpha:.4g}, temperature {config.temperature:.4g}, beta {config.beta:.4g} "

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2.functional import normalize
 
 from byot import data, evaluate, runs, searched, train
 from byot.batches import augment, batches_per_epoch, constants, draw_epoch, shuffled
@@ -29,7 +30,7 @@ from byot.lock import lock_folder
 from byot.loss import self_distillation_loss
 from byot.metrics import EpochMetrics
 from byot.provenance import find_commit
-from byot.runs import finish_run, open_run, train_run, train_saving
+from byot.runs import finish_run, load_network, open_run, train_run, train_saving
 from byot.stopping import DivergedError, OutOfMemoryError, StoppedError
 from byot.trainer import Trainer, build_model, choose_autocast_dtype, choose_device
 from tests.helpers import (
@@ -683,6 +684,24 @@ def test_evaluate_prints_the_accuracies_of_the_result(
     assert picture_of(folder) == before
 
 
+def test_the_network_of_a_run_from_python(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """As in the README: what it says of the test images is what the run's result says."""
+    folder, _ = finished
+    network, (mean, std) = load_network(folder)
+    assert not network.training
+    test = load_images("digits", None, "test")
+    images = torch.from_numpy(test.images).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        outputs = network(normalize(images / 255, mean, std))
+    ensemble = torch.stack(outputs.logits).softmax(dim=-1).mean(dim=0)
+    expected = read_json(folder / "result.json")
+    for name, scores in (("1", outputs.logits[0]), ("4", outputs.logits[3]), ("ensemble", ensemble)):
+        right = (scores.argmax(dim=1) == torch.from_numpy(test.labels)).float().mean().item()
+        assert 100 * right == pytest.approx(expected[f"test_accuracy_{name}"], abs=0.6), "two of 359 images: it is bf16"
+    with pytest.raises(ValueError, match="there is no run or checkpoint at"):
+        load_network("nowhere")
+
+
 def test_killed_and_started_again_ends_in_the_same_weights(
     finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -1056,7 +1075,7 @@ def plan(*arguments: object) -> tuple[TrainConfig, Path, Path | None]:
     return train.plan_run(train.build_parser().parse_args(list(map(str, arguments))))
 
 
-def test_best_takes_the_newest_finished_search_of_model_and_data(
+def test_best_takes_the_newest_finished_search_of_the_model_and_data_that_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_search(tmp_path, "old", at="2025-01-01", alpha=0.2)
@@ -1066,7 +1085,8 @@ def test_best_takes_the_newest_finished_search_of_model_and_data(
     (tmp_path / "searches" / "torn").mkdir()
     (tmp_path / "searches" / "torn" / "search.json").write_text('{"status": "fini')
 
-    config, folder, checkpoint = plan("--best", "--dataset", "digits", "--outputs", tmp_path)
+    named = ("--model", "resnet18", "--dataset", "digits")
+    config, folder, checkpoint = plan("--best", *named, "--outputs", tmp_path)
     assert (config.alpha, config.temperature, config.beta, config.epochs, config.width) == (0.3, 4.0, 1e-5, 9, 8)
     assert folder == tmp_path / "runs" / config.run_name()
     assert checkpoint is None
@@ -1075,7 +1095,9 @@ def test_best_takes_the_newest_finished_search_of_model_and_data(
     for word in ("alpha 0.3", "temperature 4", "beta 1e-05", "newest finished search, new", "24 trials"):
         assert word in said
 
-    assert plan("--best", "--dataset", "digits", "--model", "resnet50", "--outputs", tmp_path)[0].alpha == 0.5
+    for fewer in (("--dataset", "digits", "--model", "resnet50"), ("--dataset", "digits"), ()):
+        newest = plan("--best", *fewer, "--outputs", tmp_path)[0]
+        assert (newest.alpha, newest.model, newest.dataset) == (0.5, "resnet50", "digits")
     over = plan("--best", "old", "--outputs", tmp_path, "--seed", 4, "--epochs", 3, "--alpha", 0.9)[0]
     assert (over.alpha, over.seed, over.epochs, over.width) == (0.9, 4, 3, 8)
     assert plan("--best", tmp_path / "searches" / "old", "--outputs", tmp_path / "elsewhere")[0].alpha == 0.2
@@ -1087,7 +1109,7 @@ def test_best_falls_back_on_what_is_shipped(
     monkeypatch.setattr(searched, "SHIPPED_FOLDER", tmp_path / "shipped")
     write_json(tmp_path / "shipped" / "resnet18-digits.json", {"config": TrainConfig(alpha=0.6).to_dict()})
     assert plan("--best", "--dataset", "digits", "--outputs", tmp_path)[0].alpha == 0.6
-    assert "shipped with the project" in capsys.readouterr().out
+    assert "shipped with the project, as no search of resnet18 on digits has finished here" in capsys.readouterr().out
     write_json(tmp_path / "shipped" / "resnet18-digits.json", {"accuracy": 1})
     with pytest.raises(ValueError, match="has no configuration"):
         plan("--best", "--dataset", "digits", "--outputs", tmp_path)

@@ -1,6 +1,7 @@
 """What the tests share: one thread, the CIFAR-100 files where they are, small parquet folders, a clean environment."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,13 @@ from tests.helpers import PROJECT, ParquetMaker, write_parquet
 def single_thread() -> None:
     """The cores are shared, and sums over threads are not bit-identical."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_is_heard() -> None:
+    """A background job of a shell ignores Ctrl-C, and what it starts inherits that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -156,7 +156,7 @@ def test_a_run_that_fails_is_told_and_does_not_stop_the_others(tmp_path: Path):
 def test_ctrl_c_saves_what_runs(tmp_path: Path, lines_before: int):
     """Also a run whose process has only just begun to start, as after the first line."""
     command = command_line(TABLES, "tiny", "--toy", "--seeds", 200, "--concurrent", 1, "--outputs", tmp_path)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command,
         cwd=tmp_path,
         env=command_environment(),
@@ -164,12 +164,16 @@ def test_ctrl_c_saves_what_runs(tmp_path: Path, lines_before: int):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-    )
-    assert process.stdout is not None
-    lines = [process.stdout.readline() for _ in range(lines_before)]
-    assert "600 runs, 0 finished before" in lines[0]
-    os.killpg(process.pid, signal.SIGINT)
-    rest, _ = process.communicate(timeout=300)
+    ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(lines_before)]
+        assert "600 runs, 0 finished before" in lines[0]
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            rest, _ = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert process.returncode == 128 + signal.SIGINT
     assert "of 600 runs are finished" in rest
     assert "go on with:" in rest

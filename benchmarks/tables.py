@@ -188,9 +188,7 @@ def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, pla
         if not runs:
             raise ValueError(f"no setting of another arm has been searched yet: run the plan {plan.search} first")
         waiting = [run for run in runs if read_record(places.record(name, run), run) is None]
-        if (
-            waiting or data_dir is not None
-        ):  # a folder that is named has to be right also where nothing is left to train
+        if waiting or data_dir is not None:  # a named folder has to be right also where nothing is left to train
             check_images(plan.base.dataset, data_dir)
 
         from byot.trainer import choose_device

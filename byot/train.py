@@ -139,16 +139,15 @@ def first_refuses() -> Iterator[None]:
 
     What only this process has to refuse, as of a folder that its machine lacks, it says itself after a while.
     """
-    with redirect_stderr(io.StringIO()) as said:
-        try:
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
             yield
-            return
-        except SystemExit as refusal:
-            code = refusal.code
-            if code:
-                time.sleep(FIRST_SPEAKS_WITHIN_S)  # torchrun ends this process meanwhile
-    print(said.getvalue(), end="", file=sys.stderr)
-    raise SystemExit(code)
+    except SystemExit as refusal:
+        if refusal.code:
+            time.sleep(FIRST_SPEAKS_WITHIN_S)  # torchrun ends this process meanwhile
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
 
 
 def main() -> None:

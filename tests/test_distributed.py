@@ -63,9 +63,14 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def as_process(rank: int, count: int, port: int, work: Any, arguments: tuple[Any, ...], found: Any) -> None:
+def become(rank: int, count: int, port: int) -> None:
+    """Tell this process its place as torchrun would."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def as_process(rank: int, count: int, port: int, work: Any, arguments: tuple[Any, ...], found: Any) -> None:
+    become(rank, count, port)
     torch.set_num_threads(1)
     with joined_processes() as processes:
         found.put((rank, work(*arguments, processes)))
@@ -80,8 +85,7 @@ def in_processes(count: int, work: Any, *arguments: Any) -> list[Any]:
 
 
 def leave_and_count_threads(rank: int, port: int, found: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    become(rank, 2, port)
     with joined_processes() as processes:
         losses_of_first_steps([(SETTINGS, False)], processes)
         during = num_worker_threads()
@@ -115,8 +119,7 @@ def test_no_thread_outlives_the_group():
 
 
 def leave_the_other_alone(rank: int, port: int, found: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    become(rank, 2, port)
     with joined_processes() as processes:
         processes.add_up(torch.ones(3))
         if processes.is_first:

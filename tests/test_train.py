@@ -715,6 +715,7 @@ def test_killed_and_started_again_ends_in_the_same_weights(
         PYTHONPATH=str(PROJECT),
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (folder / "result.json").exists()
 
     again = run_command(arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr

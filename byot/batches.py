@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from byot.config import DATASETS, RECIPES, Placement, TrainConfig
+from byot.config import DATASETS, Placement, TrainConfig, crop_padding, cutout_size
 from byot.data import LabelledImages, Normalisation
 from byot.distributed import ALONE, Processes
 
@@ -142,13 +142,12 @@ def batches_per_epoch(num_images: int, batch_size: int) -> int:
     return num_images // batch_size + (num_images % batch_size >= 2)
 
 
-def augment(batch: Batch, config: TrainConfig, mean: Tensor, std: Tensor) -> Tensor:
-    """Crop, mirror, normalise and blank as drawn: -> float32 [B, 3, H, W], channels last in memory."""
-    padding = DATASETS[config.dataset].crop_padding
-    images = normalise(crop_and_flip(batch.images, batch.offsets, batch.flips, padding), mean, std)
+def augment(batch: Batch, config: TrainConfig, mean: Tensor, std: Tensor, size: int | None = None) -> Tensor:
+    """Crop, mirror, normalise and blank as drawn, then resize: -> float32 [B, 3, H, W], channels last in memory."""
+    images = normalise(crop_and_flip(batch.images, batch.offsets, batch.flips, crop_padding(config)), mean, std)
     if batch.cutout_centres is not None:
         images = cut_out(images, batch.cutout_centres, cutout_size(config))
-    return images
+    return images if size in (None, images.shape[2]) else resize(images, size)
 
 
 class EpochPlan(NamedTuple):
@@ -158,11 +157,6 @@ class EpochPlan(NamedTuple):
     offsets: Tensor  # [N, 2] row and column of the crop in the padded image, 0 .. 2 * padding
     flips: Tensor | None  # [N] bool
     cutout_centres: Tensor | None  # [N, 2]
-
-
-def cutout_size(config: TrainConfig) -> int:
-    """Side of the square that the recipe blanks, in pixels; 0 for none."""
-    return round(RECIPES[config.recipe].cutout * DATASETS[config.dataset].image_size)
 
 
 def draw_epoch(config: TrainConfig, num_images: int, epoch: int) -> EpochPlan:
@@ -175,7 +169,7 @@ def draw_epoch(config: TrainConfig, num_images: int, epoch: int) -> EpochPlan:
     seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1, np.uint32)[0])
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(num_images, generator=generator)
-    offsets = torch.randint(0, 2 * info.crop_padding + 1, (num_images, 2), generator=generator)
+    offsets = torch.randint(0, 2 * crop_padding(config) + 1, (num_images, 2), generator=generator)
     flips = torch.rand(num_images, generator=generator) < 0.5 if info.horizontal_flip else None
     blanks = cutout_size(config) > 0
     centres = torch.randint(0, info.image_size, (num_images, 2), generator=generator) if blanks else None
@@ -206,6 +200,12 @@ def constants(normalisation: Normalisation, device: torch.device) -> tuple[Tenso
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], channels last in memory."""
     return images.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Bilinear and antialiased: [B, 3, H, W] -> [B, 3, size, size], channels last in memory."""
+    small = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return small.contiguous(memory_format=torch.channels_last)
 
 
 def cut_out(batch: Tensor, centres: Tensor, size: int) -> Tensor:

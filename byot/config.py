@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 DatasetName = Literal["cifar100", "cifar10", "digits"]
 LossForm = Literal["reference", "paper", "plain"]
-RecipeName = Literal["reference", "strong"]
+RecipeName = Literal["modern", "reference"]
+Teacher = Literal["deepest", "ensemble"]
 Precision = Literal["auto", "fp32", "bf16"]
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 BatchNorm = Literal["global", "local"]
@@ -25,7 +26,7 @@ Placement = Literal["auto", "device", "streamed"]
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 MOST = 1_000_000  # epochs, images a step, trials: more is a slip of the hand
-NUM_CLASSIFIERS = 4  # one after each stage of a ResNet
+NUM_CLASSIFIERS = 4  # one after each stage of a ResNet; the plain loss form has the deepest alone
 
 
 class DatasetInfo(NamedTuple):
@@ -47,29 +48,65 @@ DATASETS: dict[str, DatasetInfo] = {
 class Recipe(NamedTuple):
     """How a network is trained, apart from the loss weights. Results of two recipes never share a table."""
 
-    schedule: Literal["multistep", "cosine"]
+    epochs: int  # of a run where none are given
+    trial_epochs: int  # of a search's trial where none are given
+    lr: float  # likewise
+    label_smoothing: float  # likewise
+    schedule: Literal["multistep", "linear"]
     dataset_normalisation: bool  # the data set's own mean and deviation, not the reference's constants
-    nesterov: bool
-    label_smoothing: float
-    cutout: float  # side of the square blanked in each image, as a share of the image's side
+    optimizer: Literal["sgd", "muon"]
+    resolutions: tuple[tuple[float, float], ...]  # (share of the image's side, up to this share of the run)
+    augmentation: Literal["reference", "by epochs"]
 
 
 RECIPES: dict[str, Recipe] = {
+    # Spends any budget well: results/recipe-ablation.md has what was tried for it and what each piece gains.
+    "modern": Recipe(
+        epochs=30,
+        trial_epochs=16,
+        lr=0.2,
+        label_smoothing=0.0,
+        schedule="linear",
+        dataset_normalisation=True,
+        optimizer="muon",
+        resolutions=((0.5, 0.4), (0.75, 0.75), (1.0, 1.0)),
+        augmentation="by epochs",
+    ),
     # luanyunteng/pytorch-be-your-own-teacher: step schedule, crop and flip, CIFAR-10's normalisation.
-    "reference": Recipe("multistep", dataset_normalisation=False, nesterov=False, label_smoothing=0.0, cutout=0.0),
-    # A modern starting point (cosine with warm-up, label smoothing, Cutout). Not tuned yet.
-    "strong": Recipe("cosine", dataset_normalisation=True, nesterov=True, label_smoothing=0.1, cutout=0.25),
+    "reference": Recipe(
+        epochs=200,
+        trial_epochs=200,
+        lr=0.1,
+        label_smoothing=0.0,
+        schedule="multistep",
+        dataset_normalisation=False,
+        optimizer="sgd",
+        resolutions=((1.0, 1.0),),
+        augmentation="reference",
+    ),
 }
+RECIPES_OWN = ("epochs", "lr", "label_smoothing")  # settings that are the recipe's where they are not given
 
 # The reference drops its learning rate at epochs 75, 130 and 180 of 200.
 MULTISTEP_MILESTONES = (75 / 200, 130 / 200, 180 / 200)
 MULTISTEP_FACTOR = 0.1
-COSINE_WARMUP = 0.025  # share of the run
+LINEAR_WARMUP = 0.15  # share of the run
+WARMUP_START = 0.05  # of the peak: at 0 the first steps would be lost
+LONG_RUN_EPOCHS = 30  # from more epochs on, an image is seen so often that it has to be varied more
 
 
 def setting(default: Any, help: str) -> Any:
     """A dataclass field whose help text is also that of its command-line flag."""
     return field(default=default, metadata={"help": help})
+
+
+def recipe_defaults(epochs: Literal["epochs", "trial_epochs"] = "epochs") -> dict[str, str]:
+    """What each recipe has where a setting is not given, for the help of the flags."""
+
+    def tell(field: str) -> str:
+        return ", ".join(f"{recipe} {getattr(own, field)}" for recipe, own in RECIPES.items())
+
+    return {name: tell(epochs if name == "epochs" else name) for name in RECIPES_OWN}
 
 
 def known_settings(settings_class: Any, values: Any) -> dict[str, Any]:
@@ -102,18 +139,26 @@ class TrainConfig:
     data_dir: str | None = setting(
         None, "folder with the data set, as parquet files or the official archive (default: data/, downloaded)"
     )
-    recipe: RecipeName = setting("reference", "schedule, normalisation and augmentation")
-    epochs: int = setting(200, "passes over the training images; the learning-rate schedule scales with it")
+    recipe: RecipeName = setting("modern", "schedule, resolution, normalisation and augmentation")
+    epochs: int = setting(None, "passes over the training images; the schedule scales with it")
     batch_size: int = setting(128, "images a step")
-    lr: float = setting(0.1, "peak learning rate of SGD")
-    momentum: float = setting(0.9, "momentum of SGD")
-    weight_decay: float = setting(5e-4, "L2 penalty of SGD")
+    lr: float = setting(None, "peak learning rate")
+    momentum: float = setting(0.9, "momentum")
+    weight_decay: float = setting(
+        5e-4, "L2 penalty of what SGD trains; the modern recipe's filters have a fixed norm instead"
+    )
     alpha: float = setting(0.1, "weight of the distillation loss, 0 to 1")
     temperature: float = setting(3.0, "softens the softmax of teacher and students, above 0")
     beta: float = setting(1e-6, "weight of the hint loss, at least 0")
     loss_form: LossForm = setting(
         "reference",
         "'paper' keeps the deepest classifier's label loss at weight 1; 'plain' is that loss alone: an ordinary ResNet",
+    )
+    label_smoothing: float = setting(
+        None, "share of each label that is spread evenly over all classes, in the label loss"
+    )
+    teacher: Teacher = setting(
+        "deepest", "who teaches: the deepest classifier the shallow ones, or the mean of all logits every classifier"
     )
     seed: int = setting(0, "seed of the weights, the data order and the augmentation")
     val_fraction: float = setting(0.0, "share of the training images held out for validation")
@@ -136,11 +181,14 @@ class TrainConfig:
             value = getattr(self, f.name)
             if f.name in CHOICES and value not in allowed:
                 raise ValueError(f"{f.name} must be one of {', '.join(allowed)}, not {value!r}")
+        for name in RECIPES_OWN:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(RECIPES[self.recipe], name))
         whole = ("width", "epochs", "batch_size", "seed", "split_seed")
         for name in whole:
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
-        for name in ("lr", "momentum", "weight_decay", "alpha", "temperature", "beta", "val_fraction"):
+        for name in NUMBERS:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number, not {value!r}")
@@ -168,11 +216,24 @@ class TrainConfig:
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise ValueError(f"weight_decay must be a finite number of at least 0, not {self.weight_decay:g}")
         check_loss_weights(self.alpha, self.temperature, self.beta)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing:g}")
+        if self.loss_form == "plain" and self.teacher == "ensemble":
+            raise ValueError("teacher ensemble needs the shallow classifiers, which loss_form plain does not have")
         for name in ("seed", "split_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ValueError(f"{name} must lie between 0 and 4294967295, not {getattr(self, name)}")
         if not 0 <= self.val_fraction <= 0.5:
             raise ValueError(f"val_fraction must lie between 0 and 0.5, not {self.val_fraction:g}")
+
+    @property
+    def num_classifiers(self) -> int:
+        return 1 if self.loss_form == "plain" else NUM_CLASSIFIERS
+
+    @property
+    def num_students(self) -> int:
+        """Classifiers that are taught by another or by the ensemble."""
+        return self.num_classifiers - (self.teacher == "deepest")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -193,8 +254,9 @@ class TrainConfig:
     def run_name(self) -> str:
         """A folder name that two different runs never share, so that the same command finds its own run again."""
         identity = {k: v for k, v in self.to_dict().items() if k not in NOT_IDENTITY}
-        if self.batch_norm == "global":
-            del identity["batch_norm"]  # a later setting: names from before it stay what they were
+        for name, default in LATER_SETTINGS.items():  # names from before them stay what they were
+            if identity[name] == (getattr(RECIPES[self.recipe], name) if default is None else default):
+                del identity[name]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.model}-w{self.width}-{self.dataset}-e{self.epochs}-s{self.seed}-{digest}"
 
@@ -204,13 +266,16 @@ CHOICES = (
     "dataset",
     "recipe",
     "loss_form",
+    "teacher",
     "precision",
     "device",
     "batch_norm",
     "acceleration",
     "placement",
 )
+NUMBERS = ("lr", "momentum", "weight_decay", "alpha", "temperature", "beta", "label_smoothing", "val_fraction")
 NOT_IDENTITY = ("data_dir", "device", "acceleration", "placement")
+LATER_SETTINGS = {"batch_norm": "global", "teacher": "deepest", "label_smoothing": None}  # None: the recipe's own
 
 
 def first_drop(config: TrainConfig) -> float | None:
@@ -223,14 +288,51 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 
     multistep: lr * 0.1^m, m the number of milestones passed, milestones at 75/200, 130/200 and 180/200 of the run,
     which may fall within an epoch.
-    cosine: linear warm-up over the first 2.5 %, then half a cosine down to 0.
+    linear: up from a twentieth of lr over the first 15 % of the run, then down to 0.
     """
     if RECIPES[config.recipe].schedule == "multistep":
         passed = sum(progress >= milestone for milestone in MULTISTEP_MILESTONES)
         return config.lr * MULTISTEP_FACTOR**passed
-    if progress < COSINE_WARMUP:
-        return config.lr * (progress / COSINE_WARMUP)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - COSINE_WARMUP) / (1 - COSINE_WARMUP)))
+    up = WARMUP_START + (1 - WARMUP_START) * progress / LINEAR_WARMUP
+    down = (1 - progress) / (1 - LINEAR_WARMUP)
+    return config.lr * min(up, down)
+
+
+def resolution(config: TrainConfig, progress: float) -> int:
+    """The side in pixels to which images are resized at `progress`, the share of the run already done.
+
+    A multiple of 8, which the branches' strides divide, and at least 16; smaller images stay as they are.
+    """
+    full = DATASETS[config.dataset].image_size
+    share = next(share for share, until in RECIPES[config.recipe].resolutions if progress < until or until == 1)
+    return min(full, max(16, 8 * round(share * full / 8)))
+
+
+def work_after(config: TrainConfig, epochs: float) -> float:
+    """The arithmetic of a run's first `epochs`, in epochs at full resolution: a step's goes with its pixels."""
+    done, start, full = 0.0, 0.0, DATASETS[config.dataset].image_size
+    for _, until in RECIPES[config.recipe].resolutions:
+        share = max(0.0, min(until, epochs / config.epochs) - start)
+        done += share * config.epochs * (resolution(config, start) / full) ** 2
+        start = until
+    return done
+
+
+def varies_more(config: TrainConfig) -> bool:
+    """Whether the augmentation is that of a long run: with crops from a wider margin and Cutout."""
+    return RECIPES[config.recipe].augmentation == "by epochs" and config.epochs > LONG_RUN_EPOCHS
+
+
+def crop_padding(config: TrainConfig) -> int:
+    """Pixels added on each side before the random crop: in a short run of the modern recipe half of the usual."""
+    usual = DATASETS[config.dataset].crop_padding
+    short = RECIPES[config.recipe].augmentation == "by epochs" and not varies_more(config)
+    return max(1, usual // 2) if short else usual
+
+
+def cutout_size(config: TrainConfig) -> int:
+    """Side in pixels of the square that is blanked in each image, a quarter of the image's; 0 for none."""
+    return DATASETS[config.dataset].image_size // 4 if varies_more(config) else 0
 
 
 def check_name(name: str) -> str:

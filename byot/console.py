@@ -1,15 +1,18 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, a table of the classifiers."""
 
+import math
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from byot.config import NUM_CLASSIFIERS
+from byot.config import NUM_CLASSIFIERS, TrainConfig, work_after
 from byot.metrics import EpochMetrics
 from byot.runs import OnEpoch
 from byot.trainer import OnBatch
 
+SPEED_OVER_S = 5.0  # the images/s shown are those of so many seconds
 CLASSIFIER_NAMES = (*(f"{i}/{NUM_CLASSIFIERS}" for i in range(1, NUM_CLASSIFIERS + 1)), "ensemble")
 
 
@@ -23,40 +26,56 @@ def epoch_line(metrics: EpochMetrics, num_epochs: int) -> str:
 
 
 def classifier_table(record: Mapping[str, Any], prefix: str) -> str:
-    """Accuracy, NLL and ECE of every classifier and the ensemble, from a flat record."""
+    """Accuracy, NLL and ECE of every classifier and the ensemble that a flat record has."""
     suffixes = (*range(1, NUM_CLASSIFIERS + 1), "ensemble")
     lines = [f"{'classifier':<10}  {'accuracy %':>10}  {'NLL':>7}  {'ECE %':>6}"]
     for name, suffix in zip(CLASSIFIER_NAMES, suffixes, strict=True):
+        if f"{prefix}_accuracy_{suffix}" not in record:
+            continue
         accuracy, nll, ece = (record[f"{prefix}_{measure}_{suffix}"] for measure in ("accuracy", "nll", "ece"))
         lines.append(f"{name:<10}  {accuracy:>10.2f}  {nll:>7.4f}  {ece:>6.2f}")
     return "\n".join(lines)
 
 
 @contextmanager
-def show_progress(first_epoch: int, num_epochs: int) -> Iterator[tuple[OnBatch | None, OnEpoch]]:
-    """Give the callbacks that show a run: a bar with images/s and the time left on a terminal, and a line an epoch."""
+def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple[OnBatch | None, OnEpoch]]:
+    """Give the callbacks that show a run: a bar with images/s and the time left on a terminal, and a line an epoch.
+
+    The bar goes with the arithmetic that is done, so that the time left holds where early epochs have smaller images.
+    """
+    num_epochs = config.epochs
     if not sys.stdout.isatty():
         yield None, lambda metrics: print(epoch_line(metrics, num_epochs), flush=True)
         return
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("epoch"),
-        MofNCompleteColumn(),
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[num_epochs]}"),
         BarColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
     with Progress(*columns, speed_estimate_period=120) as progress:
-        task = progress.add_task("train", total=num_epochs, completed=first_epoch, speed="")
-        finished = first_epoch
+        finished, started, done_before = first_epoch, time.perf_counter(), 0
+        task = progress.add_task(
+            "train",
+            total=work_after(config, num_epochs),
+            epoch=first_epoch + 1,
+            num_epochs=num_epochs,
+            speed="",
+        )
+        progress.update(task, completed=work_after(config, first_epoch))
 
         def on_batch(done: int, images: int) -> None:
-            speed = progress.tasks[0].speed  # epochs a second
-            text = f"{speed * images:.0f} images/s" if speed else ""
-            progress.update(task, completed=finished + done / images, speed=text)
+            nonlocal started, done_before
+            passed_s = time.perf_counter() - started
+            epoch = finished + done / images
+            progress.update(task, completed=work_after(config, epoch), epoch=math.ceil(epoch))
+            if passed_s > SPEED_OVER_S:
+                progress.update(task, speed=f"{(done - done_before) % images / passed_s:.0f} images/s")
+                started, done_before = time.perf_counter(), done
 
         def on_epoch(metrics: EpochMetrics) -> None:
             nonlocal finished

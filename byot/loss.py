@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from byot.config import LossForm, check_loss_weights
+from byot.config import LossForm, Teacher, check_loss_weights
 from byot.model import BranchOutputs
 
 HINT_BATCH_SIZE = 128  # the batch size at which the reference quotes beta
@@ -20,7 +20,7 @@ class LossTerms(NamedTuple):
 
     total: Tensor  # []
     label: Tensor  # [K]
-    distillation: Tensor  # [K-1]
+    distillation: Tensor  # [K-1], [K] where the ensemble teaches
     hint: Tensor  # [K-1]
 
 
@@ -33,6 +33,7 @@ def self_distillation_loss(
     beta: float,
     loss_form: LossForm = "reference",
     label_smoothing: float = 0.0,
+    teacher: Teacher = "deepest",
 ) -> LossTerms:
     """Weigh the label, distillation and hint losses of all classifiers into one total.
 
@@ -44,11 +45,14 @@ def self_distillation_loss(
         total          = (1 - alpha) sum_i label_i + alpha sum_i distillation_i + beta sum_i hint_i
 
     `loss_form="paper"` keeps weight 1 on label_K. With "plain" the total is label_K alone: the trunk is trained as an
-    ordinary ResNet, the baseline, and the shallow classifiers not at all. All terms are in nats but the hint.
-    Half-precision inputs are taken to float32 first.
+    ordinary ResNet, the baseline. `teacher="ensemble"` puts the mean of all logits, detached, in the place of z_K in
+    every distillation_i and adds distillation_K: the deepest classifier learns from it too. `label_smoothing` e mixes
+    the labels with e / C for every class, in label_i alone. All terms are in nats but the hint. Half-precision inputs
+    are taken to float32 first.
 
     Raises ValueError for alpha outside [0, 1], temperature <= 0 or beta < 0.
-    Source: Zhang et al., ICCV 2019, section 3; weights and the hint's scale from luanyunteng's implementation.
+    Source: Zhang et al., ICCV 2019, section 3; weights and the hint's scale from luanyunteng's implementation; the
+    ensemble as teacher from Lee et al., "Students are the best teacher", 2021.
     """
     check_loss_weights(alpha, temperature, beta)
     logits = _at_least_float32(torch.stack(outputs.logits))  # [K, B, C]
@@ -60,9 +64,13 @@ def self_distillation_loss(
     )
     label = label.view(num_classifiers, batch_size).mean(dim=1)
 
-    teacher = F.log_softmax(logits[-1].detach() / temperature, dim=1)  # [B, C]
-    students = F.log_softmax(logits[:-1] / temperature, dim=2)  # [K-1, B, C]
-    divergence = (teacher.exp() * (teacher - students)).sum(dim=2)  # [K-1, B]
+    if teacher == "ensemble":
+        teacher_logits, student_logits = logits.mean(dim=0), logits
+    else:
+        teacher_logits, student_logits = logits[-1], logits[:-1]
+    softened = F.log_softmax(teacher_logits.detach() / temperature, dim=1)  # [B, C]
+    students = F.log_softmax(student_logits / temperature, dim=2)  # [K-1 or K, B, C]
+    divergence = (softened.exp() * (softened - students)).sum(dim=2)  # [K-1 or K, B]
     distillation = temperature**2 * divergence.mean(dim=1)
 
     squared_distance = (features[:-1] - features[-1].detach()).square().sum(dim=2)  # [K-1, B]

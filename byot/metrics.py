@@ -1,15 +1,17 @@
 """What is measured of a network: sums kept on the device, read once an epoch.
 
-B batch, C classes, K classifiers, shallow to deep. Accuracies are percent, NLL is nats an image, ECE is percent.
+B batch, C classes, K classifiers, shallow to deep; K = 1 is the deepest alone, which has no ensemble. S classifiers are
+taught: K - 1, or K where the ensemble teaches. Accuracies are percent, NLL is nats an image, ECE is percent.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from byot.config import NUM_CLASSIFIERS
 from byot.distributed import ALONE, Processes
 from byot.loss import LossTerms
 from byot.model import BranchedResNet
@@ -19,22 +21,34 @@ ECE_BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Accuracy, negative log-likelihood and expected calibration error of the K classifiers, then of the ensemble."""
+    """Accuracy, negative log-likelihood and expected calibration error of the K classifiers, then of the ensemble.
+
+    The numbers are K + 1, or 1 where the deepest classifier is alone.
+    """
 
     num_images: int
-    accuracy: tuple[float, ...]  # K + 1, percent
-    nll: tuple[float, ...]  # K + 1, nats
-    ece: tuple[float, ...]  # K + 1, percent
+    accuracy: tuple[float, ...]  # percent
+    nll: tuple[float, ...]  # nats
+    ece: tuple[float, ...]  # percent
 
     def to_record(self, prefix: str) -> dict[str, float]:
-        """Flat names: `val_accuracy_1` … `val_accuracy_4`, `val_accuracy_ensemble`; `val_accuracy` is the deepest's."""
+        """Flat names: `val_accuracy_1` … `val_accuracy_4`, `val_accuracy_ensemble`; `val_accuracy` is the deepest's.
+
+        The deepest classifier is number 4 also where it is alone.
+        """
         record: dict[str, float] = {}
         for measure in ("accuracy", "nll", "ece"):
-            *classifiers, ensemble = getattr(self, measure)
+            values = getattr(self, measure)
+            classifiers, ensemble = (values, ()) if len(values) == 1 else (values[:-1], values[-1:])
             record[f"{prefix}_{measure}"] = classifiers[-1]
-            record |= {f"{prefix}_{measure}_{i}": value for i, value in enumerate(classifiers, start=1)}
-            record[f"{prefix}_{measure}_ensemble"] = ensemble
+            record |= {f"{prefix}_{measure}_{i}": value for i, value in numbered(classifiers)}
+            record |= {f"{prefix}_{measure}_ensemble": value for value in ensemble}
         return record
+
+
+def numbered(classifiers: tuple[float, ...]) -> Iterator[tuple[int, float]]:
+    """Each of K values with the number of its classifier: that of the stage it follows, so that the last is 4."""
+    return enumerate(classifiers, start=NUM_CLASSIFIERS + 1 - len(classifiers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +59,7 @@ class EpochMetrics:
     lr: float  # of the last step
     loss: float
     label: tuple[float, ...]  # K
-    distillation: tuple[float, ...]  # K-1
+    distillation: tuple[float, ...]  # S
     hint: tuple[float, ...]  # K-1
     accuracy: tuple[float, ...]  # K, percent, on the augmented batches as they were trained on
     val: Evaluation | None
@@ -55,7 +69,9 @@ class EpochMetrics:
     def to_record(self) -> dict[str, Any]:
         """A flat dict for metrics.jsonl, TensorBoard and a trial's report."""
         record: dict[str, Any] = {"epoch": self.epoch, "lr": self.lr, "train_loss": self.loss}
-        for name in ("label", "distillation", "hint", "accuracy"):
+        for name in ("label", "accuracy"):
+            record |= {f"train_{name}_{i}": value for i, value in numbered(getattr(self, name))}
+        for name in ("distillation", "hint"):
             record |= {f"train_{name}_{i}": value for i, value in enumerate(getattr(self, name), start=1)}
         if self.val is not None:
             record |= self.val.to_record("val")
@@ -69,9 +85,10 @@ class TrainingSums:
     over its own images; whatever is read is the sum over all.
     """
 
-    def __init__(self, num_classifiers: int, device: torch.device, processes: Processes = ALONE) -> None:
-        k = num_classifiers
-        self._sizes = [1, k, k - 1, k - 1, k]
+    def __init__(
+        self, num_classifiers: int, num_students: int, device: torch.device, processes: Processes = ALONE
+    ) -> None:
+        self._sizes = [1, num_classifiers, num_students, num_classifiers - 1, num_classifiers]
         self._sums = torch.zeros(sum(self._sizes), dtype=_sum_dtype(device), device=device)
         self._processes = processes
         self.num_images = 0  # over all processes; kept by who calls `add`, which may be recorded
@@ -101,7 +118,7 @@ class TrainingSums:
         self.num_images = state["num_images"]
 
     def read(self) -> tuple[tuple[float, ...], ...]:
-        """(total,), label [K], distillation [K-1], hint [K-1], accuracy [K] in percent. The one synchronisation."""
+        """(total,), label [K], distillation [S], hint [K-1], accuracy [K] in percent. The one synchronisation."""
         means = self._processes.add_up(self._sums).cpu() / self.num_images
         total, label, distillation, hint, correct = means.split(self._sizes)
         parts = (total, label, distillation, hint, correct * 100)
@@ -116,7 +133,7 @@ def evaluate(
     autocast_dtype: torch.dtype | None,
     processes: Processes = ALONE,
 ) -> Evaluation:
-    """Run the network over all batches, of all processes. The ensemble is the mean of the K softmaxes.
+    """Run the network over all batches, of all processes. The ensemble is the mean of the K softmaxes, where K > 1.
 
     ECE: predictions go into 15 equal bins of confidence; sum over bins of |accuracy - mean confidence| times the bin's
     share of the images (Guo et al., 2017).
@@ -129,9 +146,10 @@ def evaluate(
             logits = torch.stack(model(images).logits)  # [K, B, C]
         log_probabilities = logits.float().log_softmax(dim=2)
         probabilities = log_probabilities.exp()
-        ensemble = probabilities.mean(dim=0, keepdim=True)
-        probabilities = torch.cat([probabilities, ensemble])  # [K+1, B, C]
-        log_probabilities = torch.cat([log_probabilities, ensemble.clamp_min(1e-38).log()])
+        if len(logits) > 1:
+            ensemble = probabilities.mean(dim=0, keepdim=True)
+            probabilities = torch.cat([probabilities, ensemble])  # [K+1, B, C]
+            log_probabilities = torch.cat([log_probabilities, ensemble.clamp_min(1e-38).log()])
         confidence, predicted = probabilities.max(dim=2)  # [K+1, B]
         correct = (predicted == labels).float()
         target = labels.expand_as(predicted)[..., None]

@@ -3,8 +3,10 @@
 B batch, C classes, D feature width, K = 4 classifiers, ordered shallow to deep: [-1] is the deepest.
 """
 
+from itertools import zip_longest
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,8 +27,23 @@ def make_downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequ
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+        DownsampleConv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
+        nn.BatchNorm2d(out_channels),
     )
+
+
+class DownsampleConv2d(nn.Conv2d):
+    """A 1x1 convolution whose stride is taken before it where channels are few: the same weights and result.
+
+    With fewer than 8 channels in channels-last memory and a stride, oneDNN's backward pass on processors with AVX2
+    writes past its memory and kills the process.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_channels >= 8:
+            return super().forward(x)
+        rows, columns = self.stride
+        return F.conv2d(x[:, :, ::rows, ::columns].contiguous(memory_format=torch.channels_last), self.weight)
 
 
 class BasicBlock(nn.Module):
@@ -175,12 +192,17 @@ class Branch(nn.Module):
 
 
 class BranchedResNet(nn.Module):
-    """A ResNet trunk whose four stages each end in a classifier. Images must be at least 8 pixels on a side."""
+    """A ResNet trunk whose four stages each end in a classifier. Images must be at least 8 pixels on a side.
 
-    def __init__(self, model: str, num_classes: int, width: int = 64) -> None:
+    Without branches it is an ordinary ResNet, with the deepest classifier alone (K = 1) and the same initial weights.
+    """
+
+    def __init__(self, model: str, num_classes: int, width: int = 64, *, branched: bool = True) -> None:
         super().__init__()
         self.trunk = CifarResNet(model, num_classes, width)
         *shallow, deepest = self.trunk.stage_channels
+        if not branched:
+            shallow = []
         self.branches = nn.ModuleList(
             Branch(channels, deepest, kernel_size=2 ** (len(shallow) - i), num_classes=num_classes)
             for i, channels in enumerate(shallow)
@@ -192,8 +214,10 @@ class BranchedResNet(nn.Module):
         logits: list[Tensor] = []
         features: list[Tensor] = []
         *shallow, deepest = trunk.stages()
-        for stage, branch in zip(shallow, self.branches, strict=True):
+        for stage, branch in zip_longest(shallow, self.branches):
             x = stage(x)
+            if branch is None:
+                continue
             branch_logits, branch_feature = branch(x)
             logits.append(branch_logits)
             features.append(branch_feature)

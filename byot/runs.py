@@ -55,16 +55,7 @@ OnEpoch = Callable[[EpochMetrics], None]
 StopAsked = Callable[[], int]  # anything but 0 asks to stop
 OnSave = Callable[[], None]  # a checkpoint has been written
 
-# Of a result.json: what is printed of a finished run.
-RESULT_NUMBERS = (
-    "num_test_images",
-    "elapsed_s",
-    *(
-        f"test_{measure}{suffix}"
-        for measure in ("accuracy", "nll", "ece")
-        for suffix in ("", *(f"_{i}" for i in range(1, NUM_CLASSIFIERS + 1)), "_ensemble")
-    ),
-)
+MEASURES = ("test_accuracy", "test_nll", "test_ece")  # of a result.json, each of every classifier
 
 
 @dataclass(frozen=True)
@@ -86,16 +77,19 @@ def read_result(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
                 found = TrainConfig.from_dict(recorded)
         else:
             found = config
-        result = _read_figures(result_path) if result_path.is_file() else None
+        result = _read_figures(result_path, found) if result_path.is_file() else None
     except ValueError as error:
         raise ValueError(f"{error}; without this file the run goes on from its last checkpoint") from error
     check_same_run(config, found)
     return result
 
 
-def _read_figures(path: Path) -> dict[str, Any]:
+def _read_figures(path: Path, config: TrainConfig) -> dict[str, Any]:
+    """A result with the numbers that are printed of a finished run. Raises ValueError where one is missing."""
     result = read_json(path)
-    for name in RESULT_NUMBERS:
+    classifiers = range(NUM_CLASSIFIERS + 1 - config.num_classifiers, NUM_CLASSIFIERS + 1)
+    suffixes = ("", *(f"_{i}" for i in classifiers), *(["_ensemble"] if config.num_classifiers > 1 else []))
+    for name in ("num_test_images", "elapsed_s", *(measure + suffix for measure in MEASURES for suffix in suffixes)):
         if not isinstance(result.get(name), int | float):
             raise ValueError(f"{path} has no number as {name}")
     return result
@@ -136,8 +130,6 @@ def restore_trainer(
     folder: Path,
     checkpoint: Path | None = None,
     processes: Processes = ALONE,
-    *,
-    may_compile: bool = True,
 ) -> tuple[Trainer, Path | None]:
     """A trainer as the given checkpoint left it, else the folder's last whole one, else new; and that checkpoint.
 
@@ -148,7 +140,7 @@ def restore_trainer(
         if found:
             check_same_run(config, check_state(*found))
         normalisation = Normalisation(**found[1]["normalisation"]) if found else None
-        trainer = Trainer(config, train, val, normalisation, processes, may_compile=may_compile)
+        trainer = Trainer(config, train, val, normalisation, processes)
         if found:
             check_weights(*found, trainer.model)
             check_buffers(*found, trainer.optimizer)

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from byot.config import NUM_CLASSIFIERS, TrainConfig
+from byot.config import TrainConfig
 
 
 def check_state(path: Path, state: dict[str, Any]) -> TrainConfig:
@@ -33,14 +33,12 @@ def check_state(path: Path, state: dict[str, Any]) -> TrainConfig:
     times = [record.get("elapsed_s") for record in (state, *history)]
     if not all(_is_number(time) and time >= 0 for time in times):
         raise _wrong(path, "its times are no numbers")
-    if not (isinstance(sums, dict) and _is_count(sums.get("num_images")) and _is_sums(sums.get("sums"))):
+    if not (isinstance(sums, dict) and _is_count(sums.get("num_images")) and _is_sums(sums.get("sums"), config)):
         raise _wrong(path, "its sums are not those of an epoch")
     if not (isinstance(normalisation, dict) and set(normalisation) == {"mean", "std"}):
         raise _wrong(path, "its normalisation is not a mean and a std")
     if not all(_is_number(value) for values in normalisation.values() for value in _three(values)):
         raise _wrong(path, "its mean and std are not three numbers each")
-    if not isinstance(state.get("way"), str | None):
-        raise _wrong(path, "its way of doing a step has no name")
     if not all(value > 0 for value in normalisation["std"]):
         raise _wrong(path, "its std is not above 0")
     return config
@@ -54,18 +52,21 @@ def check_weights(path: Path, state: dict[str, Any], model: nn.Module) -> None:
 
 def check_buffers(path: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError, naming the file, unless its optimiser's buffers belong to this optimiser's parameters."""
-    found, (group,) = state.get("optimizer"), optimizer.param_groups
+    found = state.get("optimizer")
     found = found if isinstance(found, dict) else {}
     groups = found.get("param_groups")
-    if not (isinstance(groups, list) and len(groups) == 1 and isinstance(groups[0], dict)):
-        raise _wrong(path, "its optimizer has not the one group of parameters")
-    numbers = (groups[0].get(name) for name in ("lr", "momentum", "weight_decay"))
-    if groups[0].get("params") != list(range(len(group["params"]))) or not all(map(_is_number, numbers)):
-        raise _wrong(path, "its optimizer is of other parameters")
+    expected = optimizer.state_dict()["param_groups"]
+    if not (isinstance(groups, list) and len(groups) == len(expected) and all(isinstance(g, dict) for g in groups)):
+        raise _wrong(path, f"its optimizer has not the {len(expected)} groups of parameters")
+    for group, mine in zip(groups, expected, strict=True):
+        numbers = (group.get(name) for name in ("lr", "momentum", "weight_decay"))
+        if group.get("params") != mine["params"] or not all(map(_is_number, numbers)):
+            raise _wrong(path, "its optimizer is of other parameters")
     buffers = found.get("state")  # none of a parameter that has not had a gradient
-    expected = {i: {"momentum_buffer": parameter} for i, parameter in enumerate(group["params"])}
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    kinds = {i: {"momentum_buffer": parameter} for i, parameter in enumerate(parameters)}
     if not isinstance(buffers, dict) or not all(
-        i in expected and _same_kinds(buffer, expected[i]) for i, buffer in buffers.items()
+        i in kinds and _same_kinds(buffer, kinds[i]) for i, buffer in buffers.items()
     ):
         raise _wrong(path, "its optimizer's buffers do not fit its parameters")
 
@@ -82,8 +83,8 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_sums(value: Any) -> bool:
-    total = 1 + NUM_CLASSIFIERS + 2 * (NUM_CLASSIFIERS - 1) + NUM_CLASSIFIERS
+def _is_sums(value: Any, config: TrainConfig) -> bool:
+    total = 1 + 2 * config.num_classifiers + config.num_students + config.num_classifiers - 1
     return isinstance(value, Tensor) and value.shape == (total,) and value.is_floating_point() and not value.is_meta
 
 

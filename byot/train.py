@@ -22,7 +22,14 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, 
 from pathlib import Path
 from typing import Any
 
-from byot.config import TrainConfig, absolute_path, check_name, check_writable, outputs_folder
+from byot.config import (
+    TrainConfig,
+    absolute_path,
+    check_name,
+    check_writable,
+    outputs_folder,
+    recipe_defaults,
+)
 from byot.files import describe_refusal, set_aside
 from byot.flags import Parser, add_settings, given_settings, one_sentence_errors
 from byot.lock import lock_folder
@@ -47,7 +54,7 @@ def build_parser() -> Parser:
     parser.add_argument("--fresh", action="store_true", help=start_anew)
     parser.add_argument("--name", help="folder of the run under outputs/runs (default: made from the settings)")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
-    add_settings(parser, TrainConfig)
+    add_settings(parser, TrainConfig, defaults=recipe_defaults())
     return parser
 
 
@@ -76,6 +83,8 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
             f"from {choice.source}",
             flush=True,
         )
+        if "epochs" not in given:
+            print(f"{config.epochs} epochs as in that search; --epochs changes it", flush=True)
     else:
         config = TrainConfig(**given)
     return config, check_writable(outputs / "runs" / (name or config.run_name())), None
@@ -118,7 +127,7 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
             if not processes.is_first:
                 with processes.ending_with_first():
                     return finish_run(run, stop_asked=stop_asked)
-            with show_progress(run.trainer.epoch, config.epochs) as (on_batch, on_epoch):
+            with show_progress(config, run.trainer.epoch) as (on_batch, on_epoch):
                 return finish_run(run, on_batch, on_epoch, stop_asked)
         except StoppedError as stopped:
             print(f"\nstopped and saved; {go_on}", file=sys.stderr)

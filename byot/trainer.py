@@ -15,14 +15,14 @@ import torch
 
 from byot.batches import ImageSource, batches_per_epoch, draw_epoch, in_order, place_images, shuffled
 from byot.checkpoint import is_out_of_memory
-from byot.config import DATASETS, NUM_CLASSIFIERS, RECIPES, TrainConfig, learning_rate
+from byot.config import DATASETS, TrainConfig, learning_rate, resolution
 from byot.data import LabelledImages, Normalisation, find_normalisation
 from byot.distributed import ALONE, Processes, synchronise_batch_norms
 from byot.metrics import EpochMetrics, Evaluation, TrainingSums, evaluate
 from byot.model import BranchedResNet
-from byot.optimizer import SGD
+from byot.optimizer import make_optimizer
 from byot.provenance import find_versions
-from byot.step import Pace, TrainingStep, ways_to_try
+from byot.step import TrainingStep, choose_mode
 from byot.stopping import DivergedError, OutOfMemoryError
 
 EVAL_BATCH_SIZE = {"cpu": 256, "mps": 512, "cuda": 2048}
@@ -41,47 +41,30 @@ class Trainer:
         val: LabelledImages | None = None,
         normalisation: Normalisation | None = None,
         processes: Processes = ALONE,
-        *,
-        may_compile: bool = True,
     ) -> None:
-        """`normalisation` is that of a checkpoint to be restored; a new run finds its own in the training images.
-
-        Without `may_compile` the step is not compiled unless the configuration asks for it: not worth it for runs that
-        are likely to be stopped early.
-        """
+        """`normalisation` is that of a checkpoint to be restored; a new run finds its own in the training images."""
         if len(train.labels) < 2:
             raise ValueError(f"training needs at least 2 images, not {len(train.labels)}")
         check_parts(config, len(train.labels), processes)
         self.config = config
         self.processes = processes
-        self.may_compile = may_compile
         self.device = choose_device(config.device)
         self.autocast_dtype = choose_autocast_dtype(config.precision, self.device)
-        ways_to_try(config.acceleration, self.device, processes)  # told now if it is not to be had
+        choose_mode(config.acceleration, self.device, processes)  # told now if it is not to be had
         self.normalisation = normalisation or find_normalisation(config, train.images)
         self.train_images = place_images(train, self.device, config.placement)
         self.val_images = None if val is None else place_images(val, self.device, config.placement)
         self.model = build_model(config).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if processes.count > 1 and config.batch_norm == "global":
             synchronise_batch_norms(self.model, self.device)
-        recipe = RECIPES[config.recipe]
-        self.label_smoothing = recipe.label_smoothing
-        self.optimizer = SGD(
-            self.model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=recipe.nesterov,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.model, config, self.autocast_dtype)
         self.epoch = 0  # epochs finished
         self.step = 0  # steps done of the next one
         self.history: list[dict[str, Any]] = []  # the record of each finished epoch
-        self._sums = TrainingSums(NUM_CLASSIFIERS, self.device, processes)  # of the steps done
-        self._elapsed_s = 0.0  # in them, by this process and those before
+        self._sums = TrainingSums(config.num_classifiers, config.num_students, self.device, processes)
+        self._elapsed_s = 0.0  # in the steps done, by this process and those before
         self._versions = find_versions()
         self._training_step: TrainingStep | None = None  # made once the state is the one to go on from
-        self._way: str | None = None  # of doing a step, which was chosen before that
 
     def __iter__(self) -> Iterator[EpochMetrics]:
         return self.epochs()
@@ -105,12 +88,9 @@ class Trainer:
         training_step = self._training_step = self._training_step or self._make_training_step()
         self.model.train()
         for batch in shuffled(images, plan, config.batch_size, first=self.step, processes=self.processes):
-            training_step(
-                batch,
-                learning_rate(config, (self.epoch + self.step / num_batches) / config.epochs),
-                num_images=min(config.batch_size, len(images) - self.step * config.batch_size),
-                steps_left=(config.epochs - self.epoch) * num_batches - self.step,
-            )
+            progress = (self.epoch + self.step / num_batches) / config.epochs
+            num_images = min(config.batch_size, len(images) - self.step * config.batch_size)
+            training_step(batch, learning_rate(config, progress), resolution(config, progress), num_images=num_images)
             self.step += 1
             self._elapsed_s = time.perf_counter() - started
             if self.due_for_check():
@@ -152,28 +132,13 @@ class Trainer:
             self._sums,
             self.normalisation,
             autocast_dtype=self.autocast_dtype,
-            label_smoothing=self.label_smoothing,
             processes=self.processes,
-            settled=self._way,
-            may_compile=self.may_compile,
         )
 
     def due_for_check(self) -> bool:
         """Whether, after this step, the processes look up: at the loss, and whether one was asked to stop."""
         num_batches = batches_per_epoch(len(self.train_images), self.config.batch_size)
         return (self.epoch * num_batches + self.step) % STEPS_BETWEEN_CHECKS[self.device.type] == 0
-
-    @property
-    def is_choosing(self) -> bool:
-        """Whether ways of doing a step are still to be timed."""
-        if self._training_step is None:
-            return bool(ways_to_try(self.config.acceleration, self.device, self.processes))
-        return self._training_step.is_choosing
-
-    @property
-    def paces(self) -> list[Pace]:
-        """What the ways of doing a step were measured to take, where there was a choice."""
-        return [] if self._training_step is None else self._training_step.paces
 
     def check_finite(self, loss: float) -> None:
         """Raise DivergedError for a loss that is NaN or infinite."""
@@ -207,7 +172,6 @@ class Trainer:
             "normalisation": self.normalisation._asdict(),
             "model": self.model.state_dict(),
             "optimizer": optimizer,
-            "way": self._way if self._training_step is None else self._training_step.chosen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,7 +187,7 @@ class Trainer:
         self.epoch, self.step, self.history = state["epoch"], state["step"], list(state["history"])
         self._sums.load_state_dict(state["sums"])
         self._elapsed_s = state["elapsed_s"]
-        self._training_step, self._way = None, state.get("way")  # a recorded step has the old buffers
+        self._training_step = None  # a recorded step has the old buffers
 
 
 def check_parts(config: TrainConfig, num_images: int, processes: Processes) -> None:
@@ -264,7 +228,12 @@ def build_model(config: TrainConfig) -> BranchedResNet:
     """The network of a configuration with the initial weights of its seed; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return BranchedResNet(config.model, DATASETS[config.dataset].num_classes, config.width)
+        return BranchedResNet(
+            config.model,
+            DATASETS[config.dataset].num_classes,
+            config.width,
+            branched=config.num_classifiers > 1,
+        )
 
 
 def choose_device(name: str) -> torch.device:

@@ -87,7 +87,7 @@ def do_run(
         raise FileNotFoundError(ENOENT, "the search's folder is not seen from here", str(folder.parents[1]))
     train, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
     with working_folder(folder, place) as (here, save), lock_folder(here, wait_s=WORKER_WAIT_S):
-        trainer, _ = restore_trainer(config, train, val, here, may_compile=False)
+        trainer, _ = restore_trainer(config, train, val, here)
         try:
             for _ in train_saving(trainer, here, on_save=save):
                 save()

@@ -9,12 +9,13 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from byot.config import TrainConfig
+from byot.config import TrainConfig, work_after
 from byot.data import LabelledImages, load_images, split_validation
 from byot.files import describe_refusal, remove_leftovers
 from byot.flags import one_sentence_errors
@@ -99,6 +100,7 @@ def read_records(plan: SearchPlan) -> SearchRecords:
         epochs=plan.base.epochs,
         seed=plan.base.seed,
         grace=choose_grace(plan.base, plan.settings, plan.recorded),
+        work=partial(work_after, plan.base),
         kept=plan.kept,
     )
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.records import Row, SearchRecords, format_value
-from search.settings import NUM_FIRST_POINTS, expected_epochs_left
+from search.settings import NUM_FIRST_POINTS, expected_work_left
 
 DAY_S = 86400
 REFRESH_S = 1.0
@@ -57,47 +57,53 @@ class SearchView(NamedTuple):
 
 
 class EpochRate:
-    """The speed of all trials together over their last epochs, in epochs a second."""
+    """The speed of all trials together over their last epochs, in epochs a second and in their work."""
 
     def __init__(self, began_at: float) -> None:
-        self._times = deque([began_at], maxlen=NUM_MEASURED + 1)
+        self._ended = deque([(began_at, 0.0)], maxlen=NUM_MEASURED + 1)  # when each epoch ended, and its work
 
-    def add(self, at: float) -> None:
-        self._times.append(at)
+    def add(self, at: float, work: float = 1.0) -> None:
+        self._ended.append((at, work))
 
     def per_second(self, at: float, num_running: int) -> float | None:
-        """None before the first epoch.
+        """Epochs a second, None before the first one.
 
         Where the next epochs are late, it is no higher than if each trial that runs did its next one now.
         """
-        epochs = len(self._times) - 1
+        epochs = len(self._ended) - 1
         if epochs == 0:
             return None
-        first, last = self._times[0], self._times[-1]
+        first, last = self._ended[0][0], self._ended[-1][0]
         return min(epochs / (last - first), (epochs + max(num_running, 1)) / (at - first))
 
+    def mean_work(self) -> float:
+        """Of the epochs measured; 1 before the first."""
+        works = [work for _, work in self._ended][1:]
+        return sum(works) / len(works) if works else 1.0
 
-def estimate_left_s(
-    records: SearchRecords, num_samples: int, epochs_per_s: float, *, stops_early: bool = True
-) -> float:
-    """About how long a search still takes: the epochs expected at this speed, but no less than its longest trial."""
+
+def estimate_left_s(records: SearchRecords, num_samples: int, work_per_s: float, *, stops_early: bool = True) -> float:
+    """About how long a search still takes: the work expected at this speed, but no less than its longest trial."""
+    whole_trial = records.work(records.epochs)
     to_come = num_samples - len(records.rows)
     begun = sum(row["role"] != "sampled" for row in records.rows.values())
     whole = min(to_come, max(0, NUM_FIRST_POINTS - begun))
 
     def expect(role: str, done: int) -> float:
         may_be_stopped = stops_early and role == "sampled"
-        return expected_epochs_left(done, records.epochs, records.grace) if may_be_stopped else records.epochs - done
+        if may_be_stopped:
+            return expected_work_left(done, records.epochs, records.grace, records.work)
+        return whole_trial - records.work(done)
 
-    epochs_left = whole * records.epochs + (to_come - whole) * expect("sampled", 0)
+    work_left = whole * whole_trial + (to_come - whole) * expect("sampled", 0)
     longest_s = 0.0
     for row in records.unfinished:
         done = row["epochs_done"]
         left = expect(row["role"], done)
-        epochs_left += left
+        work_left += left
         if done:
-            longest_s = max(longest_s, left * row["seconds"] / done)
-    return max(epochs_left / epochs_per_s, longest_s)
+            longest_s = max(longest_s, left * row["seconds"] / records.work(done))
+    return max(work_left / work_per_s, longest_s)
 
 
 def format_duration(seconds: float) -> str:
@@ -121,15 +127,19 @@ def view_search(
     stops_early: bool,
     elapsed_s: float,
     epochs_per_s: float | None,
+    epoch_work: float = 1.0,
     budget_s: float | None,
     stopping: bool,
 ) -> SearchView:
-    """What is to be shown now; `running` are the trials that run, the search stops after another `budget_s`."""
+    """What is to be shown now; `running` are the trials that run, the search stops after another `budget_s`.
+
+    `epoch_work` is the mean work of the epochs that the speed was measured in.
+    """
     counts = Counter(row["status"] for row in records.rows.values())
     best = records.best()
     left_s = None
     if epochs_per_s is not None:
-        left_s = estimate_left_s(records, num_samples, epochs_per_s, stops_early=stops_early)
+        left_s = estimate_left_s(records, num_samples, epochs_per_s * epoch_work, stops_early=stops_early)
     if left_s is not None and budget_s is not None:
         left_s = min(left_s, max(budget_s, 0.0))
 

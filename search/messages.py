@@ -6,14 +6,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from byot.config import TrainConfig
+from byot.config import TrainConfig, work_after
 from byot.files import read_json
 from byot.searched import load_confirmation
 from search.cluster import Slots
 from search.confirmation import FIRST_LOOK
 from search.live import DAY_S, format_duration
 from search.records import Row
-from search.settings import SearchSettings, choose_grace, expected_epochs
+from search.settings import SearchSettings, choose_grace, expected_work
 from search.space import ROLE_NAMES
 from search.store import Bucket
 
@@ -32,12 +32,19 @@ def describe_time(
     num_train: int,
     num_val: int,
 ) -> str:
-    """How long a search will take at this speed, and, where that is days, what would make it hours."""
-    epoch_s = (num_train + num_val * EVALUATION_COST) / images_per_s
-    slot_epoch_s = settings.seeds_per_trial * epoch_s / slots.max_concurrent
+    """How long a search will take at this speed, and, where that is days, what would make it hours.
+
+    The speed is that of a trial's first epoch, whose images the recipe may have made smaller.
+    """
+    image_s = work_after(base, 1) / images_per_s  # at full resolution
+
+    def trial_s(epochs: float) -> float:
+        images = num_train * work_after(base, epochs) + num_val * EVALUATION_COST * epochs
+        return images * image_s * settings.seeds_per_trial / slots.max_concurrent
+
     grace = choose_grace(base, settings) if settings.stops_early else base.epochs
-    about = expected_epochs(settings.num_samples, base.epochs, grace) * slot_epoch_s
-    at_most = settings.num_samples * base.epochs * slot_epoch_s
+    about = expected_work(settings.num_samples, base.epochs, grace, trial_s)
+    at_most = settings.num_samples * trial_s(base.epochs)
     text = f"{images_per_s:.0f} images/s a trial, {slots.max_concurrent} at a time: about {format_duration(about)}"
     if at_most > about:
         text += f", at most {format_duration(at_most)}"
@@ -61,10 +68,11 @@ def describe_confirmation(confirmation: "Confirmation", rows: list[Row], slots: 
     text = f"{arms} configurations again, over {seeds} fresh seeds each"
     if confirmation.results:
         text += f", {len(confirmation.results)} runs finished before"
-    paces = [row["seconds"] / row["epochs_done"] for row in rows if row["epochs_done"]]
+    base = confirmation.base
+    paces = [row["seconds"] / work_after(base, row["epochs_done"]) for row in rows if row["epochs_done"]]
     if not paces:
         return text
-    run_s = fmean(paces) * confirmation.base.epochs / confirmation.runs_a_trial
+    run_s = fmean(paces) * work_after(base, base.epochs) / confirmation.runs_a_trial
     longest, shortest = (
         format_duration(math.ceil(confirmation.num_left(rounds) / slots.max_concurrent) * run_s)
         for rounds in (most, least)

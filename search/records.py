@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from byot.config import NUM_CLASSIFIERS
 from byot.files import read_json, read_json_lines, write_json, write_text
-from search.settings import grace_epochs, metric_mode
+from search.settings import Work, grace_epochs, metric_mode
 from search.space import Role
 from search.store import Kept
 
@@ -80,13 +80,15 @@ class SearchRecords:
         seed: int,
         further_metrics: tuple[str, ...] = (),
         grace: int | None = None,
+        work: Work = float,
         kept: Kept | None = None,
     ) -> None:
         """Reads what the folder holds. A damaged trial.json is made good from trials.csv, and trials.csv from them.
 
         `further_metrics` are those that are searched for beside `metric`, by which trials are ranked. `grace` is the
-        number of epochs before a trial may be stopped. `kept` is where what is written is kept, if not in the folder
-        alone: a record that cannot be put there raises OSError as one that cannot be written does.
+        number of epochs before a trial may be stopped, `work` what a trial's first so many take. `kept` is where what
+        is written is kept, if not in the folder alone: a record that cannot be put there raises OSError as one that
+        cannot be written does.
         """
         self.folder = folder
         self.kept = kept or Kept()
@@ -96,6 +98,7 @@ class SearchRecords:
         self.mode = mode
         self.epochs = epochs
         self.grace = grace_epochs(epochs) if grace is None else min(grace, epochs)
+        self.work = work
         self.seed = seed
         self.search: dict[str, Any] = {}  # what search.json holds, for best.json to tell
         self.history: dict[str, dict[int, EpochResult]] = {}  # trial id -> epoch -> result

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -41,6 +42,7 @@ OPTIONAL = ("max_concurrent", "cpus_per_trial", "grace", "patience", "confirm")
 LEAST = {"confirm_seeds": 2}  # one seed says nothing of the noise; of the others 1
 GREATEST = {"confirm_seeds": 1000, "seeds_per_trial": 1000}  # of the others MOST
 FRESH_SEEDS = 1000  # the first fresh seed of a confirmation is so much above the search's own
+Work = Callable[[float], float]  # what a run's first so many epochs take, such as byot.config.work_after
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -199,21 +201,22 @@ def choose_grace(base: TrainConfig, settings: SearchSettings, recorded: dict[str
     return min(base.epochs, grace_epochs(base.epochs, first_drop(base)) if asked is None else asked)
 
 
-def expected_epochs(num_samples: int, epochs: int, grace: int) -> float:
-    """About how many epochs the trials of a search have in all: two are whole, of the others a third past each rung.
+def expected_work(num_samples: int, epochs: int, grace: int, work: Work = float) -> float:
+    """About how much the trials of a search do in all: two are whole, of the others a third goes past each rung.
 
-    A grace of all epochs stands for trials that are not stopped.
+    `work` says what the first so many epochs take; left out, every epoch takes the same. A grace of all epochs stands
+    for trials that are not stopped.
     """
     whole = min(NUM_FIRST_POINTS, num_samples)
-    return whole * epochs + (num_samples - whole) * expected_epochs_left(0, epochs, grace)
+    return whole * work(epochs) + (num_samples - whole) * expected_work_left(0, epochs, grace, work)
 
 
-def expected_epochs_left(done: int, epochs: int, grace: int) -> float:
-    """About how many more epochs a trial trains that ASHA may stop: at each rung to come it goes on in a third."""
+def expected_work_left(done: int, epochs: int, grace: int, work: Work = float) -> float:
+    """About how much a trial still does that ASHA may stop: at each rung to come it goes on in a third."""
     left, share, reached, rung = 0.0, 1.0, done, grace
     while reached < epochs:
         if rung > reached:
-            left += share * (rung - reached)
+            left += share * (work(rung) - work(reached))
             share /= REDUCTION_FACTOR
             reached = rung
         rung = min(rung * REDUCTION_FACTOR, epochs)

@@ -31,7 +31,7 @@ DEFAULT_SPACE: Space = {
     "beta": Range(1e-8, 1e-3, log=True),
 }
 LARGEST = sys.float_info.max  # a file's whole numbers may be larger than any float
-SEARCHABLE = ("alpha", "temperature", "beta", "lr", "weight_decay")
+SEARCHABLE = ("alpha", "temperature", "beta", "lr", "weight_decay", "label_smoothing")
 
 
 class FirstPoint(NamedTuple):
@@ -43,14 +43,14 @@ class FirstPoint(NamedTuple):
 
 def first_points(space: Space, base: TrainConfig) -> list[FirstPoint]:
     """The reference implementation's setting, then deep supervision alone (alpha = beta = 0) as a control."""
-    others = {name: getattr(base, name) for name in space if name in ("lr", "weight_decay")}
+    others = {name: getattr(base, name) for name in space if name not in DEFAULT_SPACE}
     reference = {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6, **others}
     control = {"alpha": 0.0, "temperature": 3.0, "beta": 0.0, **others}
     return [FirstPoint("reference", reference), FirstPoint("control", control)]
 
 
 def read_space(path: Path) -> Space:
-    """Read a TOML file that changes ranges of the default space or adds lr and weight_decay.
+    """Read a TOML file that changes ranges of the default space or adds lr, weight_decay and label_smoothing.
 
         [alpha]
         low = 0.0

@@ -94,7 +94,7 @@ def train_seeds(
     seeds = range(config.seed, config.seed + num_seeds)
     folders = [folder] if num_seeds == 1 else [folder / f"seed-{seed}" for seed in seeds]
     trainers = [
-        restore_trainer(config.with_settings(seed=seed), train, val, place, may_compile=False)[0]
+        restore_trainer(config.with_settings(seed=seed), train, val, place)[0]
         for seed, place in zip(seeds, folders, strict=True)
     ]
     done = [mean_record(records) for records in zip(*(trainer.history for trainer in trainers), strict=False)]

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from byot.config import (
     NOT_IDENTITY,
+    RECIPES,
     TrainConfig,
     absolute_path,
     check_name,
     check_writable,
     known_settings,
     outputs_folder,
+    recipe_defaults,
 )
 from byot.files import describe_refusal, errors_in, set_aside
 from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
@@ -60,7 +62,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--space",
         metavar="FILE",
-        help="TOML file: a table with low, high and log for each of alpha, temperature, beta, lr, weight_decay",
+        help="TOML file: a table with low, high and log for each of alpha, temperature, beta, lr, weight_decay, "
+        "label_smoothing",
     )
     parser.add_argument("--address", help="address of a running Ray cluster, or auto (default: this machine alone)")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
@@ -71,8 +74,15 @@ def build_parser() -> Parser:
         "s3://BUCKET/FOLDER: its records are then in OUTPUTS/searches as well",
     )
     add_settings(parser, SearchSettings)
-    add_settings(parser, TrainConfig, omit=(*SEARCHED, "batch_norm"), defaults={"val_fraction": VAL_FRACTION})
+    defaults = {"val_fraction": VAL_FRACTION, **recipe_defaults("trial_epochs")}
+    add_settings(parser, TrainConfig, omit=(*SEARCHED, "batch_norm"), defaults=defaults)
     return parser
+
+
+def trial_settings(given: dict[str, Any]) -> TrainConfig:
+    """The settings of the trials, those given laid over what a search has where none are."""
+    base = TrainConfig(**{"val_fraction": VAL_FRACTION, **given})
+    return base if "epochs" in given else base.with_settings(epochs=RECIPES[base.recipe].trial_epochs)
 
 
 def plan_search(arguments: argparse.Namespace, searches: Path) -> tuple[Path, TrainConfig, SearchSettings, Space]:
@@ -83,7 +93,7 @@ def plan_search(arguments: argparse.Namespace, searches: Path) -> tuple[Path, Tr
     given = given_settings(arguments, TrainConfig)
     if "data_dir" in given:
         given["data_dir"] = str(absolute_path(given["data_dir"]))
-    base = TrainConfig(**{"val_fraction": VAL_FRACTION, **given})
+    base = trial_settings(given)
     if base.loss_form == "plain":
         raise ValueError("loss_form plain has no weights to search: it is one run of byot/train.py")
     if base.val_fraction == 0:
@@ -126,7 +136,7 @@ def fetch_search(arguments: argparse.Namespace, searches: Path, bucket: Bucket, 
     if arguments.name is None and arguments.resume:
         arguments.name = _newest_in_bucket(bucket, given)
     elif arguments.name is None:
-        arguments.name = default_name(TrainConfig(**{"val_fraction": VAL_FRACTION, **given}))
+        arguments.name = default_name(trial_settings(given))
     folder = searches / check_name(arguments.name)
     if arguments.fresh:
         return
@@ -290,7 +300,7 @@ def prepare(
         raise ValueError(f"{folder} is a copy of {place}: go on with --storage-path and its URL")
 
     from byot.distributed import ALONE
-    from byot.step import ways_to_try
+    from byot.step import choose_mode
     from byot.trainer import choose_device
     from search.cluster import Share, share_machine
     from search.driver import SearchPlan, load_search_data
@@ -299,7 +309,7 @@ def prepare(
     asked = Share(settings.cpus_per_trial, settings.gpus_asked_for, settings.max_concurrent)
     slots = share_machine(asked, base.device) if arguments.address is None else None
     if slots is not None:
-        ways_to_try(base.acceleration, choose_device(base.device), ALONE)
+        choose_mode(base.acceleration, choose_device(base.device), ALONE)
     check_seeds(base, settings)
     data = load_search_data(base) if before is None or before.plan.base != base else before.data
     warm = find_warm_start(searches, folder, base, settings, space, is_new=arguments.fresh, bucket=bucket)

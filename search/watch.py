@@ -63,9 +63,10 @@ class SearchWatch(tune.Callback):
             self._tell_pace(result)
         elif FAILED not in result:
             trial_id = trial.config["trial_id"]
-            if result["epoch"] not in self.records.history[trial_id]:
+            epoch = result["epoch"]
+            if epoch not in self.records.history[trial_id]:
                 trial.run_metadata.num_failures = 0  # a trial that gets on is not given up, however often it is killed
-                self.live.rate.add(time.monotonic())
+                self.live.rate.add(time.monotonic(), self.records.work(epoch) - self.records.work(epoch - 1))
             self.records.add_epoch(trial_id, result)
             self._tell_pace(result)  # where an epoch has fewer steps than are timed
 
@@ -167,6 +168,7 @@ class SearchWatch(tune.Callback):
             stops_early=self.scheduler.stops_early,
             elapsed_s=now - self.live.began_at,
             epochs_per_s=self.live.rate.per_second(now, len(running)),
+            epoch_work=self.live.rate.mean_work(),
             budget_s=None if self.deadline is None else self.deadline - now,
             stopping=self.has_to_stop(),
         )

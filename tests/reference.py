@@ -25,7 +25,7 @@ class Sized(NamedTuple):
 class ReferenceLoss(NamedTuple):
     total: Sized  # [1]
     label: Sized  # [K]
-    distillation: Sized  # [K-1]
+    distillation: Sized  # [K-1], [K] where the ensemble teaches
     hint: Sized  # [K-1]
     logit_gradients: list[Sized]  # K x [B * C], of the total, row by row
     feature_gradients: list[Sized]  # K x [B * D]
@@ -53,13 +53,15 @@ def reference_loss(
     beta: float,
     loss_form: str,
     label_smoothing: float = 0.0,
+    teacher: str = "deepest",
 ) -> ReferenceLoss:
     num_classifiers, batch_size, num_classes, width = len(logits), len(labels), len(logits[0][0]), len(features[0][0])
     deepest = num_classifiers - 1
     if loss_form == "plain":
         alpha = beta = 0.0
+    num_students = num_classifiers if teacher == "ensemble" else deepest  # the first so many
     label, label_sizes = [0.0] * num_classifiers, [0.0] * num_classifiers
-    distillation, distillation_sizes = [0.0] * deepest, [0.0] * deepest
+    distillation, distillation_sizes = [0.0] * num_students, [0.0] * num_students
     hint = [0.0] * deepest
     logit_gradients, feature_gradients = [], []
 
@@ -68,7 +70,11 @@ def reference_loss(
         gradient, largest_gradient = [], 0.0
         for b in range(batch_size):
             log_q = log_softmax(logits[i][b])
-            softened_p = log_softmax([x / temperature for x in logits[deepest][b]])
+            taught = [
+                math.fsum(z[b][c] for z in logits) / num_classifiers if teacher == "ensemble" else logits[deepest][b][c]
+                for c in range(num_classes)
+            ]
+            softened_p = log_softmax([x / temperature for x in taught])
             softened_q = log_softmax([x / temperature for x in logits[i][b]])
             for c in range(num_classes):
                 target = label_smoothing / num_classes + (1.0 - label_smoothing if c == labels[b] else 0.0)
@@ -77,7 +83,7 @@ def reference_loss(
                 label_sizes[i] += target * (1.0 + abs(log_q[c])) / batch_size
                 slope = label_weight * (q - target) / batch_size
                 slope_size = label_weight * (q + target) / batch_size
-                if i < deepest:
+                if i < num_students:
                     p, q = math.exp(softened_p[c]), math.exp(softened_q[c])
                     distillation[i] += temperature**2 * p * (softened_p[c] - softened_q[c]) / batch_size
                     size = p * (2.0 + abs(softened_p[c]) + abs(softened_q[c]))
@@ -103,9 +109,12 @@ def reference_loss(
         label_weight = weight_of_label(loss_form, i == deepest, alpha)
         total += label_weight * label[i]
         total_size += label_weight * label_sizes[i]
+        if i < num_students:
+            total += alpha * distillation[i]
+            total_size += alpha * distillation_sizes[i]
         if i < deepest:
-            total += alpha * distillation[i] + beta * hint[i]
-            total_size += alpha * distillation_sizes[i] + beta * hint[i]
+            total += beta * hint[i]
+            total_size += beta * hint[i]
     return ReferenceLoss(
         total=Sized([total], total_size),
         label=Sized(label, max(label_sizes)),

@@ -22,14 +22,13 @@ from byot.batches import (
     constants,
     crop_and_flip,
     cut_out,
-    cutout_size,
     draw_epoch,
     in_order,
     normalise,
     place_images,
     shuffled,
 )
-from byot.config import DATASETS, Placement, TrainConfig
+from byot.config import DATASETS, Placement, TrainConfig, crop_padding, cutout_size
 from byot.data import LabelledImages, Normalisation
 from byot.distributed import Processes
 from tests.helpers import random_pixels
@@ -109,9 +108,10 @@ def same_plan(a: EpochPlan, b: EpochPlan) -> bool:
 
 
 CONFIGS = {
-    "cifar100": TrainConfig(seed=3),
+    "cifar100": TrainConfig(recipe="reference", seed=3),
     "digits": TrainConfig(dataset="digits", seed=3),
-    "strong": TrainConfig(recipe="strong", seed=3),
+    "short": TrainConfig(recipe="modern", epochs=30, seed=3),
+    "long": TrainConfig(recipe="modern", epochs=31, seed=3),
 }
 
 
@@ -120,7 +120,7 @@ def test_epoch_is_drawn_from_seed_and_number_alone(config: TrainConfig) -> None:
     torch.manual_seed(1)
     first = draw_epoch(config, 2000, epoch=5)
     torch.manual_seed(2)
-    other_weights = config.with_settings(alpha=0.7, temperature=1.0, beta=0.1, lr=0.5, batch_size=7, epochs=9)
+    other_weights = config.with_settings(alpha=0.7, temperature=1.0, beta=0.1, lr=0.5, batch_size=7)
     assert same_plan(first, draw_epoch(other_weights, 2000, epoch=5))
     assert not same_plan(first, draw_epoch(config, 2000, epoch=6))
     assert not same_plan(first, draw_epoch(config.with_settings(seed=4), 2000, epoch=5))
@@ -130,20 +130,19 @@ def test_epoch_is_drawn_from_seed_and_number_alone(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_draws_cover_what_they_should(config: TrainConfig) -> None:
-    info = DATASETS[config.dataset]
     plan = draw_epoch(config, 2000, epoch=0)
     assert sorted(plan.order.tolist()) == list(range(2000))
     assert plan.order.tolist() != list(range(2000))
     for axis in (0, 1):
         counts = Counter(plan.offsets[:, axis].tolist())
-        assert set(counts) == set(range(2 * info.crop_padding + 1))
+        assert set(counts) == set(range(2 * crop_padding(config) + 1))
         assert min(counts.values()) > 0.7 * 2000 / len(counts)
     if config.dataset == "digits":
         assert plan.flips is None, "a mirrored digit is another digit or none"
     else:
         assert plan.flips is not None
         assert 0.45 < plan.flips.float().mean() < 0.55
-    if config.recipe == "strong":
+    if config is CONFIGS["long"]:
         assert plan.cutout_centres is not None
         assert cutout_size(config) == 8
         assert set(plan.cutout_centres.flatten().tolist()) == set(range(32))
@@ -174,7 +173,7 @@ def test_batches_are_the_plan_image_by_image(config: TrainConfig, placement: Pla
     found = torch.cat(augmented(source, config, plan, 16))
     for i, number in enumerate(plan.order.tolist()):
         flip = bool(plan.flips[i]) if plan.flips is not None else False
-        pixels = slow_crop_and_flip(data.images[number], plan.offsets[i].tolist(), flip, info.crop_padding)
+        pixels = slow_crop_and_flip(data.images[number], plan.offsets[i].tolist(), flip, crop_padding(config))
         expected = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
         if plan.cutout_centres is not None:
             expected = slow_cut_out(expected, plan.cutout_centres[i].tolist(), cutout_size(config))
@@ -198,7 +197,7 @@ def test_a_last_batch_of_one_image_is_left_out(num_images: int, batch_size: int,
 @pytest.mark.parametrize(("num_processes", "batch_size"), [(2, 16), (3, 16), (4, 70), (5, 7)])
 def test_processes_share_every_batch_without_loss(num_processes: int, batch_size: int) -> None:
     source = DeviceImages(numbered_images(70, 8), CPU)
-    plan = draw_epoch(CONFIGS["strong"], 70, epoch=0)
+    plan = draw_epoch(CONFIGS["long"], 70, epoch=0)
     shares = [list(shuffled(source, plan, batch_size, 1, Processes(r, num_processes))) for r in range(num_processes)]
     whole = list(shuffled(source, plan, batch_size, 1))
     assert [len(share) for share in shares] == [len(whole)] * num_processes

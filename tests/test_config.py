@@ -16,13 +16,18 @@ from typing import Any
 import pytest
 
 from byot.config import (
+    DATASETS,
     PROJECT_ROOT,
     RECIPES,
     TrainConfig,
     cache_folder,
     check_name,
+    crop_padding,
+    cutout_size,
     learning_rate,
     outputs_folder,
+    resolution,
+    work_after,
 )
 from byot.flags import Parser, add_settings, given_settings
 from byot.train import build_parser
@@ -34,7 +39,7 @@ OTHER: dict[str, Any] = {
     "width": 16,
     "dataset": "digits",
     "data_dir": "/somewhere",
-    "recipe": "strong",
+    "recipe": "reference",
     "epochs": 7,
     "batch_size": 64,
     "lr": 0.05,
@@ -44,6 +49,8 @@ OTHER: dict[str, Any] = {
     "temperature": 4.5,
     "beta": 1e-5,
     "loss_form": "paper",
+    "label_smoothing": 0.1,
+    "teacher": "ensemble",
     "seed": 3,
     "val_fraction": 0.1,
     "split_seed": 2,
@@ -64,9 +71,9 @@ def test_every_setting_is_in_these_tests() -> None:
 def test_defaults_are_the_references() -> None:
     config = TrainConfig()
     assert (config.alpha, config.temperature, config.beta) == (0.1, 3, 1e-6)
-    assert (config.lr, config.momentum, config.weight_decay) == (0.1, 0.9, 5e-4)
-    assert (config.batch_size, config.epochs, config.model, config.dataset) == (128, 200, "resnet18", "cifar100")
-    assert (config.loss_form, config.recipe) == ("reference", "reference")
+    assert (config.momentum, config.weight_decay) == (0.9, 5e-4)
+    assert (config.batch_size, config.model, config.dataset) == (128, "resnet18", "cifar100")
+    assert (config.loss_form, config.recipe, config.teacher) == ("reference", "modern", "deepest")
 
 
 @pytest.mark.parametrize("config", [TrainConfig(), TrainConfig(**OTHER)], ids=["defaults", "others"])
@@ -91,7 +98,7 @@ def test_missing_settings_take_their_defaults_and_unknown_ones_are_named() -> No
 WRONG: list[tuple[str, Any]] = [
     *((name, "other") for name in ("model", "dataset", "recipe", "loss_form", "precision", "device", "batch_norm")),
     *((name, "other") for name in ("acceleration", "placement")),
-    *((name, None) for name in ("model", "dataset", "width", "epochs", "lr", "alpha", "seed", "val_fraction")),
+    *((name, None) for name in ("model", "dataset", "width", "alpha", "seed", "val_fraction")),
     *((name, 2.5) for name in ("width", "epochs", "batch_size", "seed", "split_seed")),
     *((name, True) for name in ("width", "epochs", "seed", "lr", "alpha", "beta")),
     *((n, "1") for n in ("epochs", "lr", "momentum", "weight_decay", "alpha", "temperature", "beta", "val_fraction")),
@@ -148,7 +155,7 @@ def test_the_edges_of_a_range_are_in_it(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", OTHER)
 def test_run_name_tells_runs_apart_but_not_their_place(name: str) -> None:
-    config, other = TrainConfig(), TrainConfig(**{name: OTHER[name]})
+    config, other = TrainConfig(), TrainConfig().with_settings(**{name: OTHER[name]})
     same = name in ("device", "data_dir", "acceleration", "placement")
     assert (config.run_name() == other.run_name()) is same
     assert config.differing_settings(other) == ({} if same else {name: (getattr(config, name), OTHER[name])})
@@ -207,7 +214,7 @@ def rates(config: TrainConfig, steps: int = 4) -> list[float]:
 
 
 def test_the_references_milestones() -> None:
-    found = rates(TrainConfig(lr=0.1, epochs=200), steps=391)
+    found = rates(TrainConfig(recipe="reference", epochs=200), steps=391)
     expected = [0.1] * 75 + [0.01] * 55 + [0.001] * 50 + [0.0001] * 20
     assert found == pytest.approx([lr for lr in expected for _ in range(391)], rel=1e-12)
 
@@ -215,14 +222,14 @@ def test_the_references_milestones() -> None:
 @pytest.mark.parametrize("epochs", [20, 6, 1, 7, 40, 100, 300])
 def test_milestones_scale_with_the_run(epochs: int) -> None:
     """The reference's fall at epochs 75, 130 and 180 whatever the number of epochs asked for."""
-    found = rates(TrainConfig(lr=0.1, epochs=epochs), steps=32)
+    found = rates(TrainConfig(recipe="reference", epochs=epochs), steps=32)
     drops = [step for step, (a, b) in enumerate(pairwise(found), start=1) if a != b]
     # the first step that begins at or past the milestone: rounded up, in whole numbers
     assert drops == [-(-milestone * epochs * 32 // 200) for milestone in (75, 130, 180)]
     assert [found[0], *(found[step] for step in drops)] == pytest.approx([0.1, 0.01, 0.001, 0.0001], rel=1e-12)
 
 
-@pytest.mark.parametrize("recipe", ["reference", "strong"])
+@pytest.mark.parametrize("recipe", ["reference", "modern"])
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5, 200])
 def test_every_run_reaches_its_peak_and_never_rises_above_it(epochs: int, recipe: Any) -> None:
     found = rates(TrainConfig(lr=0.1, epochs=epochs, recipe=recipe), steps=40)
@@ -230,25 +237,60 @@ def test_every_run_reaches_its_peak_and_never_rises_above_it(epochs: int, recipe
     assert min(found) >= 0
 
 
-def test_cosine_warms_up_and_comes_down_to_nothing() -> None:
-    config = TrainConfig(lr=0.2, epochs=40, recipe="strong")
-    found = rates(config, steps=100)
-    warmup = 100  # 2.5 % of 4,000 steps
-    for i, lr in enumerate(found):
-        if i < warmup:
-            expected = 0.2 * i / warmup
-        else:
-            expected = 0.1 * (1 + math.cos(math.pi * (i - warmup) / (4000 - warmup)))
-        assert lr == pytest.approx(expected, abs=1e-12), i
-    assert all(a < b for a, b in pairwise(found[: warmup + 1]))
-    assert all(a > b for a, b in pairwise(found[warmup:]))
-    assert found[-1] < 1e-6
+def test_the_modern_recipe_goes_up_and_down_in_two_lines() -> None:
+    found = rates(TrainConfig(lr=0.2, epochs=40, recipe="modern"), steps=100)
+    top = 600  # 15 % of 4,000 steps
+    assert [found[0], found[top]] == pytest.approx([0.01, 0.2])
+    up, down = ([b - a for a, b in pairwise(part)] for part in (found[: top + 1], found[top:]))
+    assert up == pytest.approx([0.19 / 600] * 600, rel=1e-6)
+    assert down == pytest.approx([-0.2 / 3400] * 3399, rel=1e-6)
+    assert found[-1] == pytest.approx(0.2 / 3400)
 
 
-def test_recipes_are_named_in_the_settings() -> None:
-    assert set(RECIPES) == {"reference", "strong"}
-    reference = RECIPES["reference"]
-    assert (reference.nesterov, reference.label_smoothing, reference.cutout) == (False, 0, 0)
+# ---------------------------------------------------------------- recipes
+
+
+def test_a_recipe_has_its_own_settings_where_none_are_given() -> None:
+    modern, reference = TrainConfig(), TrainConfig(recipe="reference")
+    assert (modern.recipe, modern.epochs, modern.lr, modern.label_smoothing) == ("modern", 30, RECIPES["modern"].lr, 0)
+    assert (reference.epochs, reference.lr, reference.label_smoothing) == (200, 0.1, 0)
+    assert TrainConfig(epochs=3, lr=0.5, label_smoothing=0.1).to_dict().items() >= {
+        ("epochs", 3),
+        ("lr", 0.5),
+        ("label_smoothing", 0.1),
+    }
+    with pytest.raises(ValueError, match=re.escape("label_smoothing must be at least 0 and below 1, not 1")):
+        TrainConfig(label_smoothing=1)
+    with pytest.raises(ValueError, match="teacher ensemble needs the shallow classifiers"):
+        TrainConfig(loss_form="plain", teacher="ensemble")
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 16, 300])
+def test_images_grow_with_the_share_of_the_run(epochs: int) -> None:
+    config = TrainConfig(epochs=epochs)
+    sizes = [resolution(config, i / 1000) for i in range(1000)]
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {16, 24, 32}
+    assert resolution(config, 1.0) == 32
+    work = sum((size / 32) ** 2 for size in sizes) / 1000 * epochs
+    assert work_after(config, epochs) == pytest.approx(work, rel=0.01)
+    assert work_after(config, 0) == 0
+    halves = [work_after(config, epochs * share) for share in (0.25, 0.5, 0.75)]
+    assert halves == sorted(halves)
+    assert halves[0] == pytest.approx(epochs / 4 / 4), "a quarter of the run at a quarter of the pixels"
+
+
+@pytest.mark.parametrize("config", [TrainConfig(dataset="digits"), TrainConfig(recipe="reference")])
+def test_images_of_8_pixels_and_the_reference_s_keep_their_size(config: TrainConfig) -> None:
+    size = DATASETS[config.dataset].image_size
+    assert {resolution(config, i / 100) for i in range(101)} == {size}
+    assert work_after(config, 7) == pytest.approx(7)
+
+
+def test_long_runs_vary_their_images_more() -> None:
+    short, long, reference = TrainConfig(epochs=30), TrainConfig(epochs=31), TrainConfig(recipe="reference")
+    assert [(crop_padding(c), cutout_size(c)) for c in (short, long, reference)] == [(2, 0), (4, 8), (4, 0)]
+    assert crop_padding(TrainConfig(dataset="digits", epochs=3)) == 1
 
 
 # ---------------------------------------------------------------- flags

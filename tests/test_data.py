@@ -84,11 +84,11 @@ def test_split_validation_of_nothing_and_of_too_little() -> None:
 
 def test_reference_recipe_has_the_references_constants() -> None:
     pixels = random_pixels(5)
-    assert find_normalisation(TrainConfig(), pixels) == (REFERENCE_MEAN, REFERENCE_STD)
+    assert find_normalisation(TrainConfig(recipe="reference"), pixels) == (REFERENCE_MEAN, REFERENCE_STD)
     assert (REFERENCE_MEAN, REFERENCE_STD) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
-@pytest.mark.parametrize("config", [TrainConfig(recipe="strong"), TrainConfig(dataset="digits")])
+@pytest.mark.parametrize("config", [TrainConfig(recipe="modern"), TrainConfig(recipe="reference", dataset="digits")])
 def test_normalisation_of_the_images_is_numpys(config: TrainConfig) -> None:
     pixels = (random_pixels(100) ** np.array([1.0, 0.9, 0.7])).astype(np.uint8)
     found = find_normalisation(config, pixels)
@@ -136,7 +136,7 @@ def test_cifar100_counts(cifar100: dict[str, LabelledImages], split: str, num_im
 
 
 def test_cifar100_mean_and_deviation_are_the_published_ones(cifar100: dict[str, LabelledImages]) -> None:
-    found = find_normalisation(TrainConfig(recipe="strong"), cifar100["train"].images)
+    found = find_normalisation(TrainConfig(recipe="modern"), cifar100["train"].images)
     assert found.mean == pytest.approx((0.50708, 0.48655, 0.44092), abs=1e-5)
     assert found.std == pytest.approx((0.26733, 0.25644, 0.27615), abs=1e-5)
 

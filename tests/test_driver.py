@@ -79,9 +79,9 @@ def test_the_time_of_a_confirmation_is_told_by_the_pace_of_the_trials(tmp_path: 
 
 
 def test_grace_is_that_of_the_schedule_or_what_the_search_was_started_with():
-    base, cosine = TrainConfig(), TrainConfig(recipe="strong")
+    base, smooth = TrainConfig(recipe="reference"), TrainConfig(recipe="modern", epochs=200)
     assert choose_grace(base, SearchSettings()) == 76, "the first whole epoch after the learning rate's first drop"
-    assert choose_grace(cosine, SearchSettings()) == 20
+    assert choose_grace(smooth, SearchSettings()) == 20
     assert choose_grace(base, SearchSettings(grace=500)) == 200
     assert choose_grace(base, SearchSettings(), {"grace_epochs": 33}) == 33
     assert choose_grace(base, SearchSettings(), {}) == 20, "of a version that recorded none"

@@ -32,7 +32,7 @@ from search.live import (
     view_search,
 )
 from search.records import MEASURES, SearchRecords
-from search.settings import expected_epochs, expected_epochs_left, grace_epochs
+from search.settings import expected_work, expected_work_left, grace_epochs
 from search.space import DEFAULT_SPACE, first_points
 from tests.helpers import FakeTerminal, command_environment, command_line
 
@@ -163,11 +163,11 @@ def expect_slowly(done: int, epochs: int, rungs: list[int]) -> float:
 @pytest.mark.parametrize(("epochs", "rungs"), [(1, []), (2, []), (6, [2]), (30, [3, 9, 27]), (200, [20, 60, 180])])
 def test_epochs_that_asha_leaves(epochs: int, rungs: list[int]):
     for done in range(epochs + 1):
-        assert expected_epochs_left(done, epochs, grace_epochs(epochs)) == pytest.approx(
+        assert expected_work_left(done, epochs, grace_epochs(epochs)) == pytest.approx(
             expect_slowly(done, epochs, rungs)
         )
-    assert expected_epochs_left(epochs, epochs, grace_epochs(epochs)) == 0
-    assert expected_epochs(7, epochs, grace_epochs(epochs)) == pytest.approx(
+    assert expected_work_left(epochs, epochs, grace_epochs(epochs)) == 0
+    assert expected_work(7, epochs, grace_epochs(epochs)) == pytest.approx(
         2 * epochs + 5 * expect_slowly(0, epochs, rungs)
     )
 
@@ -186,12 +186,12 @@ def add_epochs(records: SearchRecords, trial_id: str, num_epochs: int, seconds: 
 def test_time_left_falls_from_what_is_expected_of_all_to_nothing(tmp_path: Path):
     records = make_records(tmp_path)
     left = [estimate_left_s(records, 4, 2.0)]
-    assert left[0] == pytest.approx(expected_epochs(4, 30, 3) / 2.0)
+    assert left[0] == pytest.approx(expected_work(4, 30, 3) / 2.0)
     assert estimate_left_s(records, 4, 2.0, stops_early=False) == 4 * 30 / 2.0
     for role, params in first_points(DEFAULT_SPACE, TrainConfig()):
         add_epochs(records, records.begin(role, params)["trial_id"], 30)
         left.append(estimate_left_s(records, 4, 2.0))
-    assert left[-1] == pytest.approx(2 * expected_epochs_left(0, 30, 3) / 2.0)
+    assert left[-1] == pytest.approx(2 * expected_work_left(0, 30, 3) / 2.0)
     for trial_id in ("t0000", "t0001"):
         records.end(trial_id, "completed")
     for _ in range(2):
@@ -208,7 +208,7 @@ def test_the_last_trial_takes_its_own_time_however_quick_all_were_together(tmp_p
     records = make_records(tmp_path)
     records.begin("reference", dict.fromkeys(DEFAULT_SPACE, 1.0))
     add_epochs(records, "t0000", 10, seconds=4.0)
-    assert estimate_left_s(records, 1, epochs_per_s=8.0) == 20 * 4.0
+    assert estimate_left_s(records, 1, work_per_s=8.0) == 20 * 4.0
 
 
 def test_a_view_counts_every_trial_once(tmp_path: Path):

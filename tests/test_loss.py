@@ -5,7 +5,7 @@ B batch, C classes, D feature width, K classifiers, shallow to deep.
 
 import math
 import random
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,7 +24,7 @@ MAX_NUMBERS = 5000  # in the logits of one case: the loops are slow
 class Case(NamedTuple):
     outputs: BranchOutputs  # float32
     labels: torch.Tensor
-    weights: dict[str, float]
+    weights: dict[str, Any]
 
 
 def random_outputs(generator: torch.Generator, k: int, b: int, c: int, d: int, scale: float = 1.0) -> BranchOutputs:
@@ -78,8 +78,11 @@ def relative_error(found: torch.Tensor, expected: Sized, *, plain: bool) -> floa
     return error / size if size else (0.0 if error == 0 else math.inf)
 
 
-@pytest.mark.parametrize("loss_form", ["reference", "paper", "plain"])
-def test_values_and_gradients_equal_the_loops(loss_form: Any) -> None:
+@pytest.mark.parametrize(
+    ("loss_form", "teacher"),
+    [*product(["reference", "paper", "plain"], ["deepest"]), *product(["reference", "paper"], ["ensemble"])],
+)
+def test_values_and_gradients_equal_the_loops(loss_form: Any, teacher: Any) -> None:
     seen = set()
     for number in range(NUM_CASES):
         case = draw_case(number)
@@ -89,11 +92,12 @@ def test_values_and_gradients_equal_the_loops(loss_form: Any) -> None:
             [x.tolist() for x in case.outputs.features],
             case.labels.tolist(),
             loss_form=loss_form,
+            teacher=teacher,
             **case.weights,
         )
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
             outputs = as_leaves(case.outputs, dtype)
-            terms = self_distillation_loss(outputs, case.labels, loss_form=loss_form, **case.weights)
+            terms = self_distillation_loss(outputs, case.labels, loss_form=loss_form, teacher=teacher, **case.weights)
             terms.total.backward()
             pairs = [
                 *zip(terms, expected[:4], strict=True),

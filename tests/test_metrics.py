@@ -161,7 +161,7 @@ def test_records_name_every_classifier() -> None:
 
 def test_training_sums_are_means_over_images() -> None:
     generator = torch.Generator().manual_seed(0)
-    sums = TrainingSums(4, CPU)
+    sums = TrainingSums(4, 3, CPU)
     expected = np.zeros(1 + 4 + 3 + 3 + 4)
     num_images = 0
     for batch_size in (5, 1, 8):  # unequal batches: the mean is over images, not over batches
@@ -182,7 +182,7 @@ def test_training_sums_are_means_over_images() -> None:
 def test_sums_keep_no_graph_alive() -> None:
     """The reference's meters did."""
     leaf = torch.ones(4, requires_grad=True)
-    sums = TrainingSums(4, CPU)
+    sums = TrainingSums(4, 3, CPU)
     sums.add(
         LossTerms(leaf.sum(), leaf * 1, leaf[:3] * 1, leaf[:3] * 1), tuple(torch.zeros(4, 2, 3)), torch.tensor([0, 1])
     )

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import normalize
 from byot import data, evaluate, runs, searched, train
 from byot.batches import augment, batches_per_epoch, constants, draw_epoch, shuffled
 from byot.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
-from byot.config import RECIPES, TrainConfig, learning_rate
+from byot.config import TrainConfig, learning_rate, resolution
 from byot.data import LabelledImages, load_images, split_validation
 from byot.files import read_json, read_json_lines, write_json
 from byot.lock import lock_folder
@@ -41,11 +41,12 @@ from tests.helpers import (
     assert_same_state,
     call_main,
     picture_of,
+    random_pixels,
     run_command,
     write_parquet,
 )
 
-SMALL = TrainConfig(dataset="digits", width=4, epochs=4, device="cpu", precision="fp32")
+SMALL = TrainConfig(recipe="reference", dataset="digits", width=4, epochs=4, device="cpu", precision="fp32")
 # what the command-line runs share; their precision stays the default
 FLAGS = ("--dataset", "digits", "--width", 4, "--epochs", 6, "--val-fraction", 0.1)
 
@@ -70,9 +71,18 @@ def augmented(trainer: Trainer, epoch: int) -> list[tuple[torch.Tensor, torch.Te
     return [(augment(batch, config, mean, std), batch.labels) for batch in batches]
 
 
+def orthogonal_direction(momentum: torch.Tensor) -> torch.Tensor:
+    """Muon's direction by a singular value decomposition: its iteration works on each singular value alone."""
+    left, values, right = torch.linalg.svd(momentum.double().flatten(1), full_matrices=False)
+    values = values / values.square().sum().sqrt()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return (left * values @ right).view(momentum.shape).to(momentum.dtype)
+
+
 def train_by_hand(config: TrainConfig, images: LabelledImages, trainer: Trainer) -> dict[str, torch.Tensor]:
     """The epochs of a run spelled out: labels, weights, momentum and learning rate step by step."""
-    recipe = RECIPES[config.recipe]
+    modern = config.recipe == "modern"
     model = build_model(config).to(memory_format=torch.channels_last).train()
     buffers: list[torch.Tensor | None] = [None for _ in model.parameters()]
     for epoch in range(config.epochs):
@@ -86,24 +96,39 @@ def train_by_hand(config: TrainConfig, images: LabelledImages, trainer: Trainer)
                 temperature=config.temperature,
                 beta=config.beta,
                 loss_form=config.loss_form,
-                label_smoothing=recipe.label_smoothing,
+                label_smoothing=config.label_smoothing,
+                teacher=config.teacher,
             )
             gradients = torch.autograd.grad(terms.total, list(model.parameters()))
             with torch.no_grad():
-                for j, (weight, gradient) in enumerate(zip(model.parameters(), gradients, strict=True)):
-                    slope = gradient.add(weight, alpha=config.weight_decay)
+                for j, ((name, weight), gradient) in enumerate(zip(model.named_parameters(), gradients, strict=True)):
+                    is_filter = modern and weight.ndim == 4 and name != "trunk.conv1.weight"
+                    decays = not modern or (weight.ndim > 1 and not is_filter)
+                    slope = gradient.add(weight, alpha=config.weight_decay if decays else 0.0)
                     old = buffers[j]
                     buffer = slope if old is None else (config.momentum * old).add(slope)
                     buffers[j] = buffer
-                    step = slope.add(buffer, alpha=config.momentum) if recipe.nesterov else buffer
+                    step = slope.add(buffer, alpha=config.momentum) if modern else buffer
+                    if is_filter:
+                        step = orthogonal_direction(step) * 0.25
+                        weight.mul_(min(weight.flatten(1).shape) ** 0.5 / weight.square().sum().sqrt())
                     weight.add_(step, alpha=-lr)
     return model.state_dict()
 
 
-@pytest.mark.parametrize("recipe", ["reference", "strong"])
-def test_the_loop_is_sgd_on_the_loss(few_digits: LabelledImages, recipe: Any) -> None:
+@pytest.mark.parametrize("recipe", ["reference", "modern"])
+def test_the_loop_is_the_optimizer_on_the_loss(few_digits: LabelledImages, recipe: Any) -> None:
     config = SMALL.with_settings(
-        recipe=recipe, epochs=2, batch_size=100, lr=0.005, alpha=0.4, temperature=2.0, beta=1e-3, loss_form="paper"
+        recipe=recipe,
+        epochs=2,
+        batch_size=100,
+        lr=0.005,
+        alpha=0.4,
+        temperature=2.0,
+        beta=1e-3,
+        loss_form="paper",
+        label_smoothing=0.1,
+        teacher="ensemble",
     )
     trainer = Trainer(config, few_digits)
     start = {key: value.clone() for key, value in trainer.model.state_dict().items()}
@@ -111,7 +136,9 @@ def test_the_loop_is_sgd_on_the_loss(few_digits: LabelledImages, recipe: Any) ->
     expected = train_by_hand(config, few_digits, trainer)
     for key, found in trainer.model.state_dict().items():
         torch.testing.assert_close(found, expected[key], rtol=1e-3, atol=1e-4)
-        assert not torch.equal(found, start[key]), key
+        stays = recipe == "modern" and re.fullmatch(r"branches\.\d\.bottleneck\.[036]\.bias", key)
+        if not stays:  # a bias that batch normalisation takes off again has no gradient, and there no weight decay
+            assert not torch.equal(found, start[key]), key
 
 
 def test_the_plain_form_trains_the_trunk_as_an_ordinary_resnet(few_digits: LabelledImages) -> None:
@@ -170,7 +197,7 @@ def test_a_seed_gives_the_same_losses_twice_and_another_seed_others(few_digits: 
     assert losses(config.with_settings(seed=1), few_digits)[0] != first[0]
 
 
-@pytest.mark.parametrize("recipe", ["reference", "strong"])
+@pytest.mark.parametrize("recipe", ["reference", "modern"])
 def test_resume_is_bit_exact(tmp_path: Path, few_digits: LabelledImages, recipe: Any) -> None:
     config = SMALL.with_settings(recipe=recipe, epochs=4, val_fraction=0.2)
     train_part, val = split_validation(few_digits, fraction=0.2, seed=0)
@@ -189,7 +216,38 @@ def test_resume_is_bit_exact(tmp_path: Path, few_digits: LabelledImages, recipe:
 
     assert_same_state(second.state_dict(), straight.state_dict())
     assert [m.epoch for m in second_metrics] == [3, 4]
-    for found, expected in zip(second_metrics, straight_metrics[2:], strict=True):
+    assert_same_metrics(second_metrics, straight_metrics[2:])
+
+
+def test_resume_is_bit_exact_from_every_step_of_images_that_grow(tmp_path: Path) -> None:
+    """Three epochs of four steps at 16, 24 and 32 pixels; a run goes on from a checkpoint after each step."""
+    config = TrainConfig(width=8, epochs=3, batch_size=16, device="cpu", teacher="ensemble", label_smoothing=0.1)
+    images = LabelledImages(random_pixels(64), np.arange(64) % 100)
+    states: list[Path] = []
+
+    def save(done: int, num_images: int) -> None:
+        states.append(save_state(straight, tmp_path))
+
+    straight = Trainer(config, images)
+    metrics = list(straight.epochs(save))
+    assert {resolution(config, i / 12) for i in range(12)} == {16, 24, 32}
+    assert len(states) == 12
+    for path in states[:-1]:
+        again = Trainer(config, images)
+        again.load_state_dict(load_checkpoint(path))
+        first = again.epoch
+        assert_same_metrics(list(again), metrics[first:])
+        assert_same_state(again.state_dict(), straight.state_dict())
+
+
+def save_state(trainer: Trainer, folder: Path) -> Path:
+    path = folder / f"epoch-{trainer.epoch:04}-step-{trainer.step:06}.pt"
+    save_checkpoint(path, trainer.state_dict())
+    return path
+
+
+def assert_same_metrics(found_metrics: list[EpochMetrics], expected_metrics: list[EpochMetrics]) -> None:
+    for found, expected in zip(found_metrics, expected_metrics, strict=True):
         assert (found.loss, found.lr, found.accuracy, found.val) == (
             expected.loss,
             expected.lr,

@@ -278,9 +278,16 @@ NOT_IDENTITY = ("data_dir", "device", "acceleration", "placement")
 LATER_SETTINGS = {"batch_norm": "global", "teacher": "deepest", "label_smoothing": None}  # None: the recipe's own
 
 
-def first_drop(config: TrainConfig) -> float | None:
-    """The share of the run after which a stepwise schedule lowers the learning rate; None where it changes smoothly."""
-    return MULTISTEP_MILESTONES[0] if RECIPES[config.recipe].schedule == "multistep" else None
+def comparable_after(config: TrainConfig) -> float | None:
+    """The share of the run before which runs cannot be compared; None where they can from the start.
+
+    That is until a stepwise schedule first lowers the learning rate, or until images first grow.
+    """
+    if RECIPES[config.recipe].schedule == "multistep":
+        return MULTISTEP_MILESTONES[0]
+    first_size = resolution(config, 0.0)
+    ends = (until for _, until in RECIPES[config.recipe].resolutions)
+    return next((end for end in ends if resolution(config, end) > first_size), None)
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:

@@ -36,7 +36,7 @@ def describe_time(
 
     The speed is that of a trial's first epoch, whose images the recipe may have made smaller.
     """
-    image_s = work_after(base, 1) / images_per_s  # at full resolution
+    image_s = 1 / (images_per_s * work_after(base, 1))  # at full resolution
 
     def trial_s(epochs: float) -> float:
         images = num_train * work_after(base, epochs) + num_val * EVALUATION_COST * epochs

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from byot.config import MOST, TrainConfig, first_drop, setting
+from byot.config import MOST, TrainConfig, comparable_after, setting
 
 Metric = Literal[
     "val_accuracy",
@@ -70,7 +70,8 @@ class SearchSettings:
         None, "asha stops trials that are behind; none lets all run whole (default: asha, with several metrics none)"
     )
     grace: int | None = setting(
-        None, "epochs before asha may stop a trial (default: a tenth; until the learning rate has dropped once)"
+        None,
+        "epochs before asha may stop a trial (default: a tenth; until the learning rate has dropped or images grown)",
     )
     patience: int | None = setting(None, "also stop a trial that has not got better for so many epochs")
     seeds_per_trial: int = setting(1, "runs of each trial, with seeds one after the other; their mean is compared")
@@ -179,16 +180,17 @@ def share_of_gpu(trials: int) -> float:
     return 10_000 // trials / 10_000
 
 
-def grace_epochs(epochs: int, first_drop: float | None = None) -> int:
+def grace_epochs(epochs: int, comparable_after: float | None = None) -> int:
     """Epochs before a trial may be stopped: a tenth of its budget, at least two where it has as many.
 
-    Where the learning rate drops in steps, the first whole epoch after the first drop, at that share of the run: until
-    then trials are ranked by how they bear the first learning rate. On 160 recorded curves the rank correlation with
-    the last epoch is 0.3 to 0.7 before the drop and 0.98 after it (results/curves, benchmarks/search_quality.py).
+    Where runs cannot be compared before some share of the run, one whole epoch more than that: until the learning rate
+    drops for the first time, trials are ranked by how they bear the first one. On 160 recorded curves the rank
+    correlation with the last epoch is 0.3 to 0.7 before the drop and 0.98 after it (results/curves,
+    benchmarks/search_quality.py).
     """
     least = max(2, math.ceil(GRACE_FRACTION * epochs))
-    if first_drop is not None:
-        least = max(least, math.ceil(first_drop * epochs) + 1)
+    if comparable_after is not None:
+        least = max(least, math.ceil(comparable_after * epochs) + 1)
     return min(epochs, least)
 
 
@@ -198,7 +200,7 @@ def choose_grace(base: TrainConfig, settings: SearchSettings, recorded: dict[str
     if asked is None and recorded is not None:
         before = recorded.get("grace_epochs")
         asked = before if isinstance(before, int) else grace_epochs(base.epochs)  # of a version that knew no other
-    return min(base.epochs, grace_epochs(base.epochs, first_drop(base)) if asked is None else asked)
+    return min(base.epochs, grace_epochs(base.epochs, comparable_after(base)) if asked is None else asked)
 
 
 def expected_work(num_samples: int, epochs: int, grace: int, work: Work = float) -> float:

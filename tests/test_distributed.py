@@ -27,7 +27,7 @@ from byot.stopping import StoppedError
 from byot.trainer import Trainer, build_model, check_parts
 from tests.helpers import PROJECT, random_pixels
 
-SETTINGS = TrainConfig(width=4, epochs=3, batch_size=64, lr=0.1, device="cpu", precision="fp32")
+SETTINGS = TrainConfig(recipe="reference", width=4, epochs=3, batch_size=64, lr=0.1, device="cpu", precision="fp32")
 STEPS = 20
 
 

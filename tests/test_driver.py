@@ -39,18 +39,22 @@ def test_more_than_there_is(settings: dict):
 
 def test_days_come_with_advice_and_hours_do_not():
     cpu, gpu = Slots(2, 1, 0, 2, 0), Slots(1, 1, 1, 16, 1)
-    told = describe_time(42, TrainConfig(), SearchSettings(), cpu, 45_000, 5_000)
+    told = describe_time(42, TrainConfig(recipe="reference"), SearchSettings(), cpu, 45_000, 5_000)
     assert "days" in told
     for advice in ("a GPU", "--width 16", "fewer --epochs"):
         assert advice in told
     # 8 trials of 6 epochs: two whole, six of 4 + 2/3 epochs; (45,000 + 5,000 / 3) / 400 s an epoch, two at a time
-    quick = describe_time(400, TrainConfig(width=16, epochs=6), SearchSettings(num_samples=8), cpu, 45_000, 5_000)
+    short = TrainConfig(recipe="reference", width=16, epochs=6)
+    quick = describe_time(400, short, SearchSettings(num_samples=8), cpu, 45_000, 5_000)
     assert quick == "400 images/s a trial, 2 at a time: about 39 min, at most 47 min"
-    slow_gpu = describe_time(4000, TrainConfig(), SearchSettings(num_samples=200), gpu, 45_000, 5_000)
+    slow_gpu = describe_time(4000, TrainConfig(recipe="reference"), SearchSettings(num_samples=200), gpu, 45_000, 5_000)
     assert "a GPU" not in slow_gpu
     assert "fewer --epochs" in slow_gpu
-    limited = describe_time(42, TrainConfig(), SearchSettings(time_budget="8h"), cpu, 45_000, 5_000)
+    limited = describe_time(42, TrainConfig(recipe="reference"), SearchSettings(time_budget="8h"), cpu, 45_000, 5_000)
     assert "it will stop after 8h" in limited
+    # 2 trials of 8 epochs, measured at a quarter of the pixels: (45,000 * 4.375 + 8 * 5,000 / 3) * 4 / 400 s
+    growing = describe_time(400, TrainConfig(epochs=8), SearchSettings(num_samples=2), cpu, 45_000, 5_000)
+    assert growing == "400 images/s a trial, 2 at a time: about 35 min"
 
 
 def test_the_time_of_a_confirmation_is_told_by_the_pace_of_the_trials(tmp_path: Path):
@@ -81,7 +85,8 @@ def test_the_time_of_a_confirmation_is_told_by_the_pace_of_the_trials(tmp_path: 
 def test_grace_is_that_of_the_schedule_or_what_the_search_was_started_with():
     base, smooth = TrainConfig(recipe="reference"), TrainConfig(recipe="modern", epochs=200)
     assert choose_grace(base, SearchSettings()) == 76, "the first whole epoch after the learning rate's first drop"
-    assert choose_grace(smooth, SearchSettings()) == 20
+    assert choose_grace(smooth, SearchSettings()) == 81, "the first whole epoch after images have grown"
+    assert choose_grace(TrainConfig(dataset="digits", epochs=200), SearchSettings()) == 20, "images of 8 pixels stay"
     assert choose_grace(base, SearchSettings(grace=500)) == 200
     assert choose_grace(base, SearchSettings(), {"grace_epochs": 33}) == 33
     assert choose_grace(base, SearchSettings(), {}) == 20, "of a version that recorded none"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from byot.config import TrainConfig
-from search.settings import SearchSettings, expected_epochs, grace_epochs
+from search.settings import SearchSettings, expected_work, grace_epochs
 from search.space import DEFAULT_SPACE, Range, first_points, read_space, space_from_dict, space_to_dict
 
 
@@ -92,7 +92,7 @@ def test_time_budgets_and_modes():
 def test_epochs_expected_of_asha():
     assert [grace_epochs(e) for e in (1, 2, 6, 20, 30, 200)] == [1, 2, 2, 2, 3, 20]
     assert [grace_epochs(e, 75 / 200) for e in (1, 2, 6, 27, 200)] == [1, 2, 4, 12, 76]
-    assert expected_epochs(1, 6, 2) == 6
-    assert expected_epochs(5, 6, 6) == 30, "none is stopped"
+    assert expected_work(1, 6, 2) == 6
+    assert expected_work(5, 6, 6) == 30, "none is stopped"
     # 200 epochs, rungs at 20, 60, 180: 20 + 40/3 + 120/9 + 20/27 a sampled trial
-    assert expected_epochs(10, 200, 20) == pytest.approx(2 * 200 + 8 * (20 + 40 / 3 + 120 / 9 + 20 / 27))
+    assert expected_work(10, 200, 20) == pytest.approx(2 * 200 + 8 * (20 + 40 / 3 + 120 / 9 + 20 / 27))

@@ -15,7 +15,7 @@ from search.study import BudgetAwareSearch
 from search.warm import WarmStart, load_warm_start, make_warm_start
 from tests.test_study import MadeUpSearch, open_records
 
-BASE = TrainConfig(dataset="digits", width=4, epochs=18, val_fraction=0.2)
+BASE = TrainConfig(recipe="reference", dataset="digits", width=4, epochs=18, val_fraction=0.2)
 SETTINGS = SearchSettings(num_samples=40)
 
 

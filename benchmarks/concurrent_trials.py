@@ -63,7 +63,9 @@ def measure(config: TrainConfig, most: int | None) -> list[dict[str, Any]]:
 def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("concurrent_trials.py"):
-        config = TrainConfig(model=arguments.model, width=arguments.width, batch_size=arguments.batch_size)
+        config = TrainConfig(
+            recipe="reference", model=arguments.model, width=arguments.width, batch_size=arguments.batch_size
+        )
         if arguments.most is not None and arguments.most < 1:
             raise ValueError(f"--most must be at least 1, not {arguments.most}")
 

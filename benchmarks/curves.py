@@ -2,6 +2,8 @@
 
   python benchmarks/curves.py digits                        4 parameters, 160 configurations, 2 seeds each
   python benchmarks/curves.py cifar100-10 --data-dir DIR    10 classes of CIFAR-100, 3 parameters
+  python benchmarks/curves.py modern-e4 --data-dir DIR      CIFAR-100, for transfer.py: also modern-e8, modern-e24 and
+                                                            reference-e40, with the same 12 configurations
 
 Every configuration is trained to its last epoch, whatever its first epochs look like. The configurations are the first
 points of a scrambled Sobol sequence, which covers the space evenly, and the two settings that every search tries first.
@@ -24,7 +26,7 @@ import torch
 from scipy.stats import qmc
 
 from benchmarks.pool import make_pool
-from byot.config import PROJECT_ROOT, TrainConfig, absolute_path
+from byot.config import PROJECT_ROOT, RecipeName, TrainConfig, absolute_path
 from byot.data import LabelledImages, load_images, split_validation
 from byot.files import write_whole
 from byot.flags import Parser, one_sentence_errors
@@ -36,6 +38,7 @@ from search.space import DEFAULT_SPACE, Range, Role, Space, first_points, space_
 
 FOLDER = PROJECT_ROOT / "results" / "curves"
 SOBOL_SEED = 0
+TRANSFER: tuple[tuple[RecipeName, int], ...] = (("modern", 4), ("modern", 8), ("modern", 24), ("reference", 40))
 
 
 class Family(NamedTuple):
@@ -50,18 +53,28 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "digits": Family(
-        TrainConfig(dataset="digits", width=4, epochs=27, val_fraction=0.3, device="cpu"),
+        TrainConfig(recipe="reference", dataset="digits", width=4, epochs=27, val_fraction=0.3, device="cpu"),
         {**DEFAULT_SPACE, "lr": Range(1e-3, 1.0, log=True)},
         num_configurations=160,
         num_seeds=2,
     ),
     "cifar100-10": Family(
-        TrainConfig(dataset="cifar100", width=8, epochs=9, val_fraction=0.2, device="cpu"),
+        TrainConfig(recipe="reference", dataset="cifar100", width=8, epochs=9, val_fraction=0.2, device="cpu"),
         DEFAULT_SPACE,
         num_configurations=80,
         num_seeds=1,
         classes=tuple(range(0, 100, 10)),
     ),
+    # Short runs and long ones of the same configurations, for transfer.py.
+    **{
+        f"{recipe}-e{epochs}": Family(
+            TrainConfig(recipe=recipe, width=8, epochs=epochs, val_fraction=0.2, device="cpu"),
+            DEFAULT_SPACE,
+            num_configurations=12,
+            num_seeds=2,
+        )
+        for recipe, epochs in TRANSFER
+    },
 }
 
 
@@ -85,8 +98,8 @@ class Curves(NamedTuple):
     curves: list[Curve]
 
 
-def curves_path(family: str) -> Path:
-    return FOLDER / f"{family}.jsonl.gz"
+def curves_path(family: str, folder: Path = FOLDER) -> Path:
+    return folder / f"{family}.jsonl.gz"
 
 
 def load_curves(path: Path) -> Curves:
@@ -97,7 +110,7 @@ def load_curves(path: Path) -> Curves:
     return Curves(header, space, header["config"]["epochs"], [Curve(**record) for record in records])
 
 
-def _save(path: Path, header: dict[str, Any], curves: list[Curve]) -> None:
+def save_curves(path: Path, header: dict[str, Any], curves: list[Curve]) -> None:
     ordered = sorted(curves, key=lambda curve: (curve.seed, curve.number))
     lines = [json.dumps(record) + "\n" for record in (header, *(curve._asdict() for curve in ordered))]
     write_whole(path, gzip.compress("".join(lines).encode(), mtime=0))
@@ -180,7 +193,7 @@ def record(name: str, data_dir: str | None, path: Path, num_workers: int) -> Ite
         try:
             for future in as_completed(asked):
                 curves.append(future.result())
-                _save(path, header, curves)
+                save_curves(path, header, curves)
                 yield curves[-1]
         finally:
             workers.shutdown(cancel_futures=True)

@@ -69,7 +69,12 @@ def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("devices.py"):
         config = TrainConfig(
-            model=arguments.model, width=arguments.width, batch_size=arguments.batch_size, epochs=10_000, lr=1e-3
+            recipe="reference",
+            model=arguments.model,
+            width=arguments.width,
+            batch_size=arguments.batch_size,
+            epochs=10_000,
+            lr=1e-3,
         )
         if not 1 <= arguments.steps <= 1000:
             raise ValueError(f"--steps must be from 1 to 1000, not {arguments.steps}")

@@ -13,13 +13,13 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import qmc
 
-from benchmarks.curves import Curve, load_curves
-from byot.config import TrainConfig, first_drop
+from benchmarks.curves import Curve, curves_path, load_curves
+from byot.config import TrainConfig, comparable_after
 from search.settings import grace_epochs
 from search.space import DEFAULT_SPACE, Range, Role, Space
 
 SyntheticName = Literal["acc", "peak", "loss"]
-RecordedName = Literal["digits", "cifar100-10"]
+RecordedName = Literal["digits", "cifar100-10", "modern-e4", "modern-e8", "modern-e24", "reference-e40"]
 SYNTHETIC, RECORDED = get_args(SyntheticName), get_args(RecordedName)
 
 SYNTHETIC_EPOCHS = 27
@@ -58,7 +58,7 @@ def load_family(name: str, curves_folder: Path) -> Family:
     """Raises FileNotFoundError where a recorded family was not recorded."""
     if name in SYNTHETIC:
         return synthetic_family(SHAPES[name])
-    return recorded_family(curves_folder / f"{name}.jsonl.gz")
+    return recorded_family(curves_path(name, curves_folder))
 
 
 def to_unit_cube(params: dict[str, float], space: Space) -> np.ndarray:
@@ -163,7 +163,7 @@ def recorded_family(path: Path) -> Family:
     # The control is another method: it is no answer to a search.
     best = max(one.truth for role in ("sampled", "reference") for one in found[role])
     typical = float(np.mean([one.truth for one in found["sampled"]]))
-    grace = grace_epochs(recorded.epochs, first_drop(TrainConfig.from_dict(recorded.header["config"])))
+    grace = grace_epochs(recorded.epochs, comparable_after(TrainConfig.from_dict(recorded.header["config"])))
     return Family(recorded.space, recorded.epochs, train, best, typical, grace)
 
 

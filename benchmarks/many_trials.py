@@ -26,7 +26,15 @@ from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE
 
 NUM_TRAIN, NUM_VAL = 32, 64
-BASE = TrainConfig(dataset="digits", width=1, epochs=1, batch_size=NUM_TRAIN, val_fraction=0.2, precision="fp32")
+BASE = TrainConfig(
+    recipe="reference",
+    dataset="digits",
+    width=1,
+    epochs=1,
+    batch_size=NUM_TRAIN,
+    val_fraction=0.2,
+    precision="fp32",
+)
 BLOCK = 100
 MIB_A_GIB = 1024
 

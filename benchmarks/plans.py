@@ -3,25 +3,27 @@
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from byot.config import PROJECT_ROOT, TrainConfig
+from byot.config import PROJECT_ROOT, TrainConfig, work_after
 from byot.files import errors_in, read_json
 from byot.searched import find_choice
 from search.records import read_rows
 from search.space import DEFAULT_SPACE
 
-Arm = Literal["plain", "deep-supervision", "reference", "searched"]
+Arm = Literal["plain", "deep-supervision", "reference", "bf16", "searched"]
 
 RESULTS = PROJECT_ROOT / "results"
 ARM_NAMES: dict[Arm, str] = {
     "plain": "plain cross-entropy (an ordinary ResNet)",
     "deep-supervision": "deep supervision alone",
     "reference": "self distillation, the reference's setting",
+    "bf16": "self distillation, the reference's setting, in bf16",
     "searched": "self distillation, the searched setting",
 }
 FIXED_ARMS: dict[Arm, dict[str, Any]] = {
     "plain": {"alpha": 0.0, "beta": 0.0, "loss_form": "plain"},
     "deep-supervision": {"alpha": 0.0, "beta": 0.0},
     "reference": {},
+    "bf16": {"precision": "bf16"},
 }
 
 
@@ -29,8 +31,9 @@ class TablePlan(NamedTuple):
     """Runs on all training images, each read on the test set once, after its last epoch."""
 
     base: TrainConfig
-    search: str  # of this name in results/searches, or among the searches that this machine has: the last arm's
+    search: str | None = None  # the last arm's: its name in results/searches or among the searches of this machine
     num_seeds: int = 3
+    arms: tuple[Arm, ...] = ("plain", "deep-supervision", "reference", "searched")
 
 
 class SearchPlan(NamedTuple):
@@ -40,20 +43,34 @@ class SearchPlan(NamedTuple):
     flags: tuple[str, ...]
 
 
+def epochs_of(work: float, base: TrainConfig) -> int:
+    """The most whole epochs that take no more arithmetic than so many at full resolution."""
+    return int(work * base.epochs / work_after(base, base.epochs))
+
+
+R18, R50 = (TrainConfig(recipe="modern", model=model) for model in ("resnet18", "resnet50"))
+W16 = R18.with_settings(width=16, precision="fp32")  # the partner of the arm bf16
 TABLE_PLANS = {
-    "reference-r18": TablePlan(TrainConfig(model="resnet18"), search="search-r18"),
-    "reference-r50": TablePlan(TrainConfig(model="resnet50"), search="search-r18"),
-    "tiny": TablePlan(TrainConfig(model="resnet18", width=16, epochs=6), search="search-tiny"),
+    "modern-r18": TablePlan(R18.with_settings(epochs=16), arms=("reference",)),
+    "modern-r18-long": TablePlan(R18.with_settings(epochs=30), num_seeds=1, arms=("reference",)),
+    # A guess at what fits into 2.5 hours on two cores.
+    "modern-r50": TablePlan(R50.with_settings(epochs=6), num_seeds=1, arms=("reference",)),
+    "modern-w16": TablePlan(W16.with_settings(epochs=epochs_of(8, W16)), num_seeds=5, arms=("reference", "bf16")),
+    "modern-w16-short": TablePlan(W16.with_settings(epochs=epochs_of(3, W16)), arms=("reference",)),
+    "reference-r18": TablePlan(TrainConfig(recipe="reference", model="resnet18"), search="search-r18"),
+    "reference-r50": TablePlan(TrainConfig(recipe="reference", model="resnet50"), search="search-r18"),
+    "tiny": TablePlan(TrainConfig(recipe="reference", model="resnet18", width=16, epochs=6), search="search-tiny"),
 }
 SEARCH_SEED = 100  # none of the tables': a setting that has luck with a seed is not measured with the same one
 SEARCH_PLANS = {
     # A fifth of the epochs: the first rung, when the learning rate has dropped once, is at epoch 16.
     "search-r18": SearchPlan(
-        TrainConfig(model="resnet18", epochs=40, val_fraction=0.1, seed=SEARCH_SEED),
+        TrainConfig(recipe="reference", model="resnet18", epochs=40, val_fraction=0.1, seed=SEARCH_SEED),
         ("--num-samples", "24", "--trials-per-gpu", "4"),
     ),
     "search-tiny": SearchPlan(
-        TrainConfig(model="resnet18", width=16, epochs=6, val_fraction=0.1, seed=SEARCH_SEED), ("--num-samples", "16")
+        TrainConfig(recipe="reference", model="resnet18", width=16, epochs=6, val_fraction=0.1, seed=SEARCH_SEED),
+        ("--num-samples", "16"),
     ),
 }
 SPEED_PLAN = "speed"
@@ -107,11 +124,13 @@ class PlannedRun(NamedTuple):
         return f"{plan}-{self.arm}-s{self.config.seed}"
 
 
-def searched_settings(search: str, *folders: Path) -> dict[str, float] | None:
+def searched_settings(search: str | None, *folders: Path) -> dict[str, float] | None:
     """The loss weights that a search chose, confirmed if it was, from the first of the folders of searches that has it.
 
-    None where none has, or not all of its trials have ended: what it would choose may change.
+    None where none is named, none has it, or not all of its trials have ended: what it would choose may change.
     """
+    if search is None:
+        return None
     for folder in (searches / search for searches in folders):
         if (folder / "best.json").is_file() and _is_over(folder):
             settings = find_choice(folder, search).settings
@@ -125,12 +144,12 @@ def _is_over(folder: Path) -> bool:
 
 
 def arms_of(plan: TablePlan, outputs: Path, results: Path = RESULTS) -> dict[Arm, TrainConfig]:
-    """The arms that can be trained now: the searched one is left out where it is one of the others, or not known."""
+    """The plan's arms that can be trained now: not the searched one where it is one of the others, or not known."""
     arms = {arm: plan.base.with_settings(**settings) for arm, settings in FIXED_ARMS.items()}
     searched = searched_settings(plan.search, outputs / "searches", results / "searches")
     if searched is not None and (config := plan.base.with_settings(**searched)) not in arms.values():
         arms["searched"] = config
-    return arms
+    return {arm: config for arm, config in arms.items() if arm in plan.arms}
 
 
 def planned_runs(

@@ -24,7 +24,7 @@ from benchmarks.plans import (
     TablePlan,
     searched_settings,
 )
-from byot.config import PROJECT_ROOT, TrainConfig
+from byot.config import PROJECT_ROOT, TrainConfig, work_after
 from byot.files import read_json, write_text
 from byot.flags import Parser, one_sentence_errors
 from byot.searched import load_confirmation
@@ -39,12 +39,13 @@ MOST_TRIALS = 8  # listed of a search
 CONFIRMED_SEARCH = "cifar100-w16-e6"  # shown beside those of the plans
 
 # Accuracies that others publish, percent, single runs; the reference implementation's: the best epoch on the test set.
+PUBLISHED_WIDTH = 64
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
-    "reference-r18": {
+    "resnet18": {
         "the paper": (67.85, 74.57, 78.23, 78.64, 79.67),
         "the reference implementation": (66.57, 74.69, 78.04, 78.73),
     },
-    "reference-r50": {
+    "resnet50": {
         "the paper": (68.23, 74.21, 75.23, 80.56, 81.04),
         "the reference implementation": (71.84, 77.75, 80.14, 80.64),
     },
@@ -53,6 +54,7 @@ SHORT_NAMES: dict[Arm, str] = {
     "plain": "plain cross-entropy",
     "deep-supervision": "deep supervision",
     "reference": "self distillation, the reference's",
+    "bf16": "self distillation, the reference's, in bf16",
     "searched": "self distillation, searched",
 }
 COMPARED: tuple[tuple[Arm, Arm], ...] = (
@@ -61,6 +63,7 @@ COMPARED: tuple[tuple[Arm, Arm], ...] = (
     ("searched", "reference"),
     ("deep-supervision", "plain"),
     ("reference", "plain"),
+    ("bf16", "reference"),
 )
 
 
@@ -119,17 +122,21 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
     network = f"ResNet{base.model.removeprefix('resnet')} of width {base.width}"
     numbers = sorted({len(of_arm) for of_arm in runs.values()})
     n = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    work = work_after(base, base.epochs)
+    told = f", the arithmetic of {work:.1f} at full resolution" if work < base.epochs else ""
     heading = (
-        f"**CIFAR-100, {network}, recipe `{base.recipe}`, {base.epochs} epochs** (plan `{name}`): test accuracy in "
-        f"percent, mean ± standard deviation of n = {n} seeds, trained on all 50,000 training images, the test set "
+        f"**CIFAR-100, {network}, recipe `{base.recipe}`, {base.epochs} epochs{told}** (plan `{name}`): test accuracy "
+        f"in percent, mean ± standard deviation of n = {n} seeds, trained on all 50,000 training images, the test set "
         "read once a run, after its last epoch."
     )
-    if name in PUBLISHED:
+    published = PUBLISHED.get(base.model, {}) if base.width == PUBLISHED_WIDTH else {}
+    if published:
         heading += (
-            " Published: single runs, the reference implementation's with the epoch that is best on the test set."
+            " Published: single runs of 200 epochs, the reference implementation's with the epoch that is best on the "
+            "test set."
         )
     rows = []
-    for source, values in PUBLISHED.get(name, {}).items():
+    for source, values in published.items():
         rows.append([f"published: {source}", "1", *(f"{v:.2f}" for v in values), *[NOTHING] * (5 - len(values))])
     for arm, of_arm in runs.items():
         rows.append([_arm_name(arm, of_arm, plan), str(len(of_arm)), *(_cell(arm, of_arm, i) for i in CLASSIFIERS)])
@@ -272,7 +279,7 @@ def _arm_label(arm: dict[str, Any], space: Sequence[str]) -> str:
 
 def all_sections(results: Path = RESULTS) -> str:
     sections = [plan_section(name, plan, results) for name, plan in TABLE_PLANS.items()]
-    searches = dict.fromkeys([*(plan.search for plan in TABLE_PLANS.values()), CONFIRMED_SEARCH])
+    searches = dict.fromkeys([*(plan.search for plan in TABLE_PLANS.values() if plan.search), CONFIRMED_SEARCH])
     sections += [search_section(name, results) for name in searches]
     return "\n\n".join(filter(None, sections))
 

@@ -51,6 +51,7 @@ def build_parser() -> Parser:
 def plan(arguments: argparse.Namespace) -> Plan:
     on_cifar = arguments.data_dir is not None
     base = TrainConfig(
+        recipe="reference",
         dataset="cifar100" if on_cifar else "digits",
         data_dir=str(absolute_path(arguments.data_dir)) if on_cifar else None,
         width=arguments.width,

@@ -33,7 +33,7 @@ from ray.tune.search.optuna import OptunaSearch
 from scipy.stats import t as student
 
 from analysis.figures import BLUE, GREEN, GREY, ORANGE, STYLE, WIDTH
-from benchmarks.curves import FOLDER
+from benchmarks.curves import FOLDER, curves_path
 from benchmarks.families import RECORDED, SYNTHETIC, Family, load_family
 from benchmarks.pool import make_pool
 from byot.config import TrainConfig, absolute_path
@@ -118,7 +118,7 @@ class Ours:
 
     def __init__(self, family: Family, seed: int, *, first: bool) -> None:
         self.records = RecordsInMemory(family, seed)
-        points = first_points(family.space, TrainConfig()) if first else []
+        points = first_points(family.space, TrainConfig(recipe="reference")) if first else []
         self.searcher = BudgetAwareSearch(
             self.records, family.space, first=points, num_samples=4 * NUM_WHOLE_TRIALS, seed=seed
         )
@@ -368,7 +368,7 @@ def draw(families: dict[str, dict[str, Any]]) -> Figure:
 def build_parser() -> Parser:
     parser = Parser(prog="search_quality.py", description=__doc__)
     everything = (*SYNTHETIC, *RECORDED)
-    parser.add_argument("--families", nargs="+", choices=everything, default=everything, help="[all]")
+    parser.add_argument("--families", nargs="+", choices=everything, help="[all, of the recorded those that are there]")
     parser.add_argument("--seeds", type=int, default=30, help="searches of each method in each family [30]")
     parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here [0]")
     parser.add_argument("--processes", type=int, default=1, help="at once [1]")
@@ -408,10 +408,12 @@ def main() -> None:
     with one_sentence_errors("search_quality.py"):
         check(arguments)
         curves_folder = absolute_path(arguments.curves)
-        for name in arguments.families:
+        recorded = [name for name in RECORDED if curves_path(name, curves_folder).exists()]
+        names = arguments.families or [*SYNTHETIC, *recorded]
+        for name in names:
             _family(name, curves_folder)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    record = compare(arguments.families, seeds, arguments.processes, curves_folder)
+    record = compare(names, seeds, arguments.processes, curves_folder)
     if arguments.figure:
         path = absolute_path(arguments.figure)
         path.parent.mkdir(parents=True, exist_ok=True)

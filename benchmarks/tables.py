@@ -1,15 +1,15 @@
 """The runs behind the tables of results: a named plan, done in pieces of a given length, each going on from the last.
 
-  python benchmarks/tables.py tiny --data-dir DIR                           width 16, for a CPU; its search: search-tiny
+  python benchmarks/tables.py modern-w16 --data-dir DIR                     width 16, for a CPU; likewise tiny
   python benchmarks/tables.py reference-r18 --data-dir DIR --minutes 8      stops in time; the same command goes on
   python benchmarks/tables.py search-r18 --data-dir DIR --minutes 8         the search whose choice is the last arm
   python benchmarks/tables.py speed --data-dir DIR --minutes 8              this device against the CPU, then its speed
 
-Arms: plain cross-entropy, deep supervision alone, the reference's setting, the searched setting; all train on all
-training images and read the test set once, after the last epoch. Every finished run leaves a record in results/runs,
-and is not run again where its record is, on whatever machine. Unfinished ones go on from their checkpoints in
-OUTPUTS/runs. `--toy` does the same with the embedded digits in seconds and keeps nothing in results/. What to run in 30
-minutes of one GPU: results/README.md. The tables themselves: benchmarks/readme_tables.py.
+Arms: plain cross-entropy, deep supervision alone, the reference's setting (also in bf16), the searched setting; all
+train on all training images and read the test set once, after the last epoch. Every finished run leaves a record in
+results/runs, and is not run again where its record is, on whatever machine. Unfinished ones go on from their
+checkpoints in OUTPUTS/runs. `--toy` does the same with the embedded digits in seconds and keeps nothing in results/.
+What to run in 30 minutes of one GPU: results/README.md. The tables themselves: benchmarks/readme_tables.py.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def build_parser() -> Parser:
     parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-100 is (default: data/, downloaded)")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes; the same command goes on")
     parser.add_argument("--seeds", type=int, metavar="S", help="seeds 0 to S-1 of each arm (default: the plan's)")
-    parser.add_argument("--arms", nargs="+", choices=get_args(Arm), metavar="ARM", help="only these arms")
+    parser.add_argument("--arms", nargs="+", choices=get_args(Arm), metavar="ARM", help="default: the plan's")
     parser.add_argument(
         "--concurrent", type=int, metavar="N", help="runs at once (default: 1 on a GPU, one a core on a CPU)"
     )
@@ -181,12 +181,13 @@ def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, pla
             plan = plan._replace(base=plan.base.with_settings(**TOY))
         if arguments.seeds is not None:
             plan = plan._replace(num_seeds=arguments.seeds)
+        if arguments.arms is not None:
+            plan = plan._replace(arms=tuple(arguments.arms))
         data_dir = None if arguments.data_dir is None else str(absolute_path(arguments.data_dir))
-        runs = [
-            run for run in planned_runs(plan, *places, data_dir) if arguments.arms is None or run.arm in arguments.arms
-        ]
+        runs = planned_runs(plan, *places, data_dir)
         if not runs:
-            raise ValueError(f"no setting of another arm has been searched yet: run the plan {plan.search} first")
+            first = f"run the plan {plan.search} first" if plan.search else f"the plan {name} names no search"
+            raise ValueError(f"no setting of another arm has been searched yet: {first}")
         waiting = [run for run in runs if read_record(places.record(name, run), run) is None]
         if waiting or data_dir is not None:  # a named folder has to be right also where nothing is left to train
             check_images(plan.base.dataset, data_dir)
@@ -260,7 +261,8 @@ def do_search_plan(name: str, plan: SearchPlan, arguments: argparse.Namespace, p
     if arguments.toy:
         base, flags = base.with_settings(**TOY), ["--num-samples", "4"]
     folder = places.outputs / "searches" / name
-    defaults = TrainConfig().to_dict()
+    # Always given: a search has other epochs where none are, and the recipe decides what the other defaults are.
+    defaults = TrainConfig(recipe=base.recipe).to_dict() | {"recipe": None, "epochs": None}
     changed = {setting: value for setting, value in base.to_dict().items() if value != defaults[setting]}
     command: list[Any] = [sys.executable, PROJECT_ROOT / "search" / "tune.py", "--name", name]
     command += ["--outputs", places.outputs, *flags]

@@ -78,13 +78,13 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
         TrainConfig(**given)  # refuses what is wrong by itself
         choice = find_best(outputs, arguments.best, given.get("model"), given.get("dataset"))
         config = TrainConfig.from_dict({**choice.settings, **given})
+        as_searched = "epochs" in choice.settings and "epochs" not in given
         print(
             f"alpha {config.alpha:.4g}, temperature {config.temperature:.4g}, beta {config.beta:.4g} "
-            f"from {choice.source}",
+            f"from {choice.source}; {config.epochs} epochs"
+            f"{', as in the search: --epochs gives the run others' if as_searched else ''}",
             flush=True,
         )
-        if "epochs" not in given:
-            print(f"{config.epochs} epochs as in that search; --epochs changes it", flush=True)
     else:
         config = TrainConfig(**given)
     return config, check_writable(outputs / "runs" / (name or config.run_name())), None

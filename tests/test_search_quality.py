@@ -13,7 +13,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks import families, search_quality
-from benchmarks.families import NUM_LOOKED_AT, SYNTHETIC, Family, Run, load_family
+from benchmarks.curves import FAMILIES
+from benchmarks.families import NUM_LOOKED_AT, RECORDED, SYNTHETIC, Family, Run, load_family
 from benchmarks.search_quality import Estimate, Name, Ours, Proposal, Stock, Task, make_method, simulate
 from byot.files import read_json
 from search.records import MEASURES
@@ -42,7 +43,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     A proposal takes the curve of the nearest alone.
     """
     monkeypatch.setattr(families, "NUM_NEIGHBOURS", 1)
-    header = {"space": space_to_dict(DEFAULT_SPACE), "config": {"epochs": EPOCHS}}
+    header = {"space": space_to_dict(DEFAULT_SPACE), "config": {"recipe": "reference", "epochs": EPOCHS}}
     numbers = {"reference": -2, "control": -1, "low": 0, "high": 1}
     lines = [json.dumps(header)]
     for (name, seed), values in PLANTED.items():
@@ -241,6 +242,17 @@ def test_statistics() -> None:
     assert str(Estimate(0.01234, 0.00056)) == "0.01234 ± 0.00056"
     regret = np.array([5.0, 3.0, 4.0, 1.0])
     assert [search_quality.first_reached(regret, level) for level in (9.0, 3.0, 2.0, 0.5)] == [1, 2, 4, None]
+
+
+def test_all_families_are_those_that_are_recorded(
+    planted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(search_quality, "compare", lambda names, *rest: compared.extend(names))
+    code, _, err = call_main(search_quality, "search_quality.py", ["--curves", planted], monkeypatch, capsys)
+    assert (code, err) == (0, "")
+    assert compared == [*SYNTHETIC, "digits"]
+    assert set(RECORDED) == set(FAMILIES)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,13 +25,13 @@ from benchmarks.plans import (
 )
 from benchmarks.readme_tables import BEGIN, END, load_runs, origin, paired_difference, plan_section, with_tables
 from benchmarks.tables import TOY, Places, keep_record, run_pieces, train_piece
-from byot.config import PROJECT_ROOT, TrainConfig
+from byot.config import PROJECT_ROOT, TrainConfig, work_after
 from byot.files import read_json, write_json, write_text
 from byot.loss import self_distillation_loss
 from tests.helpers import assert_one_sentence, command_environment, command_line, picture_of, run_command
 
 TABLES = "benchmarks/tables.py"
-SMALL = TrainConfig(dataset="digits", width=4, epochs=2, device="cpu")
+SMALL = TrainConfig(recipe="reference", dataset="digits", width=4, epochs=2, device="cpu")
 
 
 def write_search(folder: Path, num_ended: int = 2, **weights: float) -> None:
@@ -64,6 +64,22 @@ def test_the_searched_arm_is_what_the_search_chose_unless_that_is_another_arm(tm
     assert "searched" not in arms_of(plan, tmp_path)
     write_search(tmp_path / "searches" / "found", num_ended=1, alpha=0.3)
     assert "searched" not in arms_of(plan, tmp_path), "another may be chosen yet"
+
+
+def test_a_plan_has_the_arms_that_it_names():
+    plan = TablePlan(SMALL, arms=("reference", "bf16"))
+    arms = arms_of(plan, Path("nowhere"))
+    assert list(arms) == ["reference", "bf16"]
+    assert arms["reference"].differing_settings(arms["bf16"]) == {"precision": ("auto", "bf16")}
+    assert arms_of(plan._replace(arms=("searched",)), Path("nowhere")) == {}
+
+
+@pytest.mark.parametrize(("name", "work"), [("modern-w16", 8), ("modern-w16-short", 3)])
+def test_plans_of_so_much_arithmetic(name: str, work: int):
+    base = TABLE_PLANS[name].base
+    of_an_epoch = work_after(base, base.epochs) / base.epochs
+    assert abs(work_after(base, base.epochs) - work) <= of_an_epoch / 2
+    assert base.precision == "fp32", "the partner of the arm bf16"
 
 
 def test_all_arms_have_one_seed_before_any_has_two():
@@ -119,7 +135,9 @@ def test_a_plan_from_the_command_line(tmp_path: Path):
     record = read_json(records / "tiny-plain-s0.json")
     assert (record["plan"], record["arm"], record["config"]["loss_form"]) == ("tiny", "plain", "plain")
     assert (record["num_train_images"], record["num_test_images"]) == (1438, 359)
-    assert {"commit", "versions", "hardware", "elapsed_s", "test_ece_ensemble"} <= set(record)
+    assert {"commit", "versions", "hardware", "elapsed_s", "test_ece"} <= set(record)
+    assert "test_ece_ensemble" in read_json(records / "tiny-reference-s0.json")
+    assert "test_ece_ensemble" not in record, "it has one classifier"
     run_folder = tmp_path / "toy" / "runs" / "tiny-plain-s0"
     run_folder.rename(tmp_path / "gone")
     again = run_command(command, cwd=tmp_path, script=TABLES)
@@ -221,7 +239,7 @@ def test_runs_end_with_a_program_that_is_killed(tmp_path: Path):
         "from pathlib import Path; from benchmarks.pool import make_pool; from benchmarks.tables import train_piece\n"
         "from byot.config import TrainConfig\n"
         "if __name__ == '__main__':\n"
-        "    config = TrainConfig(dataset='digits', width=4, epochs=2000, device='cpu')\n"
+        "    config = TrainConfig(recipe='reference', dataset='digits', width=4, epochs=2000, device='cpu')\n"
         f"    make_pool(1).submit(train_piece, config, Path({str(folder)!r}), 1, None).result()\n"
     )
     script = tmp_path / "program.py"
@@ -261,6 +279,7 @@ def children_of(parent: int, word: str) -> list[int]:
         (["tiny", "--minutes", "nan"], ["--minutes", "above 0"]),
         (["tiny", "--seeds", "0"], ["--seeds"]),
         (["tiny", "--arms", "searched", "--toy"], ["search-tiny"]),
+        (["modern-r18", "--arms", "searched", "--toy"], ["modern-r18", "names no search"]),
         (["tiny", "--toy", "--data-dir", "."], ["--toy", "--data-dir"]),
         (["tiny", "--data-dir", "nowhere"], ["nowhere"]),
         (["speed", "--seeds", "3"], ["--seeds", "tiny"]),

@@ -1151,7 +1151,7 @@ def test_best_takes_the_newest_finished_search_of_the_model_and_data_that_are_na
     assert checkpoint is None
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    for word in ("alpha 0.3", "temperature 4", "beta 1e-05", "newest finished search, new", "24 trials"):
+    for word in ("alpha 0.3", "temperature 4", "beta 1e-05", "newest finished search, new", "24 trials", "9 epochs, as in"):
         assert word in said
 
     for fewer in (("--dataset", "digits", "--model", "resnet50"), ("--dataset", "digits"), ()):
@@ -1168,7 +1168,9 @@ def test_best_falls_back_on_what_is_shipped(
     monkeypatch.setattr(searched, "SHIPPED_FOLDER", tmp_path / "shipped")
     write_json(tmp_path / "shipped" / "resnet18-digits.json", {"config": TrainConfig(alpha=0.6).to_dict()})
     assert plan("--best", "--dataset", "digits", "--outputs", tmp_path)[0].alpha == 0.6
-    assert "shipped with the project, as no search of resnet18 on digits has finished here" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "shipped with the project, as no search of resnet18 on digits has finished here" in said
+    assert "30 epochs, as in the search" in said, "the shipped file names them"
     write_json(tmp_path / "shipped" / "resnet18-digits.json", {"accuracy": 1})
     with pytest.raises(ValueError, match="has no configuration"):
         plan("--best", "--dataset", "digits", "--outputs", tmp_path)

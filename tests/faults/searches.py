@@ -11,7 +11,6 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from byot.config import MULTISTEP_MILESTONES
 from byot.files import read_json, read_json_lines
 from search.records import Row, read_rows
 from search.settings import REDUCTION_FACTOR, grace_epochs
@@ -86,7 +85,7 @@ class Search:
         assert {row["status"] for row in rows.values()} <= {"completed", "stopped"}
         assert sorted(row["role"] for row in rows.values())[:2] == ["control", "reference"]
         assert read_json(self.folder / "search.json")["status"] == "finished"
-        rungs = [grace_epochs(EPOCHS, MULTISTEP_MILESTONES[0]) * REDUCTION_FACTOR**k for k in range(3)]
+        rungs = [grace_epochs(EPOCHS) * REDUCTION_FACTOR**k for k in range(3)]
         for trial_id, row in rows.items():
             lines = read_json_lines(self.folder / "trials" / trial_id / "metrics.jsonl")
             assert [line["epoch"] for line in lines] == list(range(1, row["epochs_done"] + 1))

@@ -35,12 +35,12 @@ def make_downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequ
 class DownsampleConv2d(nn.Conv2d):
     """A 1x1 convolution whose stride is taken before it where channels are few: the same weights and result.
 
-    With fewer than 8 channels in channels-last memory and a stride, oneDNN's backward pass on processors with AVX2
-    writes past its memory and kills the process.
+    With fewer channels than a vector register holds, oneDNN's backward pass of such a convolution in channels-last
+    memory writes past its own: seen on processors with AVX2 below 8 channels, where it kills the process.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_channels >= 8:
+        if self.in_channels >= 16:
             return super().forward(x)
         rows, columns = self.stride
         return F.conv2d(x[:, :, ::rows, ::columns].contiguous(memory_format=torch.channels_last), self.weight)

@@ -131,7 +131,7 @@ def test_the_same_command_changes_nothing_of_a_finished_search(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--lr", 0.05), ["--lr 0.1", "--fresh"]),
+        (("--lr", 0.05), ["--lr 0.2", "--fresh"]),
         (("--model", "resnet34"), ["--model resnet18"]),
         (("--dataset", "cifar10", "--data-dir", "."), ["--dataset digits"]),
         (("--loss-form", "paper"), ["--loss-form reference"]),

@@ -1066,7 +1066,7 @@ def test_wrong_inputs_are_one_sentence(
     [
         (("--alpha", 0.5), "alpha 0.1 (asked for: 0.5)"),
         (("--epochs", 7), "epochs 6 (asked for: 7)"),
-        (("--seed", 1, "--lr", 0.2), "lr 0.1 (asked for: 0.2), seed 0 (asked for: 1)"),
+        (("--seed", 1, "--lr", 0.4), "lr 0.2 (asked for: 0.4), seed 0 (asked for: 1)"),
     ],
 )
 @pytest.mark.parametrize("way", ["--name", "--resume folder", "--resume file"])

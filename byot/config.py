@@ -241,7 +241,11 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Any) -> Self:
         """Build from a plain dict; settings it lacks take their defaults, unknown ones raise ValueError."""
-        return cls(**known_settings(cls, values))
+        known = known_settings(cls, values)
+        for name in RECIPES_OWN:
+            if name in known and known[name] is None:  # in a record nothing is left open
+                raise ValueError(f"{name} must be a number, not None")
+        return cls(**known)
 
     def with_settings(self, **changes: Any) -> Self:
         return replace(self, **changes)

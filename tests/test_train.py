@@ -1151,7 +1151,14 @@ def test_best_takes_the_newest_finished_search_of_the_model_and_data_that_are_na
     assert checkpoint is None
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    for word in ("alpha 0.3", "temperature 4", "beta 1e-05", "newest finished search, new", "24 trials", "9 epochs, as in"):
+    for word in (
+        "alpha 0.3",
+        "temperature 4",
+        "beta 1e-05",
+        "newest finished search, new",
+        "24 trials",
+        "9 epochs, as",
+    ):
         assert word in said
 
     for fewer in (("--dataset", "digits", "--model", "resnet50"), ("--dataset", "digits"), ()):

@@ -195,7 +195,8 @@ def test_a_terminal_sees_the_trials_that_run(driver: Driver, monkeypatch: pytest
     assert "3/4" in shown
     assert "12.34" in shown
     assert "t0001" not in shown
-    assert driver.watch.live.rate.per_second(driver.watch.live.began_at + 1000, 0) == pytest.approx(2 / 1000), "one epoch, one to come"
+    per_second = driver.watch.live.rate.per_second(driver.watch.live.began_at + 1000, 0)
+    assert per_second == pytest.approx(2 / 1000), "one epoch, one to come"
 
 
 def test_without_a_terminal_there_are_lines_alone(

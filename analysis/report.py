@@ -109,6 +109,8 @@ def list_facts(search: dict[str, Any], trials: "pd.DataFrame") -> list[tuple[str
     at_once = f", {search['max_concurrent']} at a time" if search.get("max_concurrent") else ""
     machine = [hardware.get("device"), hardware.get("cpu") if hardware.get("cpu") != hardware.get("device") else None]
     cores = f"{hardware['cpu_cores']} cores" if hardware.get("cpu_cores") else None
+    smoothing = f", label smoothing {config['label_smoothing']:g}" if config.get("label_smoothing") else ""
+    teacher = ", taught by the ensemble" if config.get("teacher") == "ensemble" else ""
     facts = [
         ("network", f"{config['model']}, width {config['width']}, {config['loss_form']} form of the loss"),
         ("data", f"{config['dataset']}{images}"),
@@ -117,7 +119,7 @@ def list_facts(search: dict[str, Any], trials: "pd.DataFrame") -> list[tuple[str
         (
             "recipe",
             f"{config['recipe']}: batch {config['batch_size']}, learning rate {config['lr']:g}, momentum "
-            f"{config['momentum']:g}, weight decay {config['weight_decay']:g}, seed {config['seed']}",
+            f"{config['momentum']:g}, weight decay {config['weight_decay']:g}, seed {config['seed']}{smoothing}{teacher}",
         ),
         ("searched", "; ".join(describe_range(name, bounds) for name, bounds in search["space"].items())),
         ("time", ", ".join(time for time in times if time)),

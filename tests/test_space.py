@@ -25,6 +25,8 @@ def test_reference_first_then_deep_supervision_as_a_control():
 def test_added_parameters_take_their_default_in_the_first_points():
     space = {**DEFAULT_SPACE, "lr": Range(0.01, 0.5, log=True)}
     assert [point.params["lr"] for point in first_points(space, TrainConfig(lr=0.05))] == [0.05, 0.05]
+    space = {**DEFAULT_SPACE, "label_smoothing": Range(0.0, 0.2)}
+    assert [point.params["label_smoothing"] for point in first_points(space, TrainConfig())] == [0, 0]
 
 
 def test_file_changes_one_range_adds_another_and_leaves_the_rest(tmp_path: Path):

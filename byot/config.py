@@ -60,7 +60,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES: dict[str, Recipe] = {
-    # Spends any budget well: results/recipe-ablation.md has what was tried for it and what each piece gains.
+    # Spends any budget well: results/recipe-levers.md has what was tried for it and what each piece gains.
     "modern": Recipe(
         epochs=30,
         trial_epochs=16,

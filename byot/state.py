@@ -19,6 +19,12 @@ def check_state(path: Path, state: dict[str, Any]) -> TrainConfig:
         config = TrainConfig.from_dict(state.get("config"))
     except ValueError as error:
         raise ValueError(f"the checkpoint {path} was not written by this project: {error}") from error
+    weights = state.get("model")
+    if config.loss_form == "plain" and isinstance(weights, dict) and any("branches" in str(name) for name in weights):
+        raise ValueError(
+            f"the checkpoint {path} is of a version that built branches for loss_form plain too: start that run anew, "
+            "with --fresh or another --name"
+        )
     epoch, normalisation = state.get("epoch"), state.get("normalisation")
     if not (_is_count(epoch) and epoch <= config.epochs):
         raise _wrong(path, f"its epoch is not one of the {config.epochs} of its run")

@@ -240,6 +240,14 @@ def test_resume_is_bit_exact_from_every_step_of_images_that_grow(tmp_path: Path)
         assert_same_state(again.state_dict(), straight.state_dict())
 
 
+def test_a_plain_run_of_a_version_with_branches_is_refused(tmp_path: Path, few_digits: LabelledImages) -> None:
+    state = Trainer(SMALL, few_digits).state_dict()
+    state["config"]["loss_form"] = "plain"
+    save_checkpoint(checkpoint_path(tmp_path / "checkpoints", 0, 0), state)
+    with pytest.raises(ValueError, match=r"built branches for loss_form plain too: start that run anew"):
+        runs.restore_trainer(SMALL.with_settings(loss_form="plain"), few_digits, None, tmp_path)
+
+
 def save_state(trainer: Trainer, folder: Path) -> Path:
     path = folder / f"epoch-{trainer.epoch:04}-step-{trainer.step:06}.pt"
     save_checkpoint(path, trainer.state_dict())

@@ -119,7 +119,8 @@ def list_facts(search: dict[str, Any], trials: "pd.DataFrame") -> list[tuple[str
         (
             "recipe",
             f"{config['recipe']}: batch {config['batch_size']}, learning rate {config['lr']:g}, momentum "
-            f"{config['momentum']:g}, weight decay {config['weight_decay']:g}, seed {config['seed']}{smoothing}{teacher}",
+            f"{config['momentum']:g}, weight decay {config['weight_decay']:g}, seed {config['seed']}"
+            f"{smoothing}{teacher}",
         ),
         ("searched", "; ".join(describe_range(name, bounds) for name, bounds in search["space"].items())),
         ("time", ", ".join(time for time in times if time)),

@@ -14,14 +14,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from scipy import stats
 from torch import Tensor
 
+from analysis.trials import CLASSIFIER_NAMES
 from benchmarks.pool import make_pool
+from benchmarks.readme_tables import mean_and_sd, paired_difference, table
 from byot.batches import DeviceImages, as_tensors, constants, crop_and_flip, cut_out, in_order, normalise, resize
 from byot.config import PROJECT_ROOT, Teacher, TrainConfig, absolute_path
 from byot.data import find_normalisation, load_images
@@ -35,6 +36,12 @@ from byot.provenance import provenance
 from byot.trainer import build_model, choose_autocast_dtype
 
 RECORDS = PROJECT_ROOT / "results" / "recipe-levers.jsonl"
+TITLE = """# Levers of the recipe
+
+Made by `benchmarks/recipe_levers.py`, which says what each row is. Accuracies in percent, mean ± standard deviation of
+n seeds; differences in points, paired by seed, ± half of a 95 % interval where n is above 1.
+
+"""
 CPU = torch.device("cpu")
 GROWING = ((16, 0.4), (24, 0.75))
 
@@ -234,34 +241,30 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return read_json_lines(path) if path.is_file() else []
 
 
-def make_table(records: list[dict[str, Any]]) -> Iterator[str]:
-    """Mean ± sd over the seeds, and the paired differences to the base row, half of a 95 % interval beside them."""
+def make_tables(records: list[dict[str, Any]]) -> Iterator[str]:
+    """One of each budget and width: mean ± sd over the seeds, and the paired differences to the base row."""
+    header = ("row", "n", *CLASSIFIER_NAMES, "4/4 minus base", "CPU s")
     for budget, width in sorted({(record["budget"], record["width"]) for record in records}):
         of_budget = [r for r in records if (r["budget"], r["width"]) == (budget, width)]
         base = {r["seed"]: r["accuracy"][-2] for r in of_budget if r["row"] == "base"}
-        yield f"\nWidth {width}, the arithmetic of {budget:g} epochs at 32 pixels:\n"
-        yield "| row | n | 1/4 | 2/4 | 3/4 | 4/4 | ensemble | 4/4 minus base, paired | CPU s |"
-        yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+        rows = []
         for row in ROWS:
             runs = [record for record in of_budget if record["row"] == row]
             if not runs:
                 continue
-            columns = [mean_and_sd(list(values)) for values in zip(*(run["accuracy"] for run in runs), strict=True)]
-            paired = [run["accuracy"][-2] - base[run["seed"]] for run in runs if run["seed"] in base]
-            difference = "" if row == "base" or not paired else describe_difference(paired)
-            seconds = f"{fmean(run['cpu_s'] for run in runs):.0f}"
-            yield "| " + " | ".join([row, str(len(runs)), *columns, difference, seconds]) + " |"
+            accuracies = [mean_and_sd(values) for values in zip(*(run["accuracy"] for run in runs), strict=True)]
+            pairs = [(run["accuracy"][-2], base[run["seed"]]) for run in runs if run["seed"] in base]
+            difference = "" if row == "base" or not pairs else describe_difference(pairs)
+            rows.append([row, str(len(runs)), *accuracies, difference, f"{fmean(run['cpu_s'] for run in runs):.0f}"])
+        yield f"Width {width}, the arithmetic of {budget:g} epochs at 32 pixels:\n\n{table(header, rows)}\n"
 
 
-def mean_and_sd(values: list[float]) -> str:
-    return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def describe_difference(paired: list[float]) -> str:
-    if len(paired) == 1:
-        return f"{paired[0]:+.2f} (one seed)"
-    half = float(stats.t.ppf(0.975, len(paired) - 1)) * stdev(paired) / math.sqrt(len(paired))
-    return f"{fmean(paired):+.2f} ± {half:.2f}"
+def describe_difference(pairs: list[tuple[float, float]]) -> str:
+    """The mean difference, with half of its 95 % interval where there are several pairs."""
+    if len(pairs) == 1:
+        return f"{pairs[0][0] - pairs[0][1]:+.2f}"
+    found = paired_difference(*zip(*pairs, strict=True))
+    return f"{found.difference:+.2f} ± {found.half_width:.2f}"
 
 
 def build_parser() -> Parser:
@@ -292,9 +295,9 @@ def main() -> None:
             record = future.result()
             append_json_line(path, record)
             print(f"{record['row']}, seed {record['seed']}: {record['accuracy']} in {record['cpu_s']} s", flush=True)
-    table = "\n".join(make_table(read_records(path))) + "\n"
-    write_text(path.with_suffix(".md"), f"# Levers of the recipe\n\nMade by `benchmarks/recipe_levers.py`.\n{table}")
-    print(table)
+    tables = "\n".join(make_tables(read_records(path)))
+    write_text(path.with_suffix(".md"), TITLE + tables)
+    print(tables)
 
 
 if __name__ == "__main__":

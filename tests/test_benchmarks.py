@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import time_to_accuracy, transfer
 from benchmarks.curves import FAMILIES, TRANSFER, Curve, configurations, curves_path, save_curves
+from benchmarks.recipe_levers import BASE, make_tables
 from benchmarks.reference_loop import ReferenceLoop, ReferenceNet
 from byot.config import TrainConfig, work_after
 from byot.files import read_json
@@ -254,3 +255,23 @@ def test_bad_command_lines(tmp_path: Path, arguments: list[str], word: str) -> N
     done = run_command(arguments, cwd=tmp_path, script="benchmarks/train_speed.py")
     assert done.returncode == 2
     assert_one_sentence(done.stderr, word)
+
+
+# ---------------------------------------------------------------- levers of the recipe
+
+
+def test_levers_are_compared_at_equal_arithmetic_and_by_seed():
+    assert BASE.mean_cost() == pytest.approx(0.4 / 4 + 0.35 * 9 / 16 + 0.25)
+    assert [BASE.size(progress) for progress in (0.0, 0.39, 0.4, 0.74, 0.75)] == [16, 16, 24, 24, 32]
+    assert [BASE.schedule(progress) for progress in (0.0, 0.15, 1.0)] == pytest.approx([0.05, 1.0, 0.0])
+    accuracies = {"base": [57.0, 58.0], "sgd": [49.0, 50.5]}
+    records = [
+        {"row": row, "budget": 3.0, "width": 16, "seed": seed, "accuracy": [1.0, 2.0, 3.0, value, 4.0], "cpu_s": 60}
+        for row, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    (text,) = make_tables(records)
+    assert "| base | 2 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | 57.50 ± 0.71 | 4.00 ± 0.00 |  | 60 |" in text
+    assert "| -7.75 ± 3.18 | 60 |" in text
+    (text,) = make_tables(records[:1] + records[2:3])
+    assert "| 49.00 | 4.00 | -8.00 | 60 |" in text, "of one seed there is no interval"

@@ -108,6 +108,7 @@ ROWS: dict[str, Levers] = {
     "warm-up 5 %": replace(BASE, warmup=0.05),
     "warm-up 30 %": replace(BASE, warmup=0.3),
     "momentum 0.95": replace(BASE, momentum=0.95),
+    "momentum 0.85": replace(BASE, momentum=0.85),
     "alpha ramp 50 %": replace(BASE, alpha_ramp=0.5),
     "zero init": replace(BASE, zero_init=True),
     "averaging 0.99": replace(BASE, averaging=0.99),

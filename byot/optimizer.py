@@ -51,9 +51,10 @@ class Muon(SGD):
         super().step()  # skips what has no gradient
 
     def _orthogonal_step(self, weight: Tensor, group: dict[str, Any]) -> None:
-        gradient, state = weight.grad, self.state[weight]
+        gradient = weight.grad
         if gradient is None:
             return
+        state = self.state[weight]  # made by asking for it
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
         momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)

@@ -31,15 +31,15 @@ faults: $(INSTALLED)
 DATA_DIR ?=
 CIFAR := $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 RECORDS ?= outputs/benchmarks
-TRAIN_SPEED = $(BIN)/python benchmarks/train_speed.py $(CIFAR)
+TRAIN_SPEED = $(BIN)/python benchmarks/speed/train_speed.py $(CIFAR)
 
 bench: $(INSTALLED)
 	$(TRAIN_SPEED) --models resnet18 --widths 16 --steps 10 --output $(RECORDS)/r18-w16-1-thread.json
 	$(TRAIN_SPEED) --models resnet18 --widths 64 --steps 3 --output $(RECORDS)/r18-w64-1-thread.json
 	$(TRAIN_SPEED) --models resnet18 --widths 64 --steps 3 --threads 2 --output $(RECORDS)/r18-w64-2-threads.json
 	$(TRAIN_SPEED) --models resnet50 --widths 64 --output $(RECORDS)/r50-w64-1-thread.json
-	$(BIN)/python benchmarks/search_overhead.py --output $(RECORDS)/search-overhead.json
-	$(BIN)/python benchmarks/concurrent_trials.py --output $(RECORDS)/concurrent-trials.json
+	$(BIN)/python benchmarks/speed/search_overhead.py --output $(RECORDS)/search-overhead.json
+	$(BIN)/python benchmarks/speed/concurrent_trials.py --output $(RECORDS)/concurrent-trials.json
 
 # The same on one CUDA GPU, after a check that it computes what the CPU does; records are kept in results/benchmarks/gpu.
 bench-gpu: $(INSTALLED)

@@ -6,9 +6,9 @@
 Only trials that reached the last epoch are ranked. Reads files alone, also of a search that still runs.
 """
 
-from byot.config import check_writable_file, outputs_folder
-from byot.files import write_text
-from byot.flags import Parser, one_sentence_errors
+from byot.system.files import write_text
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import check_writable_file, outputs_folder
 
 
 def build_parser() -> Parser:
@@ -33,7 +33,7 @@ def main() -> None:
         from analysis.listing import bullets, ranking_table
         from analysis.trials import find_search, last_sign_of_life, load_search, load_trials, rank
         from analysis.verdict import count_statuses, describe_status, judge_search, next_commands
-        from byot.searched import load_confirmation
+        from byot.search_files import load_confirmation
 
         folder = find_search(outputs, arguments.search)
         search, trials = load_search(folder), load_trials(folder)

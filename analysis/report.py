@@ -11,9 +11,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from byot.config import TrainConfig, check_writable_file, outputs_folder
-from byot.files import write_text
-from byot.flags import Parser, flag_name, one_sentence_errors
+from byot.config import TrainConfig
+from byot.system.files import write_text
+from byot.system.flags import Parser, flag_name, one_sentence_errors
+from byot.system.paths import check_writable_file, outputs_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +51,7 @@ def render_page(folder: Path, outputs: Path) -> str:
         summarise_runs,
     )
     from analysis.verdict import count_statuses, describe_status, judge_retrained, judge_search, next_commands
-    from byot.searched import load_confirmation
+    from byot.search_files import load_confirmation
 
     search, trials = load_search(folder), load_trials(folder)
     confirmation = load_confirmation(folder)

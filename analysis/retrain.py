@@ -16,16 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from byot.config import TrainConfig, absolute_path, check_writable, outputs_folder
-from byot.files import write_text
-from byot.flags import Parser, flag_name, one_sentence_errors
-from byot.stopping import StoppedError, catch_stop_signals
+from byot.config import TrainConfig
+from byot.system.files import write_text
+from byot.system.flags import Parser, flag_name, one_sentence_errors
+from byot.system.paths import absolute_path, check_writable, outputs_folder
+from byot.system.stopping import StoppedError, catch_stop_signals
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from byot.runs import StopAsked
-    from search.cluster import Slots
+    from search.system.resources import Slots
 
 MOST_SEEDS = 10_000
 
@@ -134,7 +135,7 @@ def run_jobs(jobs: list[Job], slots: "Slots", stop_asked: "StopAsked") -> Iterat
     import ray
 
     from byot.runs import train_run
-    from search.tasks import Task, run_tasks
+    from search.system.tasks import Task, run_tasks
 
     waiting = iter([Task(job, (job.config, job.folder, slots.cpus)) for job in jobs])
     try:
@@ -174,7 +175,7 @@ def main() -> None:
         jobs = plan_jobs(configurations, check_writable(outputs / "runs"), arguments.seeds, **changes)
 
         from byot.runs import read_result
-        from search.cluster import RayStartError, Share, share_machine, start_ray
+        from search.system.resources import RayStartError, Share, share_machine, start_ray
 
         check_data(jobs[0].config)
         asked = Share(arguments.cpus_per_run, arguments.gpus_per_run, arguments.max_concurrent)

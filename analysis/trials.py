@@ -22,8 +22,9 @@ from typing import Any
 
 import pandas as pd
 
-from byot.config import MOST, NUM_CLASSIFIERS, TrainConfig, absolute_path, check_name
-from byot.files import errors_in, read_json, read_json_lines
+from byot.config import MOST, NUM_CLASSIFIERS, TrainConfig
+from byot.system.files import errors_in, read_json, read_json_lines
+from byot.system.paths import absolute_path, check_name
 
 STATUSES = ("completed", "stopped", "failed", "running")
 ROLES = ("sampled", "reference", "control")

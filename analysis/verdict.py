@@ -23,7 +23,7 @@ from analysis.trials import (
     rank,
     search_metrics,
 )
-from byot.config import default_outputs
+from byot.system.paths import default_outputs
 
 ROLE_NAMES = {"reference": "the reference setting", "control": "deep supervision alone"}
 NUM_STANDARD_ERRORS = 2

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from byot.config import PROJECT_ROOT, TrainConfig, work_after
-from byot.files import errors_in, read_json
-from byot.searched import find_choice
+from byot.config import TrainConfig, work_after
+from byot.search_files import find_choice
+from byot.system.files import errors_in, read_json
+from byot.system.paths import PROJECT_ROOT
 from search.records import read_rows
 from search.space import DEFAULT_SPACE
 
@@ -80,37 +81,37 @@ PLANS = (*TABLE_PLANS, *SEARCH_PLANS, SPEED_PLAN)
 # What the speed plan runs on a GPU, most valuable first: the record's name and the command's words.
 GPU_SPEED = ("--steps", "100", "--seconds", "15", "--threads", "8", "--workers", "8")
 GPU_COMMANDS: dict[str, tuple[str, ...]] = {
-    "devices": ("benchmarks/devices.py",),
+    "devices": ("benchmarks/speed/devices.py",),
     "r18-graph": (
-        *("benchmarks/train_speed.py", "--models", "resnet18", "--widths", "64", "16", "--acceleration", "graph"),
+        *("benchmarks/speed/train_speed.py", "--models", "resnet18", "--widths", "64", "16", "--acceleration", "graph"),
         *GPU_SPEED,
     ),
     "r50-graph": (
-        *("benchmarks/train_speed.py", "--models", "resnet50", "--widths", "64", "--acceleration", "graph"),
+        *("benchmarks/speed/train_speed.py", "--models", "resnet50", "--widths", "64", "--acceleration", "graph"),
         *GPU_SPEED,
     ),
     "r18-compile": (
-        *("benchmarks/train_speed.py", "--models", "resnet18", "--widths", "64", "--acceleration", "compile"),
+        *("benchmarks/speed/train_speed.py", "--models", "resnet18", "--widths", "64", "--acceleration", "compile"),
         *GPU_SPEED,
     ),
     "r18-eager": (
-        *("benchmarks/train_speed.py", "--models", "resnet18", "--widths", "64", "--acceleration", "none"),
+        *("benchmarks/speed/train_speed.py", "--models", "resnet18", "--widths", "64", "--acceleration", "none"),
         *GPU_SPEED,
     ),
-    "concurrent-trials": ("benchmarks/concurrent_trials.py", "--most", "6"),
+    "concurrent-trials": ("benchmarks/speed/concurrent_trials.py", "--most", "6"),
 }
 CPU_COMMANDS: dict[str, tuple[str, ...]] = {
-    "devices": ("benchmarks/devices.py", "--width", "16"),
-    "r18-w16": ("benchmarks/train_speed.py", "--models", "resnet18", "--widths", "16", "--steps", "10"),
-    "concurrent-trials": ("benchmarks/concurrent_trials.py",),
+    "devices": ("benchmarks/speed/devices.py", "--width", "16"),
+    "r18-w16": ("benchmarks/speed/train_speed.py", "--models", "resnet18", "--widths", "16", "--steps", "10"),
+    "concurrent-trials": ("benchmarks/speed/concurrent_trials.py",),
 }
 TOY_COMMANDS: dict[str, tuple[str, ...]] = {
-    "devices": ("benchmarks/devices.py", "--width", "4", "--steps", "3", "--batch-size", "32"),
+    "devices": ("benchmarks/speed/devices.py", "--width", "4", "--steps", "3", "--batch-size", "32"),
     "r18-w4": (
-        *("benchmarks/train_speed.py", "--models", "resnet18", "--widths", "4", "--batch-size", "32"),
+        *("benchmarks/speed/train_speed.py", "--models", "resnet18", "--widths", "4", "--batch-size", "32"),
         *("--rounds", "1", "--seconds", "1"),
     ),
-    "concurrent-trials": ("benchmarks/concurrent_trials.py", "--width", "4", "--batch-size", "32", "--most", "2"),
+    "concurrent-trials": ("benchmarks/speed/concurrent_trials.py", "--width", "4", "--batch-size", "32", "--most", "2"),
 }
 
 

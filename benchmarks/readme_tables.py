@@ -24,10 +24,11 @@ from benchmarks.plans import (
     TablePlan,
     searched_settings,
 )
-from byot.config import PROJECT_ROOT, TrainConfig, work_after
-from byot.files import read_json, write_text
-from byot.flags import Parser, one_sentence_errors
-from byot.searched import load_confirmation
+from byot.config import TrainConfig, work_after
+from byot.search_files import load_confirmation
+from byot.system.files import read_json, write_text
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import PROJECT_ROOT
 from search.records import read_rows
 from search.space import DEFAULT_SPACE, ROLE_NAMES
 

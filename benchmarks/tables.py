@@ -41,10 +41,11 @@ from benchmarks.plans import (
     planned_runs,
     read_record,
 )
-from benchmarks.pool import make_pool
-from byot.config import PROJECT_ROOT, TrainConfig, absolute_path, outputs_folder
-from byot.files import describe_refusal, read_json, write_json, write_text
-from byot.flags import Parser, flag_name, one_line, one_sentence_errors
+from benchmarks.quality.pool import make_pool
+from byot.config import TrainConfig
+from byot.system.files import describe_refusal, read_json, write_json, write_text
+from byot.system.flags import Parser, flag_name, one_line, one_sentence_errors
+from byot.system.paths import PROJECT_ROOT, absolute_path, outputs_folder
 
 NUM_TRAIN_IMAGES = {"cifar100": 50_000}
 LINES_A_RUN = 10  # to say how far it is
@@ -101,10 +102,10 @@ def train_piece(config: TrainConfig, folder: Path, threads: int, stop_at: float 
     import torch
 
     from byot.console import epoch_line
-    from byot.lock import WORKER_WAIT_S, lock_folder
     from byot.metrics import EpochMetrics
     from byot.runs import finish_run, open_run, read_result
-    from byot.stopping import StoppedError, catch_stop_signals
+    from byot.system.lock import WORKER_WAIT_S, lock_folder
+    from byot.system.stopping import StoppedError, catch_stop_signals
 
     torch.set_num_threads(threads)
     with lock_folder(folder, wait_s=WORKER_WAIT_S), catch_stop_signals() as stop_asked, ctrl_c(signal.SIG_UNBLOCK):
@@ -150,7 +151,7 @@ def run_pieces(
 
     Each has a process of its own: one that a GPU's error or the memory's end has spoilt is not used again.
     """
-    from byot.stopping import DivergedError
+    from byot.system.stopping import DivergedError
 
     waiting = list(reversed(runs))
     running: dict[Future[dict[str, Any] | None], PlannedRun] = {}
@@ -193,7 +194,7 @@ def do_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, pla
             check_images(plan.base.dataset, data_dir)
 
         from byot.trainer import choose_device
-        from search.cluster import count_cpus
+        from search.system.resources import count_cpus
 
         on_gpu = choose_device(plan.base.device).type != "cpu"
         concurrent = arguments.concurrent or (1 if on_gpu else count_cpus())

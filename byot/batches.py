@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from byot.config import DATASETS, Placement, TrainConfig, crop_padding, cutout_size
 from byot.data import LabelledImages, Normalisation
-from byot.distributed import ALONE, Processes
+from byot.system.distributed import ALONE, Processes
 
 ROOM_FOR_IMAGES = 0.5  # of the device's free memory; the rest is for the network
 STREAM_WORKERS = 2  # processes that gather batches from main memory

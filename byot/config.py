@@ -7,10 +7,7 @@ Only the standard library is imported, so that `--help` answers at once.
 import hashlib
 import json
 import math
-import os
-import re
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -24,7 +21,6 @@ BatchNorm = Literal["global", "local"]
 Acceleration = Literal["auto", "none", "graph", "compile"]
 Placement = Literal["auto", "device", "streamed"]
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
 MOST = 1_000_000  # epochs, images a step, trials: more is a slip of the hand
 NUM_CLASSIFIERS = 4  # one after each stage of a ResNet; the plain loss form has the deepest alone
 
@@ -344,78 +340,3 @@ def crop_padding(config: TrainConfig) -> int:
 def cutout_size(config: TrainConfig) -> int:
     """Side in pixels of the square that is blanked in each image, a quarter of the image's; 0 for none."""
     return DATASETS[config.dataset].image_size // 4 if varies_more(config) else 0
-
-
-def check_name(name: str) -> str:
-    """Raise ValueError for a run or search name that is not one plain folder name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
-        raise ValueError(
-            f"a name is made of at most 128 letters, digits, '.', '_' and '-', and begins with one of the first two, "
-            f"not {name!r}"
-        )
-    return name
-
-
-def absolute_path(given: str | Path) -> Path:
-    """A path as typed, made absolute: Ray's workers run in other folders.
-
-    Raises ValueError for what can be no path here, be there a file or not: empty, an unknown ~user, a name too long.
-    """
-    text = str(given)
-    if not text:
-        raise ValueError("a path must not be empty")
-    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"a path cannot have a NUL or bytes that are not UTF-8 in it, as {text!r} has")
-    try:
-        path = Path(os.path.realpath(Path(text).expanduser()))
-        path.stat()
-    except RuntimeError as error:
-        raise ValueError(f"{text} names the home of a user who is not known here") from error
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # it may be made yet; who reads it tells that it is not there
-    except OSError as error:
-        raise ValueError(f"{text} cannot be read or written ({error.strerror})") from error
-    return path
-
-
-def outputs_folder(given: str | None) -> Path:
-    """Where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in the project's root.
-
-    Raises ValueError where nothing can be written.
-    """
-    return check_writable(default_outputs() if given is None else given)
-
-
-def default_outputs() -> Path:
-    return absolute_path(os.environ.get("BYOT_OUTPUTS") or PROJECT_ROOT / "outputs")
-
-
-def cache_folder() -> Path:
-    """Where is kept what is slow to make and may be deleted: $BYOT_CACHE, else data/cache in the project's root.
-
-    Where the project lies so that it cannot be written to, it is the user's own cache.
-    """
-    if given := os.environ.get("BYOT_CACHE"):
-        return absolute_path(given)
-    try:
-        return check_writable(PROJECT_ROOT / "data" / "cache")
-    except ValueError:
-        return absolute_path(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "byot")
-
-
-def check_writable(given: str | Path) -> Path:
-    """The folder's absolute path. Raises ValueError unless it is a folder to write to, or one that can be made."""
-    folder = absolute_path(given)
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(f"nothing can be written to {folder}: {existing} is not a folder that may be written to")
-    return folder
-
-
-def check_writable_file(given: str | Path) -> Path:
-    """The absolute path of a file to be written. Raises ValueError where that cannot be, or a folder is there."""
-    path = absolute_path(given)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a file to write to")
-    check_writable(path.parent)
-    return path

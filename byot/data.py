@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from byot.config import DATASETS, PROJECT_ROOT, RECIPES, TrainConfig, absolute_path
+from byot.config import DATASETS, RECIPES, TrainConfig
 from byot.decoded import kept
+from byot.system.paths import PROJECT_ROOT, absolute_path
 
 Split = Literal["train", "test"]
 DEFAULT_DATA_DIR = PROJECT_ROOT / "data"

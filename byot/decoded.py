@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from byot.config import cache_folder
-from byot.files import remove_leftovers, write_whole
+from byot.system.files import remove_leftovers, write_whole
+from byot.system.paths import cache_folder
 
 Decoded = tuple[np.ndarray, np.ndarray]  # uint8 [N, H, W, 3], int64 [N]
 

@@ -6,8 +6,8 @@
 Reads the test set; prints only.
 """
 
-from byot.config import absolute_path
-from byot.flags import Parser, one_sentence_errors
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import absolute_path
 
 
 def build_parser() -> Parser:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from byot.config import NUM_CLASSIFIERS
-from byot.distributed import ALONE, Processes
 from byot.loss import LossTerms
 from byot.model import BranchedResNet
+from byot.system.distributed import ALONE, Processes
 
 ECE_BINS = 15
 

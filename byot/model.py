@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byot.fused import AnyBatchNorm, norm_relu
+from byot.system.fused import AnyBatchNorm, norm_relu
 
 STAGE_CHANNELS = (64, 128, 256, 512)  # of the published network, before the width scales them
 

@@ -19,7 +19,12 @@ from typing import Any
 import torch
 
 from byot.batches import in_order, place_images
-from byot.checkpoint import (
+from byot.config import NUM_CLASSIFIERS, TrainConfig
+from byot.data import LabelledImages, Normalisation, check_dataset, load_images, split_validation
+from byot.metrics import EpochMetrics, Evaluation, evaluate
+from byot.model import BranchedResNet
+from byot.state import check_buffers, check_state, check_weights
+from byot.system.checkpoint import (
     checkpoint_path,
     load_checkpoint,
     load_latest,
@@ -27,16 +32,12 @@ from byot.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from byot.config import NUM_CLASSIFIERS, TrainConfig, absolute_path
-from byot.data import LabelledImages, Normalisation, check_dataset, load_images, split_validation
-from byot.distributed import ALONE, Processes
-from byot.files import append_json_line, errors_in, read_json, remove_leftovers, write_json, write_json_lines
-from byot.lock import WORKER_WAIT_S, lock_folder
-from byot.metrics import EpochMetrics, Evaluation, evaluate
-from byot.model import BranchedResNet
-from byot.provenance import provenance
-from byot.state import check_buffers, check_state, check_weights
-from byot.stopping import StoppedError
+from byot.system.distributed import ALONE, Processes
+from byot.system.files import append_json_line, errors_in, read_json, remove_leftovers, write_json, write_json_lines
+from byot.system.lock import WORKER_WAIT_S, lock_folder
+from byot.system.paths import absolute_path
+from byot.system.provenance import provenance
+from byot.system.stopping import StoppedError
 from byot.trainer import (
     EVAL_BATCH_SIZE,
     OnBatch,

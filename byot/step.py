@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from byot.batches import Batch, augment, constants
 from byot.config import Acceleration, TrainConfig
 from byot.data import Normalisation
-from byot.distributed import ALONE, Processes
 from byot.loss import LossTerms, self_distillation_loss
 from byot.metrics import TrainingSums
 from byot.model import BranchOutputs
+from byot.system.distributed import ALONE, Processes
 
 Mode = Literal["eager", "graph", "compile"]
 WARMUP_STEPS = 5  # before a step is recorded: libraries choose their algorithms in them

@@ -22,19 +22,13 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, 
 from pathlib import Path
 from typing import Any
 
-from byot.config import (
-    TrainConfig,
-    absolute_path,
-    check_name,
-    check_writable,
-    outputs_folder,
-    recipe_defaults,
-)
-from byot.files import describe_refusal, set_aside
-from byot.flags import Parser, add_settings, given_settings, one_sentence_errors
-from byot.lock import lock_folder
-from byot.searched import find_best
-from byot.stopping import StoppedError, TrainingError, catch_stop_signals
+from byot.config import TrainConfig, recipe_defaults
+from byot.search_files import find_best
+from byot.system.files import describe_refusal, set_aside
+from byot.system.flags import Parser, add_settings, given_settings, one_sentence_errors
+from byot.system.lock import lock_folder
+from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
+from byot.system.stopping import StoppedError, TrainingError, catch_stop_signals
 
 FIRST_SPEAKS_WITHIN_S = 30.0
 
@@ -98,8 +92,8 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
             with one_sentence_errors("train.py"):
                 from byot.console import show_progress
                 from byot.data import check_dataset
-                from byot.distributed import joined_processes
                 from byot.runs import finish_run, open_run, read_result
+                from byot.system.distributed import joined_processes
                 from byot.trainer import choose_device
 
                 processes = held.enter_context(joined_processes(config.device))

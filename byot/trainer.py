@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from byot.batches import ImageSource, batches_per_epoch, draw_epoch, in_order, place_images, shuffled
-from byot.checkpoint import is_out_of_memory
 from byot.config import DATASETS, TrainConfig, learning_rate, resolution
 from byot.data import LabelledImages, Normalisation, find_normalisation
-from byot.distributed import ALONE, Processes, synchronise_batch_norms
 from byot.metrics import EpochMetrics, Evaluation, TrainingSums, evaluate
 from byot.model import BranchedResNet
 from byot.optimizer import make_optimizer
-from byot.provenance import find_versions
 from byot.step import TrainingStep, choose_mode
-from byot.stopping import DivergedError, OutOfMemoryError
+from byot.system.checkpoint import is_out_of_memory
+from byot.system.distributed import ALONE, Processes, synchronise_batch_norms
+from byot.system.provenance import find_versions
+from byot.system.stopping import DivergedError, OutOfMemoryError
 
 EVAL_BATCH_SIZE = {"cpu": 256, "mps": 512, "cuda": 2048}
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "mps": 50, "cuda": 50}  # of the loss; on a GPU each one waits for it

@@ -17,24 +17,24 @@ import torch
 
 from byot.config import TrainConfig, work_after
 from byot.data import LabelledImages, load_images, split_validation
-from byot.files import describe_refusal, remove_leftovers
-from byot.flags import one_sentence_errors
-from byot.provenance import find_commit, find_versions, provenance
 from byot.runs import StopAsked
-from byot.stopping import StoppedError, catch_stop_signals
-from search.cluster import RayStartError, Share, Slots, check_nodes, describe_nodes, share, start_ray
-from search.live import LiveTable
+from byot.system.files import describe_refusal, remove_leftovers
+from byot.system.flags import one_sentence_errors
+from byot.system.provenance import find_commit, find_versions, provenance
+from byot.system.stopping import StoppedError, catch_stop_signals
 from search.messages import describe_confirmation, describe_time, verdict
 from search.records import SearchRecords, now, save_search, table_columns
 from search.settings import SearchSettings, choose_grace, share_of_gpu
 from search.space import Space, first_points, space_to_dict
-from search.store import Kept
+from search.system.remote import Kept
+from search.system.resources import RayStartError, Share, Slots, check_nodes, describe_nodes, share, start_ray
+from search.table import LiveTable
 
 if TYPE_CHECKING:
-    from search.confirm import Confirmation
+    from search.callback import SearchWatch
+    from search.race import Confirmation
     from search.trial import TrialSetup  # importing it imports Ray
     from search.warm import WarmStart
-    from search.watch import SearchWatch
 
 
 class SearchPlan(NamedTuple):
@@ -198,7 +198,7 @@ def find_confirmation(plan: SearchPlan, data: SearchData, records: SearchRecords
     """What is to be run again over fresh seeds, and what of it is done; None where there is nothing to run again."""
     if plan.settings.confirm is None or records.best() is None:
         return None
-    from search.confirm import Confirmation
+    from search.race import Confirmation
 
     rows = list(records.rows.values())
     return Confirmation(plan.folder, rows, plan.space, plan.base, plan.settings, len(data.val.labels), plan.kept)
@@ -222,7 +222,7 @@ def _confirm(
     plan: SearchPlan, confirmation: "Confirmation", slots: Slots, deadline: float | None, stop_asked: StopAsked
 ) -> int:
     """Run the best again over fresh seeds; returns the exit code."""
-    from search.confirm import confirm
+    from search.race import confirm
 
     try:
         is_over, trouble = confirm(confirmation, slots, stop_asked, deadline)
@@ -356,10 +356,10 @@ def _fit(
     from ray.tune.error import TuneError
     from ray.tune.execution import class_cache
 
+    from search.callback import MAX_RETRIES, SearchWatch, StopWatch
     from search.mirror import OptunaMirror
     from search.study import BudgetAwareSearch, RecordedAsha
     from search.trial import run_trial
-    from search.watch import MAX_RETRIES, SearchWatch, StopWatch
 
     settings, base = plan.settings, plan.base
     sizes = (len(data.train.labels), len(data.val.labels))

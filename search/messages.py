@@ -7,18 +7,18 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from byot.config import TrainConfig, work_after
-from byot.files import read_json
-from byot.searched import load_confirmation
-from search.cluster import Slots
-from search.confirmation import FIRST_LOOK
-from search.live import DAY_S, format_duration
+from byot.search_files import load_confirmation
+from byot.system.files import read_json
 from search.records import Row
 from search.settings import SearchSettings, choose_grace, expected_work
+from search.significance import FIRST_LOOK
 from search.space import ROLE_NAMES
-from search.store import Bucket
+from search.system.remote import Bucket
+from search.system.resources import Slots
+from search.table import DAY_S, format_duration
 
 if TYPE_CHECKING:
-    from search.confirm import Confirmation  # importing it imports Ray
+    from search.race import Confirmation  # importing it imports Ray
 
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
 QUICK_WIDTH = 16

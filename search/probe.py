@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from byot.data import LabelledImages
-from byot.stopping import OutOfMemoryError
+from byot.system.stopping import OutOfMemoryError
 from byot.trainer import Trainer
 from search.settings import share_of_gpu
 from search.trial import TrialSetup

@@ -12,7 +12,7 @@ optuna.log                    the trials that have ended as an Optuna journal, f
 ray/                          Ray Tune's own folder, made anew whenever the search goes on
 search.log                    what Ray and the libraries had to say
 
-Kept in an object store (search/store.py), the last three and the checkpoints are not in both places.
+Kept in an object store (search/system/remote.py), the last three and the checkpoints are not in both places.
 """
 
 import csv
@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from byot.config import NUM_CLASSIFIERS
-from byot.files import read_json, read_json_lines, write_json, write_text
+from byot.system.files import read_json, read_json_lines, write_json, write_text
 from search.settings import Work, grace_epochs, metric_mode
 from search.space import Role
-from search.store import Kept
+from search.system.remote import Kept
 
 Status = Literal["completed", "stopped", "failed", "running"]  # running: begun and not ended, whether it runs or not
 

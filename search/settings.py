@@ -186,7 +186,7 @@ def grace_epochs(epochs: int, comparable_after: float | None = None) -> int:
     Where runs cannot be compared before some share of the run, one whole epoch more than that: until the learning rate
     drops for the first time, trials are ranked by how they bear the first one. On 160 recorded curves the rank
     correlation with the last epoch is 0.3 to 0.7 before the drop and 0.98 after it (results/curves,
-    benchmarks/search_quality.py).
+    benchmarks/quality/search_quality.py).
     """
     least = max(2, math.ceil(GRACE_FRACTION * epochs))
     if comparable_after is not None:

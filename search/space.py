@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from byot.config import TrainConfig
-from byot.files import errors_in
+from byot.system.files import errors_in
 
 Role = Literal["sampled", "reference", "control"]
 ROLE_NAMES = {"reference": "the reference's setting", "control": "deep supervision alone"}  # in sentences

@@ -18,13 +18,13 @@ from ray.util import get_node_ip_address
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages
-from byot.files import append_json_line, describe_refusal, write_json_lines
-from byot.lock import WORKER_WAIT_S, LockedError, lock_folder
 from byot.runs import OnSave, restore_trainer, train_saving
-from byot.stopping import DivergedError, TrainingError
+from byot.system.files import append_json_line, describe_refusal, write_json_lines
+from byot.system.lock import WORKER_WAIT_S, LockedError, lock_folder
+from byot.system.stopping import DivergedError, TrainingError
 from byot.trainer import OnBatch, Trainer
 from search.records import DIVERGED
-from search.store import Bucket, working_folder
+from search.system.remote import Bucket, working_folder
 
 # Steps of a new search's first trial after which its speed is reported: those that warm up, those that are timed.
 STEPS_TIMED = {"cpu": (1, 3), "mps": (10, 10), "cuda": (100, 100)}

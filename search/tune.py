@@ -16,29 +16,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from byot.config import (
-    NOT_IDENTITY,
-    RECIPES,
-    TrainConfig,
-    absolute_path,
-    check_name,
-    check_writable,
-    known_settings,
-    outputs_folder,
-    recipe_defaults,
-)
-from byot.files import describe_refusal, errors_in, set_aside
-from byot.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
-from byot.lock import LOCK_FILE, lock_folder
-from byot.searched import load_confirmation
+from byot.config import NOT_IDENTITY, RECIPES, TrainConfig, known_settings, recipe_defaults
+from byot.search_files import load_confirmation
+from byot.system.files import describe_refusal, errors_in, set_aside
+from byot.system.flags import Parser, add_settings, flag_name, given_settings, one_sentence_errors
+from byot.system.lock import LOCK_FILE, lock_folder
+from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
 from search.records import find_search, load_search
 from search.settings import FRESH_SEEDS, SearchSettings
 from search.space import DEFAULT_SPACE, Space, read_space, space_from_dict, space_to_dict
-from search.store import COPY_OF, Bucket, Kept, KeptInBucket, copied_from, is_url, open_bucket
+from search.system.remote import COPY_OF, Bucket, Kept, KeptInBucket, copied_from, is_url, open_bucket
 
 if TYPE_CHECKING:  # importing them at once would cost every `--help`
-    from search.cluster import Share, Slots
     from search.driver import SearchData, SearchPlan
+    from search.system.resources import Share, Slots
     from search.warm import WarmStart
 
 SEARCHED = ("alpha", "temperature", "beta")
@@ -299,11 +290,11 @@ def prepare(
     if bucket is None and not arguments.fresh and (place := copied_from(folder)):
         raise ValueError(f"{folder} is a copy of {place}: go on with --storage-path and its URL")
 
-    from byot.distributed import ALONE
     from byot.step import choose_mode
+    from byot.system.distributed import ALONE
     from byot.trainer import choose_device
-    from search.cluster import Share, share_machine
     from search.driver import SearchPlan, load_search_data
+    from search.system.resources import Share, share_machine
 
     # A cluster's resources are known only once Ray has connected to it.
     asked = Share(settings.cpus_per_trial, settings.gpus_asked_for, settings.max_concurrent)

@@ -8,8 +8,9 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from byot.config import TrainConfig, absolute_path
-from byot.files import errors_in, read_json, write_json
+from byot.config import TrainConfig
+from byot.system.files import errors_in, read_json, write_json
+from byot.system.paths import absolute_path
 from search.records import DIVERGED, Row, load_search, ranked, read_rows
 from search.settings import SearchSettings
 from search.space import SEARCHABLE, Range, Space, first_points

@@ -49,9 +49,10 @@ from analysis.verdict import (
     runs_needed,
     within_noise,
 )
-from byot.config import PROJECT_ROOT, TrainConfig
-from byot.files import write_json
-from byot.searched import load_confirmation
+from byot.config import TrainConfig
+from byot.search_files import load_confirmation
+from byot.system.files import write_json
+from byot.system.paths import PROJECT_ROOT
 from tests.helpers import assert_one_sentence, command_environment, command_line, run_command
 
 ANALYSIS = PROJECT_ROOT / "analysis"
@@ -932,7 +933,7 @@ def test_finished_runs_are_told_without_starting_ray(outputs, folder, monkeypatc
 def test_a_ray_that_does_not_start_is_told_with_the_command_to_go_on(outputs, folder, monkeypatch, capsys, reason):
     import ray
 
-    from search.cluster import START_ATTEMPTS
+    from search.system.resources import START_ATTEMPTS
 
     attempts = []
 
@@ -1026,4 +1027,4 @@ def test_analysis_reads_files_alone(path):
     tops = {name.partition(".")[0] for name in imported}
     assert not tops & {"ray", "optuna", "torch", "torchvision", "search"}
     byot = {name for name in imported if name.startswith("byot")}
-    assert byot <= {"byot.config", "byot.flags", "byot.files", "byot.searched"}
+    assert byot <= {"byot.config", "byot.system.flags", "byot.system.files", "byot.search_files"}

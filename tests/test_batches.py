@@ -30,7 +30,7 @@ from byot.batches import (
 )
 from byot.config import DATASETS, Placement, TrainConfig, crop_padding, cutout_size
 from byot.data import LabelledImages, Normalisation
-from byot.distributed import Processes
+from byot.system.distributed import Processes
 from tests.helpers import random_pixels
 
 CPU = torch.device("cpu")

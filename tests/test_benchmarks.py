@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import time_to_accuracy, transfer
-from benchmarks.curves import FAMILIES, TRANSFER, Curve, configurations, curves_path, save_curves
-from benchmarks.recipe_levers import BASE, make_tables
-from benchmarks.reference_loop import ReferenceLoop, ReferenceNet
+from benchmarks.quality import time_to_accuracy, transfer
+from benchmarks.quality.curves import FAMILIES, TRANSFER, Curve, configurations, curves_path, save_curves
+from benchmarks.quality.recipe_levers import BASE, make_tables
+from benchmarks.speed.reference_loop import ReferenceLoop, ReferenceNet
 from byot.config import TrainConfig, work_after
-from byot.files import read_json
 from byot.loss import self_distillation_loss
 from byot.model import Branch, BranchedResNet
+from byot.system.files import read_json
 from search.records import MEASURES
 from search.space import DEFAULT_SPACE, space_to_dict
 from tests.helpers import PROJECT, assert_one_sentence, call_main, run_command
@@ -80,7 +80,7 @@ def test_the_speed_is_measured(tmp_path: Path) -> None:
         "--output",
         tmp_path / "speed.json",
     ]
-    done = run_command(arguments, cwd=tmp_path, script="benchmarks/train_speed.py")
+    done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/train_speed.py")
     assert done.returncode == 0, done.stderr
     (row,) = read_json(tmp_path / "speed.json")["rows"]
     assert row["ratio"] == pytest.approx(row["images_per_s"] / row["reference_images_per_s"])
@@ -93,7 +93,7 @@ def test_the_speed_is_measured(tmp_path: Path) -> None:
 def test_the_overhead_of_a_search_is_measured(tmp_path: Path) -> None:
     record = tmp_path / "overhead.json"
     arguments = ["--only-this", "--width", 2, "--epochs", 1, "--num-samples", 3, "--output", record]
-    done = run_command(arguments, cwd=tmp_path, script="benchmarks/search_overhead.py")
+    done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/search_overhead.py")
     assert done.returncode == 0, done.stderr
     found = read_json(record)
     assert (found["trials"], found["epochs"]) == (3, 3)
@@ -105,7 +105,7 @@ def test_the_overhead_of_a_search_is_measured(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_trials_are_measured_in_blocks(tmp_path: Path) -> None:
     arguments = ["--num-samples", 6, "--block", 3, "--output", tmp_path / "many.json"]
-    done = run_command(arguments, cwd=tmp_path, script="benchmarks/many_trials.py")
+    done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/many_trials.py")
     assert done.returncode == 0, done.stderr
     found = read_json(tmp_path / "many.json")
     assert [row["trials"] for row in found["blocks"]] == [3, 6]
@@ -118,7 +118,7 @@ def test_many_trials_are_measured_in_blocks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_trials_at_once_are_measured(tmp_path: Path) -> None:
     arguments = ["--width", 2, "--batch-size", 16, "--most", 1, "--output", tmp_path / "c.json"]
-    done = run_command(arguments, cwd=tmp_path, script="benchmarks/concurrent_trials.py")
+    done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/concurrent_trials.py")
     assert done.returncode == 0, done.stderr
     (row,) = read_json(tmp_path / "c.json")["rows"]
     assert row["trials"] == 1
@@ -252,7 +252,7 @@ def test_bad_command_lines_of_searches(tmp_path: Path, script: str, arguments: l
     [(["--models", "vgg"], "vgg"), (["--widths", "0"], "width"), (["--steps", "0"], "--steps"), (["--x"], "--x")],
 )
 def test_bad_command_lines(tmp_path: Path, arguments: list[str], word: str) -> None:
-    done = run_command(arguments, cwd=tmp_path, script="benchmarks/train_speed.py")
+    done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/train_speed.py")
     assert done.returncode == 2
     assert_one_sentence(done.stderr, word)
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from byot import checkpoint, files
-from byot.checkpoint import (
+from byot.system import checkpoint, files
+from byot.system.checkpoint import (
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
@@ -23,7 +23,7 @@ from byot.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from byot.files import append_json_line, read_json, read_json_lines, set_aside, write_json, write_json_lines
+from byot.system.files import append_json_line, read_json, read_json_lines, set_aside, write_json, write_json_lines
 from tests.helpers import assert_same_state, command_environment
 
 STATE: dict[str, Any] = {
@@ -98,7 +98,7 @@ KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from byot.checkpoint import save_checkpoint
+from byot.system.checkpoint import save_checkpoint
 os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
 save_checkpoint(Path(sys.argv[1]), {"epoch": 4, "model": torch.zeros(1000)})
 """

@@ -15,21 +15,9 @@ from typing import Any
 
 import pytest
 
-from byot.config import (
-    DATASETS,
-    PROJECT_ROOT,
-    RECIPES,
-    TrainConfig,
-    cache_folder,
-    check_name,
-    crop_padding,
-    cutout_size,
-    learning_rate,
-    outputs_folder,
-    resolution,
-    work_after,
-)
-from byot.flags import Parser, add_settings, given_settings
+from byot.config import DATASETS, RECIPES, TrainConfig, crop_padding, cutout_size, learning_rate, resolution, work_after
+from byot.system.flags import Parser, add_settings, given_settings
+from byot.system.paths import PROJECT_ROOT, cache_folder, check_name, outputs_folder
 from byot.train import build_parser
 from tests.helpers import PROJECT
 
@@ -192,7 +180,7 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BYOT_CACHE")
     assert cache_folder() == PROJECT_ROOT / "data" / "cache"
     (tmp_path / "file").touch()
-    monkeypatch.setattr("byot.config.PROJECT_ROOT", tmp_path / "file")  # a copy that cannot be written to
+    monkeypatch.setattr("byot.system.paths.PROJECT_ROOT", tmp_path / "file")  # a copy that cannot be written to
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own" / "byot"
 
@@ -409,7 +397,7 @@ def test_in_analysis_only_retrain_goes_beyond_files() -> None:
         if path.name != "retrain.py":
             assert not imported(path) & {"search", "ray", "optuna", "torch"}, path
             modules = re.findall(r"^\s*(?:from|import) (byot[.\w]*)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            assert set(modules) <= {"byot.config", "byot.flags", "byot.files", "byot.searched"}, path
+            assert set(modules) <= {"byot.config", "byot.system.flags", "byot.system.files", "byot.search_files"}, path
 
 
 def test_arrows_are_seen(tmp_path: Path) -> None:

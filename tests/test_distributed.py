@@ -20,10 +20,10 @@ from byot import step, train
 from byot.batches import augment
 from byot.config import TrainConfig
 from byot.data import LabelledImages
-from byot.distributed import ALONE, CpuSyncBatchNorm2d, Processes, joined_processes, synchronise_batch_norms
-from byot.files import read_json, read_json_lines
 from byot.runs import open_run, train_run, train_saving
-from byot.stopping import StoppedError
+from byot.system.distributed import ALONE, CpuSyncBatchNorm2d, Processes, joined_processes, synchronise_batch_norms
+from byot.system.files import read_json, read_json_lines
+from byot.system.stopping import StoppedError
 from byot.trainer import Trainer, build_model, check_parts
 from tests.helpers import PROJECT, random_pixels
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from byot.config import TrainConfig
-from search.cluster import Share, Slots, share
-from search.confirm import Confirmation, Run
 from search.messages import describe_confirmation, describe_time
+from search.race import Confirmation, Run
 from search.settings import SearchSettings, choose_grace
 from search.space import DEFAULT_SPACE
+from search.system.resources import Share, Slots, share
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Holds byot/fused.py and its C source to PyTorch's operations in float64, whatever the shape and the threads."""
+"""Holds fused.py and its C source to PyTorch's operations in float64, whatever the shape and the threads."""
 
 import copy
 import os
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byot import fused
 from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images
-from byot.fused import load_library, norm_relu
+from byot.system import fused
+from byot.system.fused import load_library, norm_relu
 from byot.trainer import Trainer
 
 needs_compiler = pytest.mark.skipif(load_library() is None, reason="needs a C compiler")
@@ -157,7 +157,7 @@ def test_training_with_and_without_it_is_the_same_but_for_rounding(monkeypatch: 
 def load_elsewhere(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Whether a new process gets the library."""
     return subprocess.run(
-        [sys.executable, "-c", "from byot.fused import load_library; print(load_library() is not None)"],
+        [sys.executable, "-c", "from byot.system.fused import load_library; print(load_library() is not None)"],
         env={**os.environ, "BYOT_CACHE": str(folder / "cache"), **environment},
         capture_output=True,
         text=True,

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from byot.lock import lock_folder
-from byot.stopping import catch_stop_signals
+from byot.system.lock import lock_folder
+from byot.system.stopping import catch_stop_signals
 from tests.helpers import PROJECT
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from byot.lock import lock_folder
+from byot.system.lock import lock_folder
 with lock_folder(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from byot.config import TrainConfig
-from byot.files import write_json
-from search.confirm import Confirmation
+from byot.system.files import write_json
+from search.race import Confirmation
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE
 from tests.test_study import EPOCHS, MadeUpSearch

@@ -8,7 +8,6 @@ import ray
 
 from byot.config import TrainConfig
 from byot.data import load_images
-from search.cluster import Share, Slots, share, start_ray
 from search.probe import (
     Probe,
     Throughput,
@@ -18,6 +17,7 @@ from search.probe import (
     raise_until_it_gains_nothing,
 )
 from search.settings import SearchSettings
+from search.system.resources import Share, Slots, share, start_ray
 from search.trial import TrialSetup
 from tests.helpers import assert_one_sentence, run_command
 

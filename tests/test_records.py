@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from byot.config import TrainConfig
-from byot.files import read_json
+from byot.system.files import read_json
 from search.records import (
     MEASURES,
     MOST_ROWS_AT_ONCE,

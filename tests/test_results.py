@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.curves import FAMILIES, configurations, curves_path, load_curves
 from benchmarks.plans import SEARCH_PLANS, TABLE_PLANS, planned_runs, read_record
+from benchmarks.quality.curves import FAMILIES, configurations, curves_path, load_curves
 from benchmarks.readme_tables import README, all_sections, with_tables
-from byot.config import PROJECT_ROOT, TrainConfig
-from byot.files import read_json
-from byot.searched import SHIPPED_FOLDER, find_best
+from byot.config import TrainConfig
+from byot.search_files import SHIPPED_FOLDER, find_best
+from byot.system.files import read_json
+from byot.system.paths import PROJECT_ROOT
 from search.records import best_row, read_rows
 
 RESULTS = PROJECT_ROOT / "results"

@@ -13,10 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from byot.checkpoint import load_checkpoint
 from byot.config import TrainConfig
-from byot.files import read_json, read_json_lines
-from byot.lock import lock_folder
+from byot.system.checkpoint import load_checkpoint
+from byot.system.files import read_json, read_json_lines
+from byot.system.lock import lock_folder
 from search.records import Row, pareto_front, read_rows
 from tests.helpers import (
     PROJECT,

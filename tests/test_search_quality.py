@@ -12,11 +12,11 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from benchmarks import families, search_quality
-from benchmarks.curves import FAMILIES
-from benchmarks.families import NUM_LOOKED_AT, RECORDED, SYNTHETIC, Family, Run, load_family
-from benchmarks.search_quality import Estimate, Name, Ours, Proposal, Stock, Task, make_method, simulate
-from byot.files import read_json
+from benchmarks.quality import families, search_quality
+from benchmarks.quality.curves import FAMILIES
+from benchmarks.quality.families import NUM_LOOKED_AT, RECORDED, SYNTHETIC, Family, Run, load_family
+from benchmarks.quality.search_quality import Estimate, Name, Ours, Proposal, Stock, Task, make_method, simulate
+from byot.system.files import read_json
 from search.records import MEASURES
 from search.space import DEFAULT_SPACE, Role, Space, space_to_dict
 from search.study import BudgetAwareSearch, RecordedAsha

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from byot import step, trainer
 from byot.config import Acceleration, TrainConfig
 from byot.data import LabelledImages, load_images
-from byot.distributed import ALONE, Processes
 from byot.metrics import EpochMetrics
 from byot.step import RecordingError, TrainingStep, choose_mode
+from byot.system.distributed import ALONE, Processes
 from byot.trainer import Trainer
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from byot.config import TrainConfig
-from byot.files import append_json_line
+from byot.system.files import append_json_line
 from search.records import DIVERGED, MEASURES, Row, SearchRecords, pareto_front
 from search.space import DEFAULT_SPACE, Range, first_points
 from search.study import BudgetAwareSearch, RecordedAsha

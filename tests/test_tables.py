@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks import devices
 from benchmarks.plans import (
     PLANS,
     TABLE_PLANS,
@@ -24,10 +23,12 @@ from benchmarks.plans import (
     searched_settings,
 )
 from benchmarks.readme_tables import BEGIN, END, load_runs, origin, paired_difference, plan_section, with_tables
+from benchmarks.speed import devices
 from benchmarks.tables import TOY, Places, keep_record, run_pieces, train_piece
-from byot.config import PROJECT_ROOT, TrainConfig, work_after
-from byot.files import read_json, write_json, write_text
+from byot.config import TrainConfig, work_after
 from byot.loss import self_distillation_loss
+from byot.system.files import read_json, write_json, write_text
+from byot.system.paths import PROJECT_ROOT
 from tests.helpers import assert_one_sentence, command_environment, command_line, picture_of, run_command
 
 TABLES = "benchmarks/tables.py"
@@ -236,7 +237,8 @@ def test_runs_end_with_a_program_that_is_killed(tmp_path: Path):
     """And go on from where they were."""
     folder = tmp_path / "run"
     program = (
-        "from pathlib import Path; from benchmarks.pool import make_pool; from benchmarks.tables import train_piece\n"
+        "from pathlib import Path; from benchmarks.quality.pool import make_pool\n"
+        "from benchmarks.tables import train_piece\n"
         "from byot.config import TrainConfig\n"
         "if __name__ == '__main__':\n"
         "    config = TrainConfig(recipe='reference', dataset='digits', width=4, epochs=2000, device='cpu')\n"

@@ -20,18 +20,18 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import normalize
 
-from byot import data, evaluate, runs, searched, train
+from byot import data, evaluate, runs, search_files, train
 from byot.batches import augment, batches_per_epoch, constants, draw_epoch, shuffled
-from byot.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
 from byot.config import TrainConfig, learning_rate, resolution
 from byot.data import LabelledImages, load_images, split_validation
-from byot.files import read_json, read_json_lines, write_json
-from byot.lock import lock_folder
 from byot.loss import self_distillation_loss
 from byot.metrics import EpochMetrics
-from byot.provenance import find_commit
 from byot.runs import finish_run, load_network, open_run, train_run, train_saving
-from byot.stopping import DivergedError, OutOfMemoryError, StoppedError
+from byot.system.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
+from byot.system.files import read_json, read_json_lines, write_json
+from byot.system.lock import lock_folder
+from byot.system.provenance import find_commit
+from byot.system.stopping import DivergedError, OutOfMemoryError, StoppedError
 from byot.trainer import Trainer, build_model, choose_autocast_dtype, choose_device
 from tests.helpers import (
     PROJECT,
@@ -1180,7 +1180,7 @@ def test_best_takes_the_newest_finished_search_of_the_model_and_data_that_are_na
 def test_best_falls_back_on_what_is_shipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(searched, "SHIPPED_FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr(search_files, "SHIPPED_FOLDER", tmp_path / "shipped")
     write_json(tmp_path / "shipped" / "resnet18-digits.json", {"config": TrainConfig(alpha=0.6).to_dict()})
     assert plan("--best", "--dataset", "digits", "--outputs", tmp_path)[0].alpha == 0.6
     said = capsys.readouterr().out

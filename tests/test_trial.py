@@ -9,7 +9,7 @@ import pytest
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
-from byot.files import read_json_lines
+from byot.system.files import read_json_lines
 from search.trial import mean_record, train_seeds
 
 CONFIG = TrainConfig(dataset="digits", width=2, epochs=3, val_fraction=0.2, device="cpu", seed=5)

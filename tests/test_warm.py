@@ -7,7 +7,7 @@ import pytest
 from optuna.trial import TrialState
 
 from byot.config import TrainConfig
-from byot.files import write_json
+from byot.system.files import write_json
 from search.records import DIVERGED, MEASURES, write_rows
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE, Range, space_to_dict

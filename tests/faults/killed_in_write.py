@@ -11,14 +11,14 @@ import signal
 import sys
 from pathlib import Path
 
-import byot.checkpoint
-import byot.files
+import byot.system.checkpoint
+import byot.system.files
 
 
 def main() -> None:
     pattern, count, stage, script, *arguments = sys.argv[1:]
     writes = 0
-    rename, write_whole = os.replace, byot.files.write_whole
+    rename, write_whole = os.replace, byot.system.files.write_whole
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -42,8 +42,8 @@ def main() -> None:
         os.replace = dying_rename  # type: ignore[assignment]
         return write_whole(path, *parts)
 
-    byot.files.write_whole = striking
-    byot.checkpoint.write_whole = striking
+    byot.system.files.write_whole = striking
+    byot.system.checkpoint.write_whole = striking
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")

@@ -17,13 +17,14 @@ import byot.data
 import byot.evaluate
 import byot.runs
 import byot.train
-import search.cluster
 import search.driver
+import search.system.resources
 import search.tune
-from byot.checkpoint import save_checkpoint
-from byot.config import PROJECT_ROOT, TrainConfig
+from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images
-from byot.lock import LOCK_FILE
+from byot.system.checkpoint import save_checkpoint
+from byot.system.lock import LOCK_FILE
+from byot.system.paths import PROJECT_ROOT
 from byot.trainer import Trainer
 from tests.faults.tally import TALLY
 from tests.helpers import Refuse, assert_one_sentence, call_main, picture_of, random_pixels, write_parquet
@@ -83,7 +84,7 @@ def place(tmp_path: Path, belongings: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(byot.runs, "finish_run", work)
     monkeypatch.setattr(search.driver, "run_search", work)
-    monkeypatch.setattr(search.cluster, "start_ray", work)
+    monkeypatch.setattr(search.system.resources, "start_ray", work)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(byot.data, "DEFAULT_DATA_DIR", tmp_path / "data")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

@@ -11,7 +11,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from byot.files import read_json, read_json_lines
+from byot.system.files import read_json, read_json_lines
 from search.records import Row, read_rows
 from search.settings import REDUCTION_FACTOR, grace_epochs
 from tests.helpers import command_environment, command_line, run_command

@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any
 
-from search.cluster import Share, share_machine, start_ray
+from search.system.resources import Share, share_machine, start_ray
 
 SECONDS_TO_END = 4
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from byot.config import TrainConfig
-from search.cluster import RAY_ENVIRONMENT, environment_of_workers, try_folder
+from search.system.resources import RAY_ENVIRONMENT, environment_of_workers, try_folder
 from search.trial import UNWRITABLE, TrialSetup, run_trial
 from tests.faults.nodes import start_cluster
 from tests.faults.searches import Search

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from byot.checkpoint import list_checkpoints, load_checkpoint
+from byot.system.checkpoint import list_checkpoints, load_checkpoint
 from tests.faults.conftest import LONG
 from tests.faults.searches import Search
 from tests.faults.tally import TALLY

@@ -27,11 +27,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from analysis.trials import load_curves, load_runs, load_trials
-from byot import checkpoint
-from byot.checkpoint import load_checkpoint, save_checkpoint
 from byot.config import TrainConfig
 from byot.data import load_images
-from byot.files import read_json, read_json_lines, write_json
+from byot.system import checkpoint
+from byot.system.checkpoint import load_checkpoint, save_checkpoint
+from byot.system.files import read_json, read_json_lines, write_json
 from search.space import read_space
 from tests.helpers import (
     Refuse,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from byot.checkpoint import checkpoint_path, load_checkpoint
-from byot.files import read_json, read_json_lines
+from byot.system.checkpoint import checkpoint_path, load_checkpoint
+from byot.system.files import read_json, read_json_lines
 from tests.faults.conftest import LONG
 from tests.faults.tally import TALLY
 from tests.helpers import PROJECT, TIMES, assert_same_state, command_environment, command_line, run_command

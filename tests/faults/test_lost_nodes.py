@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from search.cluster import RAY_ENVIRONMENT
+from search.system.resources import RAY_ENVIRONMENT
 from tests.faults.conftest import LONG
 from tests.faults.nodes import add_node, start_cluster
 from tests.faults.searches import Search

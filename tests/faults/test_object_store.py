@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from byot.checkpoint import load_checkpoint
-from byot.files import read_json, read_json_lines
-from search.cluster import RAY_ENVIRONMENT
+from byot.system.checkpoint import load_checkpoint
+from byot.system.files import read_json, read_json_lines
 from search.records import read_rows
-from search.store import COPY_OF, DRIVER
+from search.system.remote import COPY_OF, DRIVER
+from search.system.resources import RAY_ENVIRONMENT
 from tests.faults.nodes import add_node, start_cluster
 from tests.faults.searches import kill_quietly, trial_workers
 from tests.faults.tally import TALLY

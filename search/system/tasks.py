@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from byot.runs import StopAsked
-from byot.stopping import StoppedError
-from search.cluster import Slots
+from byot.system.stopping import StoppedError
+from search.system.resources import Slots
 
 LOOK_UP_S = 0.5  # between two looks at whether to stop
 MAX_RETRIES = 2  # of a piece whose worker died; what it does has to go on from a checkpoint of its own

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from byot.files import remove_leftovers, write_text
+from byot.system.files import remove_leftovers, write_text
 from byot.trainer import choose_device
-from search.store import Bucket, try_bucket
+from search.system.remote import Bucket, try_bucket
 
 # Read by Ray when it is imported or started.
 RAY_ENVIRONMENT = {

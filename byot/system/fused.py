@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # of one process or over several
 
-from byot.config import cache_folder
+from byot.system.paths import cache_folder
 
 SOURCE = Path(__file__).with_name("norm_relu.c")
 LANES = 16  # as in the source: channels done together

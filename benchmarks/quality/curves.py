@@ -1,8 +1,8 @@
 """Recorded training curves: real ones of many configurations, kept to replay searches on (search_quality.py).
 
-  python benchmarks/curves.py digits                        4 parameters, 160 configurations, 2 seeds each
-  python benchmarks/curves.py cifar100-10 --data-dir DIR    10 classes of CIFAR-100, 3 parameters
-  python benchmarks/curves.py modern-e4 --data-dir DIR      CIFAR-100, for transfer.py: also modern-e8, modern-e24 and
+  python benchmarks/quality/curves.py digits                        4 parameters, 160 configurations, 2 seeds each
+  python benchmarks/quality/curves.py cifar100-10 --data-dir DIR    10 classes of CIFAR-100, 3 parameters
+  python benchmarks/quality/curves.py modern-e4 --data-dir DIR      CIFAR-100, for transfer.py; also modern-e8, -e24,
                                                             reference-e40, with the same 12 configurations
 
 Every configuration is trained to its last epoch, whatever its first epochs look like. The configurations are the first
@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from scipy.stats import qmc
 
-from benchmarks.pool import make_pool
-from byot.config import PROJECT_ROOT, RecipeName, TrainConfig, absolute_path
+from benchmarks.quality.pool import make_pool
+from byot.config import RecipeName, TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
-from byot.files import write_whole
-from byot.flags import Parser, one_sentence_errors
-from byot.provenance import provenance
-from byot.stopping import DivergedError
+from byot.system.files import write_whole
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import PROJECT_ROOT, absolute_path
+from byot.system.provenance import provenance
+from byot.system.stopping import DivergedError
 from byot.trainer import Trainer
 from search.records import MEASURES
 from search.space import DEFAULT_SPACE, Range, Role, Space, first_points, space_from_dict, space_to_dict
@@ -171,7 +172,7 @@ def record(name: str, data_dir: str | None, path: Path, num_workers: int) -> Ite
         if changed or known.space != family.space:
             raise ValueError(f"{path} was recorded with other settings: give another --output")
     else:
-        command = f"python benchmarks/curves.py {name}" + (" --data-dir DIR" if data_dir else "")
+        command = f"python benchmarks/quality/curves.py {name}" + (" --data-dir DIR" if data_dir else "")
         header = {
             "command": command,
             "config": {**family.base.to_dict(), "data_dir": None},

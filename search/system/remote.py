@@ -28,8 +28,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
-from byot.files import read_json, write_json
-from byot.lock import LOCK_FILE, LockedError, lock_folder
+from byot.system.files import read_json, write_json
+from byot.system.lock import LOCK_FILE, LockedError, lock_folder
 
 SCHEMES = ("s3", "gs", "gcs")
 # Unless the URL says otherwise. Small objects in one request, which else take three; Google's repeats for 15 minutes.

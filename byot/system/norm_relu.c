@@ -3,7 +3,7 @@
  * Images are [M, C] bfloat16, channels last: M = B * H * W pixels of C channels, C a multiple of LANES. Statistics are
  * float32 [C]. Sums over pixels are float32 within a block of rows and float64 over the blocks, of values shifted by the
  * first row's, so that no digits cancel. Each thread has neighbouring rows and a sum of its own: the result depends on
- * their number alone, never on timing. Plain C that compilers vectorise; called from byot/fused.py.
+ * their number alone, never on timing. Plain C that compilers vectorise; called from byot/system/fused.py.
  */
 #include <math.h>
 #include <stdint.h>

@@ -1,6 +1,6 @@
 """Whether this device computes what the CPU does: the same steps from the same weights, in each way and precision.
 
-  python benchmarks/devices.py --data-dir DIR                    ResNet18 at width 64, 20 steps
+  python benchmarks/speed/devices.py --data-dir DIR                    ResNet18 at width 64, 20 steps
 
 Held to the CPU's eager float32 steps: the mean losses over the steps, and what the network says of the images after
 them. The learning rate is small, so that rounding does not grow. Exit code 1 where a difference is larger than the
@@ -10,12 +10,13 @@ precision explains.
 import sys
 from typing import Any
 
-from benchmarks.train_speed import some_images
-from byot.config import Acceleration, Precision, TrainConfig, absolute_path
+from benchmarks.speed.train_speed import some_images
+from byot.config import Acceleration, Precision, TrainConfig
 from byot.data import LabelledImages
-from byot.files import write_json
-from byot.flags import Parser, one_line, one_sentence_errors
-from byot.provenance import provenance
+from byot.system.files import write_json
+from byot.system.flags import Parser, one_line, one_sentence_errors
+from byot.system.paths import absolute_path
+from byot.system.provenance import provenance
 from byot.trainer import Trainer, choose_device
 
 LARGEST: dict[Precision, float] = {"fp32": 1e-3, "bf16": 2e-2}  # relative difference; TF32 multiplies with 10 bits

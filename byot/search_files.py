@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from byot.config import PROJECT_ROOT, TrainConfig, absolute_path
-from byot.files import errors_in, read_json
+from byot.config import TrainConfig
+from byot.system.files import errors_in, read_json
+from byot.system.paths import PROJECT_ROOT, absolute_path
 
 CONFIRMATION = "confirmation.json"  # of a search whose best configurations were run again over fresh seeds
 SHIPPED_FOLDER = PROJECT_ROOT / "results" / "best"

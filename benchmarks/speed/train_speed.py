@@ -1,7 +1,7 @@
 """Training speed and memory of this project against a plain loop that works as the reference implementation does.
 
-  python benchmarks/train_speed.py                               ResNet18 and 50 at widths 64 and 16
-  python benchmarks/train_speed.py --models resnet18 --widths 16 --steps 10 --data-dir DIR
+  python benchmarks/speed/train_speed.py                               ResNet18 and 50 at widths 64 and 16
+  python benchmarks/speed/train_speed.py --models resnet18 --widths 16 --steps 10 --data-dir DIR
 
 Both train the same images in turns within one process, so that what else the machine does falls on both; the ratio is
 the median over the rounds. Both train by the reference's recipe, ours too at full resolution from the first step on. A
@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.reference_loop import ReferenceLoop
-from byot.config import TrainConfig, absolute_path
+from benchmarks.speed.reference_loop import ReferenceLoop
+from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images
-from byot.files import write_json
-from byot.flags import Parser, one_sentence_errors
-from byot.provenance import provenance
 from byot.step import WARMUP_STEPS
+from byot.system.files import write_json
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import absolute_path
+from byot.system.provenance import provenance
 from byot.trainer import Trainer
 
 MATMUL_SIZE = {"cpu": 2048, "mps": 4096, "cuda": 8192}

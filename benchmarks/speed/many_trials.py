@@ -1,6 +1,6 @@
 """Whether a search stays quick and small however many trials it has: time and the driver's memory as trials add up.
 
-  python benchmarks/many_trials.py                                          1,000 trials, some minutes on two cores
+  python benchmarks/speed/many_trials.py                             1,000 trials, some minutes on two cores
 
 One whole search in a folder that is removed. Its trials are trivial (one step of a network of width 1 on a few of the
 digits), so that what a trial costs is Ray, the proposal and the records. Each row is a block of trials, in seconds a
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.train_speed import resident_gib
-from byot.config import TrainConfig, absolute_path
+from benchmarks.speed.train_speed import resident_gib
+from byot.config import TrainConfig
 from byot.data import LabelledImages
-from byot.files import write_json
-from byot.flags import Parser, one_sentence_errors
+from byot.system.files import write_json
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import absolute_path
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE
 
@@ -101,17 +102,17 @@ def few(images: LabelledImages, number: int) -> LabelledImages:
 def measure(settings: SearchSettings, block: int) -> list[dict[str, float]]:
     """Do the search; a row for each block of trials, of which the first has the start of the workers in it."""
     from search import driver
-    from search.cluster import Share, share_machine, start_ray
+    from search.system.resources import Share, share_machine, start_ray
 
     room = share_machine(Share(), BASE.device)
     start_ray(room)  # with its settings in the environment, before what imports Ray
 
     from ray.tune.execution.tune_controller import TuneController
 
+    from search.callback import SearchWatch
     from search.mirror import OptunaMirror
     from search.records import SearchRecords
     from search.study import BudgetAwareSearch
-    from search.watch import SearchWatch
 
     whole = driver.load_search_data(BASE)
     data = driver.SearchData(few(whole.train, NUM_TRAIN), few(whole.val, NUM_VAL))
@@ -155,7 +156,7 @@ def main() -> None:
     rows = measure(settings, arguments.block)
     print(to_text(rows), flush=True)
     if arguments.output:
-        from byot.provenance import provenance
+        from byot.system.provenance import provenance
         from byot.trainer import choose_device
 
         record = {"config": BASE.to_dict(), "num_train_images": NUM_TRAIN, "num_val_images": NUM_VAL, "blocks": rows}

@@ -1,7 +1,7 @@
 """Accuracy against time: each recipe at several budgets of epochs, on a CPU, one run after the other.
 
-  python benchmarks/time_to_accuracy.py --data-dir DIR --output FILE --figure FILE
-  python benchmarks/time_to_accuracy.py --dataset digits --width 4 --budgets 1 2 --output FILE         a try, in seconds
+  python benchmarks/quality/time_to_accuracy.py --data-dir DIR --output FILE --figure FILE
+  python benchmarks/quality/time_to_accuracy.py --dataset digits --width 4 --budgets 1 2 --output FILE   a try
 
 A tenth of the training images is held out, and accuracy is measured on it after each epoch; the test set is not read.
 Seconds are those of training alone, without these measurements: the process's own, which other work on the machine
@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 
 from analysis.figures import BLUE, ORANGE, STYLE, WIDTH
 from benchmarks.readme_tables import mean_and_sd, table
-from byot.config import RecipeName, TrainConfig, absolute_path, check_writable_file, work_after
+from byot.config import RecipeName, TrainConfig, work_after
 from byot.data import LabelledImages, load_images, split_validation
-from byot.files import read_json, write_json
-from byot.flags import Parser, one_sentence_errors
-from byot.provenance import provenance
+from byot.system.files import read_json, write_json
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import absolute_path, check_writable_file
+from byot.system.provenance import provenance
 from byot.trainer import Trainer
 
 COLOURS: dict[RecipeName, str] = {"reference": ORANGE, "modern": BLUE}

@@ -20,7 +20,10 @@ import pytest
 from rich.console import Console
 
 from byot.config import TrainConfig
-from search.live import (
+from search.records import MEASURES, SearchRecords
+from search.settings import expected_work, expected_work_left, grace_epochs
+from search.space import DEFAULT_SPACE, first_points
+from search.table import (
     NUM_MEASURED,
     EpochRate,
     LiveTable,
@@ -31,9 +34,6 @@ from search.live import (
     render,
     view_search,
 )
-from search.records import MEASURES, SearchRecords
-from search.settings import expected_work, expected_work_left, grace_epochs
-from search.space import DEFAULT_SPACE, first_points
 from tests.helpers import FakeTerminal, command_environment, command_line
 
 HEIGHT = 24
@@ -326,7 +326,7 @@ def test_ray_can_pickle_it(terminal: FakeTerminal):
 def test_it_is_drawn_at_most_once_in_a_while_but_after_each_line(
     terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("search.live.REFRESH_S", 3600.0)
+    monkeypatch.setattr("search.table.REFRESH_S", 3600.0)
     with LiveTable() as live:
         assert live.is_due()
         live.show(make_view())

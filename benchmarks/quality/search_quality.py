@@ -1,7 +1,7 @@
 """How good a configuration search methods find, against the epochs they spend: regret, with nothing trained.
 
-  python benchmarks/search_quality.py                                   all families, 30 seeds
-  python benchmarks/search_quality.py --families acc peak loss --output FILE --figure FILE
+  python benchmarks/quality/search_quality.py                                   all families, 30 seeds
+  python benchmarks/quality/search_quality.py --families acc peak loss --output FILE --figure FILE
 
 The real searchers and schedulers, ours and Ray's, are called as Ray's controller calls them, by workers in simulated
 time whose trials take their epochs from families.py: made-up curves, and recorded ones (curves.py). Only our records
@@ -33,13 +33,14 @@ from ray.tune.search.optuna import OptunaSearch
 from scipy.stats import t as student
 
 from analysis.figures import BLUE, GREEN, GREY, ORANGE, STYLE, WIDTH
-from benchmarks.curves import FOLDER, curves_path
-from benchmarks.families import RECORDED, SYNTHETIC, Family, load_family
-from benchmarks.pool import make_pool
-from byot.config import TrainConfig, absolute_path
-from byot.files import write_json
-from byot.flags import Parser, one_sentence_errors
-from byot.provenance import provenance
+from benchmarks.quality.curves import FOLDER, curves_path
+from benchmarks.quality.families import RECORDED, SYNTHETIC, Family, load_family
+from benchmarks.quality.pool import make_pool
+from byot.config import TrainConfig
+from byot.system.files import write_json
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import absolute_path
+from byot.system.provenance import provenance
 from search.records import DIVERGED, Row, SearchRecords, Status
 from search.space import Role, first_points
 from search.study import BudgetAwareSearch, RecordedAsha, make_distributions
@@ -114,7 +115,7 @@ class RecordsInMemory(SearchRecords):
 
 
 class Ours:
-    """BudgetAwareSearch and RecordedAsha, told of each epoch and each end as search/watch.py tells them."""
+    """BudgetAwareSearch and RecordedAsha, told of each epoch and each end as search/callback.py tells them."""
 
     def __init__(self, family: Family, seed: int, *, first: bool) -> None:
         self.records = RecordsInMemory(family, seed)

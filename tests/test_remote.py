@@ -17,15 +17,14 @@ from typing import Any
 import pytest
 
 from byot.config import TrainConfig
-from byot.files import read_json, write_json, write_text
-from byot.lock import lock_folder
+from byot.system.files import read_json, write_json, write_text
+from byot.system.lock import lock_folder
 from search import driver, tune
-from search.cluster import Slots, check_nodes
-from search.confirm import confirm
+from search.race import confirm
 from search.records import SearchRecords, save_search
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE, space_to_dict
-from search.store import (
+from search.system.remote import (
     COPY_OF,
     DRIVER,
     Bucket,
@@ -36,6 +35,7 @@ from search.store import (
     try_bucket,
     working_folder,
 )
+from search.system.resources import Slots, check_nodes
 from tests.helpers import PROJECT
 from tests.object_store import ObjectStore, credentials, serve
 
@@ -134,7 +134,7 @@ def test_a_store_that_refuses(store: ObjectStore, monkeypatch: pytest.MonkeyPatc
 
 def test_a_process_killed_within_an_upload_leaves_what_was_there(store: ObjectStore, bucket: Bucket):
     bucket.write("x", b"before")
-    code = f"from search.store import Bucket; Bucket({store.url()!r}).write('x', bytes(32 << 20))"
+    code = f"from search.system.remote import Bucket; Bucket({store.url()!r}).write('x', bytes(32 << 20))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env=os.environ | credentials())
 
     def kill(method: str, key: str) -> None:
@@ -210,7 +210,7 @@ def test_what_a_killed_worker_leaves_is_removed_and_what_is_at_work_stays(
     place = place_of_trial(bucket)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = (
-        "import os, signal; from pathlib import Path; from search.store import Bucket, working_folder\n"
+        "import os, signal; from pathlib import Path; from search.system.remote import Bucket, working_folder\n"
         f"with working_folder(Path('unused'), Bucket({place.url!r}, {place.below!r})):\n"
         " os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -269,7 +269,7 @@ def test_where_nothing_can_be_locked_no_working_folder_is_removed(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("byot.lock.FileLock.acquire", refuse)
+    monkeypatch.setattr("byot.system.lock.FileLock.acquire", refuse)
     with working_folder(Path("unused"), place) as (at_work, _):
         os.utime(at_work.parent, (0, 0))
         with working_folder(Path("unused"), place):
@@ -371,7 +371,7 @@ def test_a_driver_looks_now_and_then_whether_it_still_drives(
     kept.look()
     KeptInBucket(bucket, tmp_path / "two" / "s").take_over()
     kept.look()  # not yet again
-    monkeypatch.setattr("search.store.LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("search.system.remote.LOOK_EVERY_S", 0.0)
     kept._next_look_at = 0.0
     asked = store.on_request
     store.on_request = refuse_all
@@ -395,7 +395,7 @@ def test_a_confirmation_ends_once_another_driver_goes_on_with_it(monkeypatch: py
     kept: Any = SimpleNamespace(look=lambda: None)
     confirmation: Any = SimpleNamespace(base=TrainConfig(dataset="digits"), kept=kept, save=saved.append)
     monkeypatch.setattr("ray.put", lambda images: images)
-    monkeypatch.setattr("search.confirm.run_tasks", run_tasks)
+    monkeypatch.setattr("search.race.run_tasks", run_tasks)
     with pytest.raises(TakenOverError):
         confirm(confirmation, Slots(1, 1, 0.0, 1, 0), lambda: 0, None)
     assert saved == ["running"]
@@ -465,7 +465,7 @@ class Node:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            "search.cluster.nodes_with_room", lambda _: [{"NodeID": "1" * 56, "NodeManagerAddress": "one"}]
+            "search.system.resources.nodes_with_room", lambda _: [{"NodeID": "1" * 56, "NodeManagerAddress": "one"}]
         )
         monkeypatch.setattr("ray.remote", lambda **_: lambda look: self.task(look))
         monkeypatch.setattr("ray.wait", lambda tasks, **_: (tasks, []))
@@ -493,7 +493,7 @@ def test_after_looking_at_the_nodes_nothing_is_left(
         store.on_request = refuse_writes
         with pytest.raises(ValueError, match=r"1 of 1 nodes cannot work on s3://bucket/searches/s: one .*AWS Error"):
             check_nodes(folder, slots, bucket / "s")
-        monkeypatch.setattr("search.cluster.try_folder", lambda _: "it cannot write there")
+        monkeypatch.setattr("search.system.resources.try_folder", lambda _: "it cannot write there")
         with pytest.raises(ValueError, match=r"1 of 1 nodes cannot work on .* \(it cannot write there"):
             check_nodes(folder, slots)
     assert not folder.exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from byot.config import PROJECT_ROOT
+from byot.system.paths import PROJECT_ROOT
 
 PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy", "pandas")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from byot.files import remove_leftovers, write_whole
+from byot.system.files import remove_leftovers, write_whole
 
 COMMENT_LENGTH = hashlib.sha256().digest_size * 2  # in hexadecimal
 NO_COMMENT = (0).to_bytes(2, "little")  # a zip archive ends with its comment's length and the comment

@@ -8,11 +8,11 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
-from byot.files import describe_refusal, write_text
-from search.live import LiveTable, view_search
+from byot.system.files import describe_refusal, write_text
 from search.mirror import OptunaMirror
 from search.records import DIVERGED, Row, SearchRecords, Status, format_value
 from search.study import BudgetAwareSearch, RecordedAsha
+from search.table import LiveTable, view_search
 from search.trial import FAILED, PACE, UNWRITABLE
 
 MAX_RETRIES = 3  # of a trial whose worker or node died before it did another epoch

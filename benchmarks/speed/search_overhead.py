@@ -1,7 +1,7 @@
 """What a search costs beside training: seconds a trial, and the share of the time in which its workers train.
 
-  python benchmarks/search_overhead.py                      trivial trials, then trials of some epochs on the digits
-  python benchmarks/search_overhead.py --data-dir DIR --width 16 --epochs 1 --num-samples 8            on CIFAR-100
+  python benchmarks/speed/search_overhead.py          trivial trials, then trials of some epochs on the digits
+  python benchmarks/speed/search_overhead.py --data-dir DIR --width 16 --epochs 1 --num-samples 8       on CIFAR-100
 
 Each search is a whole one, in a process of its own and a folder that is removed. Training is what the trials' own
 records say their epochs took, validation included. All else is overhead: Ray, starting workers, building networks,
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from byot.config import TrainConfig, absolute_path
-from byot.files import read_json_lines, write_json
-from byot.flags import Parser, one_sentence_errors
+from byot.config import TrainConfig
+from byot.system.files import read_json_lines, write_json
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import absolute_path
 from search.settings import SearchSettings
 
 TRIVIAL = ("--width", "4", "--epochs", "1", "--num-samples", "8")
@@ -64,8 +65,8 @@ def plan(arguments: argparse.Namespace) -> Plan:
 def measure(planned: Plan, began_at: float) -> dict[str, Any]:
     """Do the search and return what its parts took, in seconds."""
     from search import driver
-    from search.cluster import Share, share_machine
     from search.space import DEFAULT_SPACE
+    from search.system.resources import Share, share_machine
 
     took = {"imports_s": time.perf_counter() - began_at}
 
@@ -127,7 +128,7 @@ def main() -> None:
         Path(arguments.output).write_text(json.dumps(found))
         return
 
-    from byot.provenance import provenance
+    from byot.system.provenance import provenance
     from byot.trainer import choose_device
 
     given = ("--data-dir", arguments.data_dir) if arguments.data_dir else ()

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import qmc
 
-from benchmarks.curves import Curve, curves_path, load_curves
+from benchmarks.quality.curves import Curve, curves_path, load_curves
 from byot.config import TrainConfig, comparable_after
 from search.settings import grace_epochs
 from search.space import DEFAULT_SPACE, Range, Role, Space

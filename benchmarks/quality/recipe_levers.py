@@ -1,8 +1,8 @@
 """What each lever of a training recipe is worth: one change at a time, paired by seed, at equal arithmetic.
 
-  python benchmarks/recipe_levers.py --data-dir DIR                  every row that results/recipe-levers.jsonl lacks
-  python benchmarks/recipe_levers.py --data-dir DIR --rows base sgd --seeds 1 2 --budget 8
-  python benchmarks/recipe_levers.py --table                        the table of what is there, results/recipe-levers.md
+  python benchmarks/quality/recipe_levers.py --data-dir DIR          every row that results/recipe-levers.jsonl lacks
+  python benchmarks/quality/recipe_levers.py --data-dir DIR --rows base sgd --seeds 1 2 --budget 8
+  python benchmarks/quality/recipe_levers.py --table                the table of what is there, results/recipe-levers.md
 
 CIFAR-100, ResNet18 with four classifiers, the reference's loss weights, all 50,000 training images, the test set read
 once, after the last step. A budget of 3 is the arithmetic of three epochs at 32 pixels: smaller images earn epochs. The
@@ -21,25 +21,26 @@ import torch
 from torch import Tensor
 
 from analysis.trials import CLASSIFIER_NAMES
-from benchmarks.pool import make_pool
+from benchmarks.quality.pool import make_pool
 from benchmarks.readme_tables import mean_and_sd, paired_difference, table
 from byot.batches import DeviceImages, as_tensors, constants, crop_and_flip, cut_out, in_order, normalise, resize
-from byot.config import PROJECT_ROOT, Teacher, TrainConfig, absolute_path
+from byot.config import Teacher, TrainConfig
 from byot.data import find_normalisation, load_images
-from byot.files import append_json_line, read_json_lines, write_text
-from byot.flags import Parser, one_sentence_errors
 from byot.loss import self_distillation_loss
 from byot.metrics import evaluate
 from byot.model import BranchedResNet
 from byot.optimizer import orthogonalise
-from byot.provenance import provenance
+from byot.system.files import append_json_line, read_json_lines, write_text
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import PROJECT_ROOT, absolute_path
+from byot.system.provenance import provenance
 from byot.trainer import build_model, choose_autocast_dtype
 
 RECORDS = PROJECT_ROOT / "results" / "recipe-levers.jsonl"
 TITLE = """# Levers of the recipe
 
-Made by `benchmarks/recipe_levers.py`, which says what each row is. Accuracies in percent, mean ± standard deviation of
-n seeds; differences in points, paired by seed, ± half of a 95 % interval where n is above 1.
+Made by `benchmarks/quality/recipe_levers.py`, which says what each row is. Accuracies in percent, mean ± standard
+deviation of n seeds; differences in points, paired by seed, ± half of a 95 % interval where n is above 1.
 
 """
 CPU = torch.device("cpu")

@@ -1,7 +1,7 @@
 """Images a second that several trials train on together, against their number: on one GPU, or on the cores of a CPU.
 
-  python benchmarks/concurrent_trials.py                         ResNet18 at width 16
-  python benchmarks/concurrent_trials.py --width 64 --most 4
+  python benchmarks/speed/concurrent_trials.py                         ResNet18 at width 16
+  python benchmarks/speed/concurrent_trials.py --width 64 --most 4
 
 On a GPU its memory and processor are shared; `tune.py --trials-per-gpu auto` chooses by the same measurement. On a CPU
 the cores are dealt out, so that fewer trials have more threads each.
@@ -10,9 +10,10 @@ the cores are dealt out, so that fewer trials have more threads each.
 from pathlib import Path
 from typing import Any
 
-from byot.config import TrainConfig, absolute_path
-from byot.files import write_json
-from byot.flags import Parser, one_sentence_errors
+from byot.config import TrainConfig
+from byot.system.files import write_json
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import absolute_path
 
 
 def build_parser() -> Parser:
@@ -29,11 +30,11 @@ def measure(config: TrainConfig, most: int | None) -> list[dict[str, Any]]:
     """Images a second in all for one trial, two, and so on."""
     import ray
 
-    from benchmarks.train_speed import some_images
+    from benchmarks.speed.train_speed import some_images
     from byot.trainer import choose_device
-    from search.cluster import Share, Slots, share_machine, start_ray
     from search.probe import measure_on_ray
     from search.settings import share_of_gpu
+    from search.system.resources import Share, Slots, share_machine, start_ray
     from search.trial import TrialSetup
 
     room = share_machine(Share(), config.device)
@@ -69,7 +70,7 @@ def main() -> None:
         if arguments.most is not None and arguments.most < 1:
             raise ValueError(f"--most must be at least 1, not {arguments.most}")
 
-    from byot.provenance import provenance
+    from byot.system.provenance import provenance
     from byot.trainer import choose_device
 
     print("trials  threads each  images/s all  over one trial")

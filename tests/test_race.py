@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from byot.config import TrainConfig
-from byot.files import read_json, write_json
-from byot.searched import find_best
-from search.confirm import Confirmation, Run, choose_arms
-from search.confirmation import ERROR, EVEN_LOOKS, MOST_RUNS_NAMED, Comparison, judge
+from byot.search_files import find_best
+from byot.system.files import read_json, write_json
+from search.race import Confirmation, Run, choose_arms
 from search.records import MEASURES
 from search.settings import FRESH_SEEDS, SearchSettings
+from search.significance import ERROR, EVEN_LOOKS, MOST_RUNS_NAMED, Comparison, judge
 from search.space import DEFAULT_SPACE, Role
 
 SD = 0.3  # points, of a run; what its seed does to all arms comes on top

@@ -1,7 +1,7 @@
 """How much a short run tells of a long one: rank correlations of the same configurations, recorded by curves.py.
 
-  python benchmarks/transfer.py                                  of what is recorded so far in results/curves
-  python benchmarks/transfer.py --output FILE
+  python benchmarks/quality/transfer.py                                  of what is recorded so far in results/curves
+  python benchmarks/quality/transfer.py --output FILE
 
 A short run with a schedule of its own is set beside the long run cut off after the same arithmetic. Cut off it has an
 advantage: it is the same run, with the same luck. A configuration's value is the mean over its seeds of the deepest
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
-from benchmarks.curves import FOLDER, TRANSFER, Curves, curves_path, load_curves
-from byot.config import TrainConfig, absolute_path, check_writable_file, work_after
-from byot.files import write_json
-from byot.flags import Parser, one_sentence_errors
-from byot.provenance import provenance
+from benchmarks.quality.curves import FOLDER, TRANSFER, Curves, curves_path, load_curves
+from byot.config import TrainConfig, work_after
+from byot.system.files import write_json
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import absolute_path, check_writable_file
+from byot.system.provenance import provenance
 
 RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
 LONG = ("modern-e24", "reference-e40")

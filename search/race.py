@@ -19,19 +19,19 @@ import torch
 
 from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
-from byot.files import read_json, write_json
-from byot.lock import WORKER_WAIT_S, lock_folder
 from byot.runs import StopAsked, restore_trainer, train_saving
-from byot.searched import CONFIRMATION, load_confirmation
-from byot.stopping import DivergedError, StoppedError
+from byot.search_files import CONFIRMATION, load_confirmation
+from byot.system.files import read_json, write_json
+from byot.system.lock import WORKER_WAIT_S, lock_folder
+from byot.system.stopping import DivergedError, StoppedError
 from byot.trainer import check_same_run
-from search.cluster import Slots
-from search.confirmation import ERROR, MOST_RUNS_NAMED, Comparison, Judgement, judge
 from search.records import Row, format_value, now, ranked
 from search.settings import FRESH_SEEDS, SearchSettings
+from search.significance import ERROR, MOST_RUNS_NAMED, Comparison, Judgement, judge
 from search.space import ROLE_NAMES, Role, Space, first_points
-from search.store import Bucket, Kept, working_folder
-from search.tasks import Task, run_tasks
+from search.system.remote import Bucket, Kept, working_folder
+from search.system.resources import Slots
+from search.system.tasks import Task, run_tasks
 
 
 class Arm(NamedTuple):

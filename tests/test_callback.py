@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from byot.config import TrainConfig
-from byot.files import read_json
+from byot.system.files import read_json
 from search import records as records_module
-from search.live import LiveTable
+from search.callback import MAX_FAILURES, MAX_RETRIES, SearchWatch, StopWatch
 from search.mirror import OptunaMirror
 from search.records import DIVERGED, MEASURES, SearchRecords, read_rows, save_search
 from search.space import DEFAULT_SPACE, first_points
-from search.store import TakenOverError
 from search.study import BudgetAwareSearch, RecordedAsha
+from search.system.remote import TakenOverError
+from search.table import LiveTable
 from search.trial import FAILED, UNWRITABLE
-from search.watch import MAX_FAILURES, MAX_RETRIES, SearchWatch, StopWatch
 from tests.faults.searches import load_mirror
 from tests.helpers import FakeTerminal
 
@@ -181,7 +181,7 @@ def test_a_terminal_sees_the_trials_that_run(driver: Driver, monkeypatch: pytest
     terminal = FakeTerminal()
     monkeypatch.setattr(sys, "__stdout__", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("search.live.REFRESH_S", 3600.0)
+    monkeypatch.setattr("search.table.REFRESH_S", 3600.0)
     first, second = driver.start(), driver.start()
     second.status = "PENDING"
     with driver.watch.live:

@@ -1,0 +1,1 @@
+"""What knows nothing of the method: files, checkpoints, processes, flags."""

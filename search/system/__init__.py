@@ -1,0 +1,1 @@
+"""Ray and object stores: nothing here knows what a search is."""

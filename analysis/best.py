@@ -31,29 +31,26 @@ def main() -> None:
         from datetime import UTC, datetime
 
         from analysis.listing import bullets, ranking_table
-        from analysis.trials import find_search, last_sign_of_life, load_search, load_trials, rank
+        from analysis.trials import last_sign_of_life, load_trials, rank
         from analysis.verdict import count_statuses, describe_status, judge_search, next_commands
-        from byot.search_files import load_confirmation
+        from byot.search_files import find_search, load_confirmation, load_search
 
         folder = find_search(outputs, arguments.search)
         search, trials = load_search(folder), load_trials(folder)
         confirmation = load_confirmation(folder)
-        ranked = rank(trials, search["metric"], search["mode"], search["config"]["epochs"])
+        ranked = rank(trials, search.metric)
         commands = [] if ranked.empty else next_commands(folder, outputs)
         if target is not None:
-            try:
-                write_text(target, ranked.to_csv(index=False))
-            except OSError as error:
-                raise ValueError(f"{target} cannot be written ({error.strerror})") from error
-    config = search["config"]
-    print(f"search {search['name']}: {describe_status(search, last_sign_of_life(folder), datetime.now(UTC))}")
-    print(f"{config['model']} width {config['width']} on {config['dataset']}, {config['epochs']} epochs")
+            write_text(target, ranked.to_csv(index=False))
+    config = search.config
+    print(f"search {search.name}: {describe_status(search, last_sign_of_life(folder), datetime.now(UTC))}")
+    print(f"{config.model} width {config.width} on {config.dataset}, {config.epochs} epochs")
     print(count_statuses(trials))
     if not ranked.empty:
         print(f"\n{ranking_table(search, trials, arguments.top).to_text()}")
     print(f"\n{bullets(judge_search(search, trials))}")
     if confirmation is not None:
-        print(f"\nrun again over fresh seeds:\n{bullets(confirmation['verdict'])}")
+        print(f"\nrun again over fresh seeds:\n{bullets(confirmation.verdict)}")
     if commands:
         print("\nnext:")
         print("\n".join(f"  {command}" for command in commands))

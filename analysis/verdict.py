@@ -6,43 +6,24 @@ spread of their own over seeds, so a difference between them is "resolved" or "n
 
 import math
 import shlex
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import get_args
 
 import pandas as pd
 
-from analysis.trials import (
-    CLASSIFIER_NAMES,
-    STATUSES,
-    SUFFIXES,
-    find_role,
-    pareto_front,
-    parse_time,
-    rank,
-    search_metrics,
-)
+from analysis.trials import find_role, pareto_front, rank
+from byot.config import CLASSIFIERS, NUM_CLASSIFIERS
+from byot.console import format_duration
+from byot.search_files import ROLE_NAMES, SearchRecord, Status, format_value, metric_mode
 from byot.system.paths import default_outputs
 
-ROLE_NAMES = {"reference": "the reference setting", "control": "deep supervision alone"}
 NUM_STANDARD_ERRORS = 2
 CONFIDENCE = 0.95
 MAX_LISTED = 6
 # Two-sided 5 %, power 80 %: runs an arm = 2 * (1.960 + 0.842)^2 * variance / gap^2, and one for the variance unknown.
 RUNS_FACTOR = 2 * (1.960 + 0.842) ** 2
 MAX_RUNS_NAMED = 200
-
-
-class Interval(NamedTuple):
-    """A difference of two means and half the width of its confidence interval."""
-
-    difference: float
-    half_width: float
-
-    @property
-    def resolved(self) -> bool:
-        return abs(self.difference) > self.half_width
 
 
 # ---------------------------------------------------------------- noise
@@ -63,25 +44,22 @@ def noise_margin(accuracy: float, other: float, num_images: int) -> float:
     As if each were measured on images of its own, about sqrt(2) times the error of one. On the same images the true
     error is smaller, so this errs towards "within the noise".
     """
-    errors = (accuracy_standard_error(a, num_images) for a in (accuracy, other))
-    return NUM_STANDARD_ERRORS * math.hypot(*errors)
+    return NUM_STANDARD_ERRORS * math.hypot(*(accuracy_standard_error(a, num_images) for a in (accuracy, other)))
 
 
-def within_noise(accuracy: float, other: float, num_images: int) -> bool:
-    return abs(accuracy - other) <= noise_margin(accuracy, other, num_images)
-
-
-def compare_means(mean: float, sd: float, n: int, other_mean: float, other_sd: float, other_n: int) -> Interval | None:
-    """Welch's 95 % interval of a difference of two means over seeds; None where one of them has a single run."""
-    if n < 2 or other_n < 2:
-        return None
+def compare_means(
+    mean: float, sd: float, n: int, other_mean: float, other_sd: float, other_n: int
+) -> tuple[float, float] | None:
+    """Difference of two means over seeds and half of Welch's 95 % interval; None where one of them has a single run."""
     from scipy.special import stdtrit
 
+    if n < 2 or other_n < 2:
+        return None
     a, b = sd**2 / n, other_sd**2 / other_n
     if a + b == 0:
-        return Interval(mean - other_mean, 0.0)
+        return mean - other_mean, 0.0
     degrees = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (other_n - 1))
-    return Interval(mean - other_mean, float(stdtrit(degrees, (1 + CONFIDENCE) / 2)) * math.sqrt(a + b))
+    return mean - other_mean, float(stdtrit(degrees, (1 + CONFIDENCE) / 2)) * math.sqrt(a + b)
 
 
 def runs_needed(difference: float, sd: float, other_sd: float) -> int:
@@ -92,33 +70,32 @@ def runs_needed(difference: float, sd: float, other_sd: float) -> int:
 # ---------------------------------------------------------------- words
 
 
-def is_accuracy(metric: str) -> bool:
-    return "_accuracy" in metric
+def num_images_behind(search: SearchRecord) -> int:
+    """Validation images that give the metric its error, 0 where none is known: a likelihood, or images not counted."""
+    return search.num_val_images if "_accuracy" in search.metric else 0
 
 
 def describe_metric(metric: str) -> str:
     """`val_accuracy_2` -> 'validation accuracy, classifier 2/4'."""
     split, measure, *suffix = metric.split("_")
-    names = dict(zip(SUFFIXES, CLASSIFIER_NAMES, strict=True))
-    which = names.get(suffix[0] if suffix else SUFFIXES[-2], "")
+    which = CLASSIFIERS.get(suffix[0] if suffix else str(NUM_CLASSIFIERS), "")
     where = which if which == "ensemble" else f"classifier {which}"
     return f"{ {'val': 'validation', 'test': 'test'}.get(split, split) } {measure.replace('nll', 'NLL')}, {where}"
 
 
-def unit(metric: str) -> str:
-    return "nats" if "_nll" in metric else "%"
+def unit(metric: str, percent: str = "%") -> str:
+    return "nats" if "_nll" in metric else percent
 
 
-def format_value(metric: str, value: float) -> str:
-    return f"{value:.4f}" if "_nll" in metric else f"{value:.2f}"
+def format_gain(metric: str, gain: float) -> str:
+    """'better by 0.70 points'; `gain` is positive for better."""
+    if gain == 0:
+        return "equal"
+    return f"{'better' if gain > 0 else 'worse'} by {format_value(metric, abs(gain))} {unit(metric, 'points')}"
 
 
-def format_amount(metric: str, difference: float) -> str:
-    return f"{format_value(metric, abs(difference))} {'nats' if '_nll' in metric else 'points'}"
-
-
-def format_parameters(search: Mapping[str, Any], trial: pd.Series) -> str:
-    return ", ".join(f"{name} {trial[name]:.3g}" for name in search["space"] if name in trial)
+def format_parameters(search: SearchRecord, trial: pd.Series) -> str:
+    return ", ".join(f"{name} {trial[name]:.3g}" for name in search.space)
 
 
 def count_statuses(trials: pd.DataFrame) -> str:
@@ -126,205 +103,149 @@ def count_statuses(trials: pd.DataFrame) -> str:
     if trials.empty:
         return "no trial yet"
     counts = trials["status"].value_counts()
-    parts = [f"{counts[status]} {status}" for status in STATUSES if status in counts]
+    parts = [f"{counts[status]} {status}" for status in get_args(Status) if status in counts]
     return f"{len(trials)} trial{'s' * (len(trials) != 1)}: {', '.join(parts)}"
 
 
-def describe_status(search: Mapping[str, Any], last_written: datetime, now: datetime) -> str:
+def describe_status(search: SearchRecord, last_written: datetime, now: datetime) -> str:
     """Finished, interrupted, or running: files cannot tell that from killed, but how old they are hints at it."""
-    if search["status"] != "running":
-        return search["status"]
+    if search.status != "running":
+        return search.status
     age = format_duration(max(0.0, (now - last_written).total_seconds()))
     return f"still running, or it was killed: its files were last written {age} ago"
-
-
-def format_duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 120 * 60:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
-
-
-def search_duration(search: Mapping[str, Any]) -> float | None:
-    """Seconds from the start of a search to its end, None if it has not ended."""
-    try:
-        return (parse_time(search.get("finished_at")) - parse_time(search.get("started_at"))).total_seconds()
-    except ValueError:
-        return None
 
 
 # ---------------------------------------------------------------- sentences
 
 
-def judge_search(search: Mapping[str, Any], trials: pd.DataFrame) -> list[str]:
-    """What the trials of a search allow to say: the best, its equals within the noise, its standing against the two
-    settings that are always tried."""
-    metric, epochs = search["metric"], search["config"]["epochs"]
-    ranked = rank(trials, metric, search["mode"], epochs)
+def judge_search(search: SearchRecord, trials: pd.DataFrame) -> list[str]:
+    """Say what the trials of a search allow to say.
+
+    That is the best, its equals within the noise, and its standing against the two settings that are always tried.
+    """
+    metric, epochs, num_images = search.metric, search.config.epochs, num_images_behind(search)
+    ranked = rank(trials, metric)
     if ranked.empty:
         return [f"No trial has reached its last epoch ({epochs}) yet, so there is nothing to compare."]
     best, others = ranked.iloc[0], ranked.iloc[1:]
-    num_images = _num_images(search)
-    found = f"The only self-distilled trial that has reached epoch {epochs}: {best['trial_id']}"
-    if not others.empty:
-        found = f"Best of the {len(ranked)} self-distilled trials that reached epoch {epochs}: trial {best['trial_id']}"
     value = f"{format_value(metric, best[metric])} {unit(metric)}"
     if num_images:
         error = accuracy_standard_error(best[metric], num_images)
         value += f" ± {error:.2f} (binomial standard error, {num_images:,} images)"
-    sentences = [f"{found}, {format_parameters(search, best)}; {describe_metric(metric)}: {value}."]
+    sentences = [
+        f"Best of {len(ranked)} self-distilled trials that reached epoch {epochs}: {best['trial_id']}, "
+        f"{format_parameters(search, best)}; {describe_metric(metric)}: {value}."
+    ]
     if num_images and not others.empty:
         sentences.append(_judge_equals(metric, best, others, num_images))
     for role in ROLE_NAMES:
-        sentences.append(_judge_role(search, best, role, find_role(trials, role, metric, epochs), num_images))
-    sentences += _judge_front(search, trials)
-    if (runs := seeds_per_trial(search)) > 1:
-        sentences.append(f"Each value is the mean of {runs} runs, whose spread is not in the errors above.")
-        return [*sentences, *_caution(search)]
-    seeds = "one seed" if trials["seed"].nunique() <= 1 else "one seed each"
-    if num_images:
+        sentences.append(_judge_role(search, best, role, find_role(trials, role, metric), num_images))
+    if len(search.metrics) > 1:
+        sentences.append(_judge_front(search.metrics, pareto_front(trials, search.metrics)))
+    if search.seeds_per_trial > 1:
         sentences.append(
-            f"These are single runs, {seeds}: the errors above are those of the validation images alone, the seed's "
-            "come on top, and the best of many is flattered by having been chosen. Retraining over seeds settles it."
+            f"Each value is the mean of {search.seeds_per_trial} runs, whose spread is not in the errors above."
+        )
+    elif num_images:
+        sentences.append(
+            "These are single runs: the errors above are those of the validation images alone, the seed's come on top, "
+            "and the best of many is flattered by having been chosen. Retraining over seeds settles it."
         )
     else:
         sentences.append(
-            f"These are single runs, {seeds}, and one run gives no error of this measure: retraining over seeds shows "
-            "which differences are real."
+            "These are single runs, and one run gives no error of this measure: retraining over seeds shows which "
+            "differences are real."
         )
-    return [*sentences, *_caution(search)]
-
-
-def _caution(search: Mapping[str, Any]) -> list[str]:
-    return [] if search["status"] == "finished" else ["The search has not finished: all of this may change."]
-
-
-def seeds_per_trial(search: Mapping[str, Any]) -> int:
-    asked = (search.get("settings") or {}).get("seeds_per_trial")
-    return asked if isinstance(asked, int) else 1
-
-
-def metric_mode(metric: str) -> str:
-    return "min" if "_nll" in metric else "max"
-
-
-def _judge_front(search: Mapping[str, Any], trials: pd.DataFrame) -> list[str]:
-    metrics = search_metrics(search)
-    if len(metrics) < 2:
-        return []
-    front = pareto_front(trials, {metric: metric_mode(metric) for metric in metrics}, search["config"]["epochs"])
-    listed = "; ".join(
-        f"{trial['trial_id']} {' / '.join(format_value(metric, trial[metric]) for metric in metrics)}"
-        for _, trial in front.iterrows()
-    )
-    names = " and ".join(describe_metric(metric) for metric in metrics)
-    return [
-        f"Of {names}, these are on the Pareto front, beaten by none in one without being better in another: {listed}."
-    ]
-
-
-def _num_images(search: Mapping[str, Any]) -> int:
-    """Validation images behind the metric, 0 where they give it no error: no accuracy, or images not counted."""
-    return int(search.get("num_val_images") or 0) if is_accuracy(search["metric"]) else 0
+    if search.status != "finished":
+        sentences.append("The search has not finished: all of this may change.")
+    return sentences
 
 
 def _judge_equals(metric: str, best: pd.Series, others: pd.DataFrame, num_images: int) -> str:
-    near = [t for _, t in others.iterrows() if within_noise(best[metric], t[metric], num_images)]
-    if not near:
-        return (
-            "The other lies beyond its noise."
-            if len(others) == 1
-            else f"All {len(others)} others lie beyond its noise."
-        )
-    margin = max(noise_margin(best[metric], t[metric], num_images) for t in near)
-    distance = f"less than two standard errors of a difference (about {margin:.1f} points) away"
-    listed = ", ".join(t["trial_id"] for t in near[:MAX_LISTED])
-    if len(near) > MAX_LISTED:
-        listed += f" and {len(near) - MAX_LISTED} more"
-    lie = (
-        "The other lies"
-        if len(others) == 1
-        else f"Of the {len(others)} others, {len(near)} lie{'s' * (len(near) == 1)}"
+    margins = others[metric].map(lambda value: noise_margin(best[metric], value, num_images))
+    near = (others[metric] - best[metric]).abs() <= margins
+    if not near.any():
+        return "No other lies within its noise."
+    ids = others["trial_id"][near].tolist()
+    more = f" and {len(ids) - MAX_LISTED} more" if len(ids) > MAX_LISTED else ""
+    return (
+        f"Within its noise, less than two standard errors of a difference (about {margins[near].max():.1f} points) "
+        f"away, lie {len(ids)} of {len(others)} others, so the search cannot tell which of them is best: "
+        f"{', '.join(ids[:MAX_LISTED])}{more}."
     )
-    return f"{lie} within its noise, {distance}, so the search cannot tell which of them is best: {listed}."
 
 
-def _judge_role(search: Mapping[str, Any], best: pd.Series, role: str, other: pd.Series | None, num_images: int) -> str:
-    metric, name = search["metric"], ROLE_NAMES[role]
+def _judge_role(search: SearchRecord, best: pd.Series, role: str, other: pd.Series | None, num_images: int) -> str:
+    metric, name = search.metric, ROLE_NAMES[role]
     if other is None:
         return f"{name.capitalize()} has not reached the last epoch here: there is no comparison with it."
     if other["trial_id"] == best["trial_id"]:
         return f"The best is {name} itself: the search found nothing better."
-    at = f"{format_parameters(search, other)}; {format_value(metric, other[metric])} {unit(metric)}"
-    gain = (best[metric] - other[metric]) * (1 if search["mode"] == "max" else -1)
-    amount = format_amount(metric, gain)
-    standing = "equal" if gain == 0 else f"{'better' if gain > 0 else 'worse'} by {amount}"
+    gain = (best[metric] - other[metric]) * (1 if search.mode == "max" else -1)
+    standing = format_gain(metric, gain)
     if num_images:
-        near = within_noise(best[metric], other[metric], num_images)
-        standing += f", {'within' if near else 'beyond'} the noise"
+        is_near = abs(gain) <= noise_margin(best[metric], other[metric], num_images)
+        standing += f", {'within' if is_near else 'beyond'} the noise"
+    at = f"{format_parameters(search, other)}; {format_value(metric, other[metric])} {unit(metric)}"
     return f"Against {name} ({at}): {standing}."
 
 
-def judge_retrained(search: Mapping[str, Any], trials: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
-    """What the retrained runs allow to say of the configuration that validation had chosen, on the test set.
+def _judge_front(metrics: tuple[str, ...], front: pd.DataFrame) -> str:
+    values = (" / ".join(format_value(metric, trial[metric]) for metric in metrics) for _, trial in front.iterrows())
+    listed = "; ".join(map(" ".join, zip(front["trial_id"], values, strict=True)))
+    names = " and ".join(map(describe_metric, metrics))
+    return f"On the Pareto front of {names}, beaten by none in one without being better in another: {listed}."
+
+
+def judge_retrained(search: SearchRecord, trials: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
+    """Say what the retrained runs allow to say of the configuration that validation had chosen, on the test set.
 
     Only that one is compared: picking the best of several on the test set would flatter it.
     """
-    metric = search["metric"].replace("val_", "test_", 1)
-    order = rank(trials, search["metric"], search["mode"], search["config"]["epochs"])["trial_id"].tolist()
+    metric = search.metric.replace("val_", "test_", 1)
     sentences = []
     for epochs, runs in summary.groupby("epochs"):
-        by_id = runs.set_index("trial_id", drop=False)
-        retrained = [trial_id for trial_id in order if trial_id in by_id.index]
-        if not retrained:
+        order = [trial_id for trial_id in rank(trials, search.metric)["trial_id"] if trial_id in set(runs["trial_id"])]
+        if not order:
             continue
-        best = by_id.loc[retrained[0]]
+        best = runs[runs["trial_id"] == order[0]].iloc[0]
         measure = describe_metric(metric)
         sentences.append(
             f"{measure[0].upper()}{measure[1:]}, of trial {best['trial_id']} (best on validation of those retrained) "
-            f"after {epochs} epochs on all training images: {_mean(metric, best)}."
+            f"after {epochs} epochs on all training images: {_format_mean(metric, best)}."
         )
         for role, name in ROLE_NAMES.items():
-            others = by_id[(by_id["role"] == role) & (by_id["trial_id"] != best["trial_id"])]
+            others = runs[(runs["role"] == role) & (runs["trial_id"] != best["trial_id"])]
             if not others.empty:
-                sentences.append(_judge_means(metric, search["mode"], name, best, others.iloc[0]))
+                sentences.append(_judge_means(metric, name, best, others.iloc[0]))
             elif best["role"] != role:
                 sentences.append(f"{name.capitalize()} was not retrained for {epochs} epochs.")
     return sentences
 
 
-def _mean(metric: str, runs: pd.Series) -> str:
+def _format_mean(metric: str, runs: pd.Series) -> str:
+    mean, sd = (format_value(metric, runs[column]) for column in (metric, f"{metric}_sd"))
     if runs["num_runs"] < 2:
-        return f"{format_value(metric, runs[metric])} {unit(metric)} (one run)"
-    sd = format_value(metric, runs[f"{metric}_sd"])
-    return (
-        f"{format_value(metric, runs[metric])} ± {sd} {unit(metric)} ({runs['num_runs']} seeds, ± standard deviation)"
-    )
+        return f"{mean} {unit(metric)} (one run)"
+    return f"{mean} ± {sd} {unit(metric)} ({runs['num_runs']} seeds, ± standard deviation)"
 
 
-def _judge_means(metric: str, mode: str, name: str, best: pd.Series, other: pd.Series) -> str:
-    sd, other_sd = best[f"{metric}_sd"], other[f"{metric}_sd"]
-    interval = compare_means(best[metric], sd, best["num_runs"], other[metric], other_sd, other["num_runs"])
-    against = f"Against {name}, {_mean(metric, other)}"
+def _judge_means(metric: str, name: str, best: pd.Series, other: pd.Series) -> str:
+    columns = [metric, f"{metric}_sd", "num_runs"]
+    interval = compare_means(*best[columns], *other[columns])
+    against = f"Against {name}, {_format_mean(metric, other)}"
     if interval is None:
         return f"{against}: it takes at least two seeds of each to say whether the difference is real."
-    gain = interval.difference * (1 if mode == "max" else -1)
-    low, high = (format_signed(metric, gain + sign * interval.half_width) for sign in (-1, 1))
-    standing = f"better by {format_amount(metric, gain)}" if gain >= 0 else f"worse by {format_amount(metric, gain)}"
-    text = f"{against}: {standing} (95 % interval {low} to {high})"
-    if interval.resolved:
+    difference, half_width = interval
+    gain = difference if metric_mode(metric) == "max" else -difference
+    low, high = (f"{end:{'+.4f' if '_nll' in metric else '+.2f'}}" for end in (gain - half_width, gain + half_width))
+    text = f"{against}: {format_gain(metric, gain)} ({100 * CONFIDENCE:.0f} % interval {low} to {high})"
+    if abs(gain) > half_width:
         return f"{text}: resolved."
-    needed = runs_needed(gain, sd, other_sd) if gain else math.inf
+    needed = runs_needed(gain, best[f"{metric}_sd"], other[f"{metric}_sd"]) if gain else math.inf
     if not max(best["num_runs"], other["num_runs"]) < needed <= MAX_RUNS_NAMED:
         return f"{text}: not resolved."
     return f"{text}: not resolved. Were the difference this large, about {needed} runs of each would show it."
-
-
-def format_signed(metric: str, value: float) -> str:
-    return f"{'-' if value < 0 else '+'}{format_value(metric, abs(value))}"
 
 
 # ---------------------------------------------------------------- commands

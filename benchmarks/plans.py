@@ -1,13 +1,12 @@
-"""The plans of tables.py: which networks are trained with which settings and seeds, and where their records lie."""
+"""Says which networks tables.py trains, with which settings and seeds, and where their records lie."""
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from byot.config import TrainConfig, work_after
-from byot.search_files import find_choice
+from byot.search_files import find_choice, load_search, read_trials
 from byot.system.files import errors_in, read_json
 from byot.system.paths import PROJECT_ROOT
-from search.records import read_rows
 from search.space import DEFAULT_SPACE
 
 Arm = Literal["plain", "deep-supervision", "reference", "bf16", "searched"]
@@ -45,7 +44,7 @@ class SearchPlan(NamedTuple):
 
 
 def epochs_of(work: float, base: TrainConfig) -> int:
-    """The most whole epochs that take no more arithmetic than so many at full resolution."""
+    """Count the most whole epochs that take no more arithmetic than so many at full resolution."""
     return int(work * base.epochs / work_after(base, base.epochs))
 
 
@@ -62,90 +61,43 @@ TABLE_PLANS = {
     "reference-r50": TablePlan(TrainConfig(recipe="reference", model="resnet50"), search="search-r18"),
     "tiny": TablePlan(TrainConfig(recipe="reference", model="resnet18", width=16, epochs=6), search="search-tiny"),
 }
-SEARCH_SEED = 100  # none of the tables': a setting that has luck with a seed is not measured with the same one
+SEARCHED = TrainConfig(
+    recipe="reference",
+    model="resnet18",
+    val_fraction=0.1,
+    seed=100,  # none of the tables': a setting that has luck with a seed is not measured with the same one
+)
 SEARCH_PLANS = {
     # A fifth of the epochs: the first rung, when the learning rate has dropped once, is at epoch 16.
-    "search-r18": SearchPlan(
-        TrainConfig(recipe="reference", model="resnet18", epochs=40, val_fraction=0.1, seed=SEARCH_SEED),
-        ("--num-samples", "24", "--trials-per-gpu", "4"),
-    ),
-    "search-tiny": SearchPlan(
-        TrainConfig(recipe="reference", model="resnet18", width=16, epochs=6, val_fraction=0.1, seed=SEARCH_SEED),
-        ("--num-samples", "16"),
-    ),
-}
-SPEED_PLAN = "speed"
-PLANS = (*TABLE_PLANS, *SEARCH_PLANS, SPEED_PLAN)
-
-
-# What the speed plan runs on a GPU, most valuable first: the record's name and the command's words.
-GPU_SPEED = ("--steps", "100", "--seconds", "15", "--threads", "8", "--workers", "8")
-GPU_COMMANDS: dict[str, tuple[str, ...]] = {
-    "devices": ("benchmarks/speed/devices.py",),
-    "r18-graph": (
-        *("benchmarks/speed/train_speed.py", "--models", "resnet18", "--widths", "64", "16", "--acceleration", "graph"),
-        *GPU_SPEED,
-    ),
-    "r50-graph": (
-        *("benchmarks/speed/train_speed.py", "--models", "resnet50", "--widths", "64", "--acceleration", "graph"),
-        *GPU_SPEED,
-    ),
-    "r18-compile": (
-        *("benchmarks/speed/train_speed.py", "--models", "resnet18", "--widths", "64", "--acceleration", "compile"),
-        *GPU_SPEED,
-    ),
-    "r18-eager": (
-        *("benchmarks/speed/train_speed.py", "--models", "resnet18", "--widths", "64", "--acceleration", "none"),
-        *GPU_SPEED,
-    ),
-    "concurrent-trials": ("benchmarks/speed/concurrent_trials.py", "--most", "6"),
-}
-CPU_COMMANDS: dict[str, tuple[str, ...]] = {
-    "devices": ("benchmarks/speed/devices.py", "--width", "16"),
-    "r18-w16": ("benchmarks/speed/train_speed.py", "--models", "resnet18", "--widths", "16", "--steps", "10"),
-    "concurrent-trials": ("benchmarks/speed/concurrent_trials.py",),
-}
-TOY_COMMANDS: dict[str, tuple[str, ...]] = {
-    "devices": ("benchmarks/speed/devices.py", "--width", "4", "--steps", "3", "--batch-size", "32"),
-    "r18-w4": (
-        *("benchmarks/speed/train_speed.py", "--models", "resnet18", "--widths", "4", "--batch-size", "32"),
-        *("--rounds", "1", "--seconds", "1"),
-    ),
-    "concurrent-trials": ("benchmarks/speed/concurrent_trials.py", "--width", "4", "--batch-size", "32", "--most", "2"),
+    "search-r18": SearchPlan(SEARCHED.with_settings(epochs=40), ("--num-samples", "24", "--gpus-per-trial", "0.25")),
+    "search-tiny": SearchPlan(SEARCHED.with_settings(width=16, epochs=6), ("--num-samples", "16")),
 }
 
 
 class PlannedRun(NamedTuple):
     """One run of a plan."""
 
+    name: str
     arm: Arm
     config: TrainConfig
 
-    def name(self, plan: str) -> str:
-        return f"{plan}-{self.arm}-s{self.config.seed}"
-
 
 def searched_settings(search: str | None, *folders: Path) -> dict[str, float] | None:
-    """The loss weights that a search chose, confirmed if it was, from the first of the folders of searches that has it.
+    """Read the loss weights that a search chose, confirmed if it was, in the first of the folders that has it.
 
     None where none is named, none has it, or not all of its trials have ended: what it would choose may change.
     """
-    if search is None:
-        return None
-    for folder in (searches / search for searches in folders):
-        if (folder / "best.json").is_file() and _is_over(folder):
-            settings = find_choice(folder, search).settings
-            return {name: settings[name] for name in DEFAULT_SPACE}
+    for folder in (searches / search for searches in folders if search is not None):
+        if (folder / "best.json").is_file():
+            ended = [trial for trial in read_trials(folder / "trials.csv") if trial.status != "running"]
+            if len(ended) >= load_search(folder).num_samples:
+                settings = find_choice(folder, folder.name).settings
+                return {name: settings[name] for name in DEFAULT_SPACE}
     return None
 
 
-def _is_over(folder: Path) -> bool:
-    ended = [row for row in read_rows(folder / "trials.csv") if row["status"] != "running"]
-    return len(ended) >= read_json(folder / "search.json")["num_samples"]
-
-
 def arms_of(plan: TablePlan, outputs: Path, results: Path = RESULTS) -> dict[Arm, TrainConfig]:
-    """The plan's arms that can be trained now: not the searched one where it is one of the others, or not known."""
+    """List the plan's arms that can be trained now: not the searched one if it equals another or is not known."""
     arms = {arm: plan.base.with_settings(**settings) for arm, settings in FIXED_ARMS.items()}
     searched = searched_settings(plan.search, outputs / "searches", results / "searches")
     if searched is not None and (config := plan.base.with_settings(**searched)) not in arms.values():
@@ -154,19 +106,20 @@ def arms_of(plan: TablePlan, outputs: Path, results: Path = RESULTS) -> dict[Arm
 
 
 def planned_runs(
-    plan: TablePlan, outputs: Path, results: Path = RESULTS, data_dir: str | None = None
+    name: str, plan: TablePlan, outputs: Path, results: Path = RESULTS, data_dir: str | None = None
 ) -> list[PlannedRun]:
-    """Every arm with seed 0, then every one with seed 1: stopped early, all have as many runs."""
+    """List every arm with seed 0, then every one with seed 1: stopped early, all have as many runs."""
     arms = arms_of(plan, outputs, results)
     return [
-        PlannedRun(arm, config.with_settings(seed=seed, data_dir=data_dir))
+        PlannedRun(f"{name}-{arm}-s{seed}", arm, config.with_settings(seed=seed, data_dir=data_dir))
         for seed in range(plan.num_seeds)
         for arm, config in arms.items()
     ]
 
 
-def read_record(path: Path, run: PlannedRun) -> dict[str, Any] | None:
-    """The record of a finished run, None where there is none. Raises ValueError if it is of another run."""
+def read_record(results: Path, run: PlannedRun) -> dict[str, Any] | None:
+    """Read the record of a finished run, None where there is none. Raises ValueError if it is of another run."""
+    path = results / "runs" / f"{run.name}.json"
     if not path.is_file():
         return None
     record = read_json(path)

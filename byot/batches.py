@@ -4,9 +4,10 @@ N images of a data set, B batch, H = W image size in pixels. Images are uint8 [N
 gather crops and flips a whole batch, and the batch comes out in the memory format the convolutions want.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from byot.config import DATASETS, Placement, TrainConfig, crop_padding, cutout_s
 from byot.data import LabelledImages, Normalisation
 from byot.system.distributed import ALONE, Processes
 
-ROOM_FOR_IMAGES = 0.5  # of the device's free memory; the rest is for the network
+IMAGES_SHARE_OF_MEMORY = 0.5  # of what is free on the device; the rest is for the network
 STREAM_WORKERS = 2  # processes that gather batches from main memory
-STREAM_AHEAD = 4  # batches each of them prepares
+BATCHES_AHEAD = 4  # that each of them prepares
 
 
 class Batch(NamedTuple):
@@ -33,69 +34,58 @@ class Batch(NamedTuple):
     cutout_centres: Tensor | None  # [B, 2]
 
 
-class ImageSource(Protocol):
-    """A data set that hands out batches of itself on the device."""
-
-    device: torch.device
-
-    def __len__(self) -> int: ...
-
-    def fetch(self, chosen: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each tensor of indices [B], on the CPU, the images [B, H, W, 3] and labels [B] on the device."""
-        ...
-
-
 class DeviceImages:
     """A data set that lies on the device as a whole."""
 
     def __init__(self, data: LabelledImages, device: torch.device) -> None:
         self.device = device
-        self.images, self.labels = (part.to(device) for part in as_tensors(data))
+        self.images, self.labels = (tensor.to(device) for tensor in as_tensors(data))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def fetch(self, chosen: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each tensor of indices [B], on the CPU, give the images [B, H, W, 3] and labels [B] on the device."""
         sizes = [len(indices) for indices in chosen]
         for indices in torch.cat(chosen).to(self.device).split(sizes):  # one copy for all of them
             yield self.images[indices], self.labels[indices]
 
 
-class StreamedImages:
-    """A data set that stays in main memory, or in a file mapped into it; processes of their own gather its batches."""
+class StreamedImages(Dataset[tuple[Tensor, Tensor]]):
+    """A data set in main memory, or in a file mapped into it, whose batches are gathered by other processes.
+
+    As a torch data set its index is a tensor of indices and its item a batch.
+    """
 
     def __init__(self, data: LabelledImages, device: torch.device) -> None:
         self.device = device
-        self._gathered = Gathered(data)
+        self.images, self.labels = as_tensors(data)
 
     def __len__(self) -> int:
-        return len(self._gathered.labels)
+        return len(self.labels)
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
 
     def fetch(self, chosen: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give what DeviceImages.fetch does."""
         loader = DataLoader(
-            self._gathered,
+            self,
             batch_size=None,  # each item is a batch already
-            sampler=chosen,  # an index of the data set is a tensor of indices
+            sampler=chosen,
             num_workers=STREAM_WORKERS,
-            prefetch_factor=STREAM_AHEAD,
+            prefetch_factor=BATCHES_AHEAD,
             pin_memory=self.device.type == "cuda",
         )
         for images, labels in loader:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-class Gathered(Dataset[tuple[Tensor, Tensor]]):
-    """A data set whose item is a batch."""
-
-    def __init__(self, data: LabelledImages) -> None:
-        self.images, self.labels = as_tensors(data)
-
-    def __getitem__(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        return self.images[chosen], self.labels[chosen]
+ImageSource = DeviceImages | StreamedImages
 
 
 def as_tensors(data: LabelledImages) -> tuple[Tensor, Tensor]:
-    """The same memory as tensors; nothing is written to it, so that it may be shared and read-only."""
+    """Give the arrays as tensors of the same memory, to which nothing is written: it may be shared and read-only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
         return torch.from_numpy(data.images), torch.from_numpy(data.labels)
@@ -104,36 +94,35 @@ def as_tensors(data: LabelledImages) -> tuple[Tensor, Tensor]:
 def place_images(data: LabelledImages, device: torch.device, placement: Placement) -> ImageSource:
     """Put a data set where the batches are to come from; `auto` streams what would crowd the device's memory."""
     if placement == "auto":
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-        fits = free is None or data.images.nbytes <= ROOM_FOR_IMAGES * free
-        placement = "device" if fits else "streamed"
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        placement = "device" if data.images.nbytes <= IMAGES_SHARE_OF_MEMORY * free else "streamed"
     return DeviceImages(data, device) if placement == "device" else StreamedImages(data, device)
 
 
 def in_order(
     source: ImageSource, batch_size: int, normalisation: Normalisation, processes: Processes = ALONE
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, or every one that is this process's, unaltered but for normalisation: [B, 3, H, W] and [B]."""
-    mean, std = constants(normalisation, source.device)
-    for images, labels in source.fetch(list(processes.part(torch.arange(len(source))).split(batch_size))):
+    """Yield each image of this process's shard once, unaltered but for normalisation: [B, 3, H, W] and labels [B]."""
+    mean, std = mean_and_std(normalisation, source.device)
+    for images, labels in source.fetch(list(processes.shard(torch.arange(len(source))).split(batch_size))):
         yield normalise(images, mean, std), labels
 
 
 def shuffled(
     source: ImageSource, plan: "EpochPlan", batch_size: int, first: int = 0, processes: Processes = ALONE
 ) -> Iterator[Batch]:
-    """The batches of one epoch from number `first` on, in the plan's order; of each, what is this process's part.
+    """Yield this process's shard of each batch of an epoch, in the plan's order, from batch number `first` on.
 
     A last batch of a single image is left out: batch normalisation has no variance to take there.
     """
     number = batches_per_epoch(len(source), batch_size)
-    rows = [processes.part(rows) for rows in torch.arange(len(source)).split(batch_size)[first:number]]
+    rows = [processes.shard(rows) for rows in torch.arange(len(source)).split(batch_size)[first:number]]
     if not rows:
         return
-    on_device = [None if part is None else part.to(source.device) for part in plan[1:4]]
+    choices = [None if values is None else values.to(source.device) for values in plan[1:]]
     for (images, labels), chosen in zip(source.fetch([plan.order[r] for r in rows]), rows, strict=True):
-        part = slice(int(chosen[0]), int(chosen[-1]) + 1)
-        offsets, flips, centres = (None if values is None else values[part] for values in on_device)
+        shard = slice(int(chosen[0]), int(chosen[-1]) + 1)
+        offsets, flips, centres = (None if values is None else values[shard] for values in choices)
         assert offsets is not None
         yield Batch(images, labels, offsets, flips, centres)
 
@@ -143,7 +132,10 @@ def batches_per_epoch(num_images: int, batch_size: int) -> int:
 
 
 def augment(batch: Batch, config: TrainConfig, mean: Tensor, std: Tensor, size: int | None = None) -> Tensor:
-    """Crop, mirror, normalise and blank as drawn, then resize: -> float32 [B, 3, H, W], channels last in memory."""
+    """Crop, mirror, normalise and blank as drawn, then resize: float32 [B, 3, size, size].
+
+    In memory channels are last, but not where images are blanked and not resized.
+    """
     images = normalise(crop_and_flip(batch.images, batch.offsets, batch.flips, crop_padding(config)), mean, std)
     if batch.cutout_centres is not None:
         images = cut_out(images, batch.cutout_centres, cutout_size(config))
@@ -160,10 +152,10 @@ class EpochPlan(NamedTuple):
 
 
 def draw_epoch(config: TrainConfig, num_images: int, epoch: int) -> EpochPlan:
-    """Draw an epoch's order and augmentation from (seed, epoch) alone.
+    """Draw an epoch's order and augmentation from (seed, epoch) alone, on the CPU whatever the device.
 
-    Drawn on the CPU whatever the device, and anew for every epoch: so a run looks the same on every device, runs with
-    one seed see the same images in the same order whatever their loss weights, and resuming needs no generator state.
+    So a run looks the same on every device, runs with one seed see the same images in the same order whatever their
+    loss weights, and resuming needs no generator state.
     """
     info = DATASETS[config.dataset]
     seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1, np.uint32)[0])
@@ -177,7 +169,7 @@ def draw_epoch(config: TrainConfig, num_images: int, epoch: int) -> EpochPlan:
 
 
 def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor | None, padding: int) -> Tensor:
-    """Pad each image with black, cut a window of the old size out at its own offset, mirror it where asked.
+    """Pad each image with black, cut a window of the old size out of it at its own offset, mirror it where asked.
 
     images [B, H, W, 3], offsets [B, 2] as (row, column), flips [B] bool or None -> [B, H, W, 3]
     """
@@ -192,18 +184,18 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor | None, padding
     return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def constants(normalisation: Normalisation, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation as tensors [3]."""
+def mean_and_std(normalisation: Normalisation, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give a normalisation's mean and standard deviation as tensors [3]."""
     return torch.tensor(normalisation.mean, device=device), torch.tensor(normalisation.std, device=device)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], channels last in memory."""
+    """Scale uint8 [B, H, W, 3] to float32 [B, 3, H, W], channels last in memory."""
     return images.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Bilinear and antialiased: [B, 3, H, W] -> [B, 3, size, size], channels last in memory."""
+    """Resize [B, 3, H, W] to [B, 3, size, size], bilinear and antialiased, channels last in memory."""
     small = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     return small.contiguous(memory_format=torch.channels_last)
 

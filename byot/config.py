@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, Self, get_args
+from types import NoneType
+from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 DatasetName = Literal["cifar100", "cifar10", "digits"]
@@ -21,8 +22,10 @@ BatchNorm = Literal["global", "local"]
 Acceleration = Literal["auto", "none", "graph", "compile"]
 Placement = Literal["auto", "device", "streamed"]
 
-MOST = 1_000_000  # epochs, images a step, trials: more is a slip of the hand
+LARGEST_COUNT = 1_000_000  # of epochs, images a step, trials: more is a slip of the hand
 NUM_CLASSIFIERS = 4  # one after each stage of a ResNet; the plain loss form has the deepest alone
+# The ending of a classifier's figures in a record, such as val_accuracy_1: its name in a table. Shallow to deep.
+CLASSIFIERS = {str(i): f"{i}/{NUM_CLASSIFIERS}" for i in range(1, NUM_CLASSIFIERS + 1)} | {"ensemble": "ensemble"}
 
 
 class DatasetInfo(NamedTuple):
@@ -83,6 +86,12 @@ RECIPES: dict[str, Recipe] = {
 }
 RECIPES_OWN = ("epochs", "lr", "label_smoothing")  # settings that are the recipe's where they are not given
 
+# Limits that two places need.
+ALPHA = {"low": 0, "high": 1}
+TEMPERATURE = {"above": 0}
+BETA = {"low": 0}
+SEED = {"low": 0, "high": 2**32 - 1}
+
 # The reference drops its learning rate at epochs 75, 130 and 180 of 200.
 MULTISTEP_MILESTONES = (75 / 200, 130 / 200, 180 / 200)
 MULTISTEP_FACTOR = 0.1
@@ -91,22 +100,83 @@ WARMUP_START = 0.05  # of the peak: at 0 the first steps would be lost
 LONG_RUN_EPOCHS = 30  # from more epochs on, an image is seen so often that it has to be varied more
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field whose help text is also that of its command-line flag."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, **limits: float) -> Any:
+    """Declare a field with the help text of its flag and, for a number, its limits: see check_range."""
+    return field(default=default, metadata={"help": help, "limits": limits})
+
+
+def check_fields(settings: Any, *names: str) -> None:
+    """Check the fields of a settings dataclass, all or those named, against their types and limits.
+
+    A field's type is a Literal, int, float or str, or one of these and None; fields of other types are left to their
+    class. An int in a float's place becomes a float: 0 and 0.0 are one setting and give one run name. An int whose
+    field has no upper limit is at most LARGEST_COUNT. Raises ValueError.
+    """
+    for f in fields(settings):
+        if not names or f.name in names:
+            value = _check_value(f.name, getattr(settings, f.name), f.type, f.metadata["limits"])
+            object.__setattr__(settings, f.name, value)
+
+
+def _check_value(name: str, value: Any, kind: Any, limits: dict[str, float]) -> Any:
+    if NoneType in get_args(kind):
+        if value is None:
+            return None
+        kind = next(other for other in get_args(kind) if other is not NoneType)
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r:.40}")
+    if kind is str and not (isinstance(value, str) and value):
+        raise ValueError(f"{name} must be a text that is not empty, not {value!r:.40}")
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+            raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number, not {value!r:.40}")
+        if kind is int and "high" not in limits and value > LARGEST_COUNT:
+            raise ValueError(f"{name} must be at most {LARGEST_COUNT}, not {value!r:.40}")
+        try:
+            value = kind(value)
+        except OverflowError:  # an int of hundreds of digits, which JSON allows
+            value = math.inf
+        check_range(name, value, **limits)
+    return value
+
+
+def check_range(
+    name: str,
+    value: float,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise ValueError unless low <= value <= high and above < value < below. NaN and infinity are in no range."""
+    if low <= value <= high and above < value < below:
+        return
+    if low > -math.inf and high < math.inf:
+        limits = f"lie between {low} and {high}"
+    elif below < math.inf:
+        limits = f"be at least {low} and below {below}"
+    elif above > -math.inf:
+        limits = f"be a finite number above {above}"
+    elif isinstance(value, int):
+        limits = f"be at least {low}"
+    else:
+        limits = f"be a finite number of at least {low}"
+    shown = f"{value:g}" if isinstance(value, float) else f"{value!r:.40}"
+    raise ValueError(f"{name} must {limits}, not {shown}")
 
 
 def recipe_defaults(epochs: Literal["epochs", "trial_epochs"] = "epochs") -> dict[str, str]:
-    """What each recipe has where a setting is not given, for the help of the flags."""
-
-    def tell(field: str) -> str:
-        return ", ".join(f"{recipe} {getattr(own, field)}" for recipe, own in RECIPES.items())
-
-    return {name: tell(epochs if name == "epochs" else name) for name in RECIPES_OWN}
+    """Write what each recipe has where a setting is not given, for the help of the flags."""
+    fields_of = {name: epochs if name == "epochs" else name for name in RECIPES_OWN}
+    return {
+        name: ", ".join(f"{recipe} {getattr(own, field)}" for recipe, own in RECIPES.items())
+        for name, field in fields_of.items()
+    }
 
 
 def known_settings(settings_class: Any, values: Any) -> dict[str, Any]:
-    """The values, if they are a dict of settings of this dataclass; raises ValueError where they are not."""
+    """Check that values read from a file are a dict of settings of this dataclass. Raises ValueError."""
     if not isinstance(values, dict):
         raise ValueError(f"the settings must be a table of names and values, not {values!r:.40}")
     unknown = sorted(str(name) for name in set(values) - {f.name for f in fields(settings_class)})
@@ -117,12 +187,9 @@ def known_settings(settings_class: Any, values: Any) -> dict[str, Any]:
 
 def check_loss_weights(alpha: float, temperature: float, beta: float) -> None:
     """Raise ValueError unless alpha is in [0, 1], temperature > 0 and beta >= 0, all finite."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie between 0 and 1, not {alpha:g}")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a finite number above 0, not {temperature:g}")
-    if not (beta >= 0 and math.isfinite(beta)):
-        raise ValueError(f"beta must be a finite number of at least 0, not {beta:g}")
+    check_range("alpha", alpha, **ALPHA)
+    check_range("temperature", temperature, **TEMPERATURE)
+    check_range("beta", beta, **BETA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,35 +197,37 @@ class TrainConfig:
     """Every setting of one run. Building one with a value out of range raises ValueError."""
 
     model: ModelName = setting("resnet18", "network")
-    width: int = setting(64, "channels of the first stage (64 is the published network, 16 a quick one)")
+    width: int = setting(
+        64, "channels of the first stage (64 is the published network, 16 a quick one)", low=1, high=1024
+    )
     dataset: DatasetName = setting("cifar100", "data set")
     data_dir: str | None = setting(
         None, "folder with the data set, as parquet files or the official archive (default: data/, downloaded)"
     )
     recipe: RecipeName = setting("modern", "schedule, resolution, normalisation and augmentation")
-    epochs: int = setting(None, "passes over the training images; the schedule scales with it")
-    batch_size: int = setting(128, "images a step")
-    lr: float = setting(None, "peak learning rate")
-    momentum: float = setting(0.9, "momentum")
+    epochs: int = setting(None, "passes over the training images; the schedule scales with it", low=1)
+    batch_size: int = setting(128, "images a step", low=2)  # batch normalisation needs two
+    lr: float = setting(None, "peak learning rate", above=0)
+    momentum: float = setting(0.9, "momentum", low=0, below=1)
     weight_decay: float = setting(
-        5e-4, "L2 penalty of what SGD trains; the modern recipe's filters have a fixed norm instead"
+        5e-4, "L2 penalty of what SGD trains; the modern recipe's filters have a fixed norm instead", low=0
     )
-    alpha: float = setting(0.1, "weight of the distillation loss, 0 to 1")
-    temperature: float = setting(3.0, "softens the softmax of teacher and students, above 0")
-    beta: float = setting(1e-6, "weight of the hint loss, at least 0")
+    alpha: float = setting(0.1, "weight of the distillation loss, 0 to 1", **ALPHA)
+    temperature: float = setting(3.0, "softens the softmax of teacher and students, above 0", **TEMPERATURE)
+    beta: float = setting(1e-6, "weight of the hint loss, at least 0", **BETA)
     loss_form: LossForm = setting(
         "reference",
         "'paper' keeps the deepest classifier's label loss at weight 1; 'plain' is that loss alone: an ordinary ResNet",
     )
     label_smoothing: float = setting(
-        None, "share of each label that is spread evenly over all classes, in the label loss"
+        None, "share of each label that is spread evenly over all classes, in the label loss", low=0, below=1
     )
     teacher: Teacher = setting(
         "deepest", "who teaches: the deepest classifier the shallow ones, or the mean of all logits every classifier"
     )
-    seed: int = setting(0, "seed of the weights, the data order and the augmentation")
-    val_fraction: float = setting(0.0, "share of the training images held out for validation")
-    split_seed: int = setting(0, "seed of the validation split")
+    seed: int = setting(0, "seed of the weights, the data order and the augmentation", **SEED)
+    val_fraction: float = setting(0.0, "share of the training images held out for validation", low=0, high=0.5)
+    split_seed: int = setting(0, "seed of the validation split", **SEED)
     device: DeviceName = setting("auto", "where to train")
     precision: Precision = setting("auto", "arithmetic of the forward and backward pass; auto: bf16 where it is fast")
     batch_norm: BatchNorm = setting(
@@ -172,55 +241,13 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            allowed = get_args(f.type)
-            value = getattr(self, f.name)
-            if f.name in CHOICES and value not in allowed:
-                raise ValueError(f"{f.name} must be one of {', '.join(allowed)}, not {value!r}")
+        check_fields(self, "recipe")
         for name in RECIPES_OWN:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(RECIPES[self.recipe], name))
-        whole = ("width", "epochs", "batch_size", "seed", "split_seed")
-        for name in whole:
-            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
-        for name in NUMBERS:
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"{name} must be a number, not {value!r}")
-            try:
-                object.__setattr__(self, name, float(value))  # 0 and 0.0 are one setting, and give one run name
-            except OverflowError as error:  # a whole number of hundreds of digits, which JSON allows
-                raise ValueError(f"{name} must be a number that a float holds") from error
-        if not isinstance(self.data_dir, str | None):
-            raise ValueError(f"data_dir must be the path of a folder, not {self.data_dir!r}")
-        if self.data_dir == "":
-            raise ValueError("data_dir must not be empty")
-        if not 1 <= self.width <= 1024:
-            raise ValueError(f"width must lie between 1 and 1024, not {self.width}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, not {self.epochs}")
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) > MOST:
-                raise ValueError(f"{name} must be at most {MOST}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr must be a finite number above 0, not {self.lr:g}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum:g}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be a finite number of at least 0, not {self.weight_decay:g}")
-        check_loss_weights(self.alpha, self.temperature, self.beta)
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing:g}")
+        check_fields(self)
         if self.loss_form == "plain" and self.teacher == "ensemble":
             raise ValueError("teacher ensemble needs the shallow classifiers, which loss_form plain does not have")
-        for name in ("seed", "split_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise ValueError(f"{name} must lie between 0 and 4294967295, not {getattr(self, name)}")
-        if not 0 <= self.val_fraction <= 0.5:
-            raise ValueError(f"val_fraction must lie between 0 and 0.5, not {self.val_fraction:g}")
 
     @property
     def num_classifiers(self) -> int:
@@ -237,22 +264,18 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Any) -> Self:
         """Build from a plain dict; settings it lacks take their defaults, unknown ones raise ValueError."""
-        known = known_settings(cls, values)
-        for name in RECIPES_OWN:
-            if name in known and known[name] is None:  # in a record nothing is left open
-                raise ValueError(f"{name} must be a number, not None")
-        return cls(**known)
+        return cls(**known_settings(cls, values))
 
     def with_settings(self, **changes: Any) -> Self:
         return replace(self, **changes)
 
     def differing_settings(self, other: "TrainConfig") -> dict[str, tuple[Any, Any]]:
-        """The settings in which two runs differ, apart from where the data lies and what device computes."""
+        """Find the settings in which two runs differ, apart from where the data lies and what device computes."""
         mine, theirs = self.to_dict(), other.to_dict()
         return {k: (mine[k], theirs[k]) for k in mine if k not in NOT_IDENTITY and mine[k] != theirs[k]}
 
     def run_name(self) -> str:
-        """A folder name that two different runs never share, so that the same command finds its own run again."""
+        """Make a folder name that two different runs never share: the same command finds its own run again."""
         identity = {k: v for k, v in self.to_dict().items() if k not in NOT_IDENTITY}
         for name, default in LATER_SETTINGS.items():  # names from before them stay what they were
             if identity[name] == (getattr(RECIPES[self.recipe], name) if default is None else default):
@@ -261,27 +284,14 @@ class TrainConfig:
         return f"{self.model}-w{self.width}-{self.dataset}-e{self.epochs}-s{self.seed}-{digest}"
 
 
-CHOICES = (
-    "model",
-    "dataset",
-    "recipe",
-    "loss_form",
-    "teacher",
-    "precision",
-    "device",
-    "batch_norm",
-    "acceleration",
-    "placement",
-)
-NUMBERS = ("lr", "momentum", "weight_decay", "alpha", "temperature", "beta", "label_smoothing", "val_fraction")
 NOT_IDENTITY = ("data_dir", "device", "acceleration", "placement")
 LATER_SETTINGS = {"batch_norm": "global", "teacher": "deepest", "label_smoothing": None}  # None: the recipe's own
 
 
 def comparable_after(config: TrainConfig) -> float | None:
-    """The share of the run before which runs cannot be compared; None where they can from the start.
+    """Find the share of the run before which runs cannot be compared; None where they can from the start.
 
-    That is until a stepwise schedule first lowers the learning rate, or until images first grow.
+    They cannot before a stepwise schedule first lowers the learning rate, or before images first grow.
     """
     if RECIPES[config.recipe].schedule == "multistep":
         return MULTISTEP_MILESTONES[0]
@@ -291,10 +301,9 @@ def comparable_after(config: TrainConfig) -> float | None:
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
-    """The learning rate at `progress`, the share of the run already done (0 <= progress < 1).
+    """Compute the learning rate at `progress`, the share of the run already done (0 <= progress < 1).
 
-    multistep: lr * 0.1^m, m the number of milestones passed, milestones at 75/200, 130/200 and 180/200 of the run,
-    which may fall within an epoch.
+    multistep: lr * 0.1^m after m milestones, at 75/200, 130/200 and 180/200 of the run; one may fall within an epoch.
     linear: up from a twentieth of lr over the first 15 % of the run, then down to 0.
     """
     if RECIPES[config.recipe].schedule == "multistep":
@@ -306,9 +315,9 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 
 
 def resolution(config: TrainConfig, progress: float) -> int:
-    """The side in pixels to which images are resized at `progress`, the share of the run already done.
+    """Compute the side in pixels to which images are resized at `progress`, the share of the run already done.
 
-    A multiple of 8, which the branches' strides divide, and at least 16; smaller images stay as they are.
+    It is a multiple of 8, which the branches' strides divide, and at least 16; smaller images stay as they are.
     """
     full = DATASETS[config.dataset].image_size
     share = next(share for share, until in RECIPES[config.recipe].resolutions if progress < until or until == 1)
@@ -316,7 +325,7 @@ def resolution(config: TrainConfig, progress: float) -> int:
 
 
 def work_after(config: TrainConfig, epochs: float) -> float:
-    """The arithmetic of a run's first `epochs`, in epochs at full resolution: a step's goes with its pixels."""
+    """Compute the arithmetic of a run's first `epochs`, in epochs at full resolution: it grows with the pixels."""
     done, start, full = 0.0, 0.0, DATASETS[config.dataset].image_size
     for _, until in RECIPES[config.recipe].resolutions:
         share = max(0.0, min(until, epochs / config.epochs) - start)
@@ -326,17 +335,17 @@ def work_after(config: TrainConfig, epochs: float) -> float:
 
 
 def varies_more(config: TrainConfig) -> bool:
-    """Whether the augmentation is that of a long run: with crops from a wider margin and Cutout."""
+    """Tell whether the augmentation is that of a long run: with crops from a wider margin and Cutout."""
     return RECIPES[config.recipe].augmentation == "by epochs" and config.epochs > LONG_RUN_EPOCHS
 
 
 def crop_padding(config: TrainConfig) -> int:
-    """Pixels added on each side before the random crop: in a short run of the modern recipe half of the usual."""
+    """Compute the pixels added on each side before the random crop: half in a short run of the modern recipe."""
     usual = DATASETS[config.dataset].crop_padding
     short = RECIPES[config.recipe].augmentation == "by epochs" and not varies_more(config)
     return max(1, usual // 2) if short else usual
 
 
 def cutout_size(config: TrainConfig) -> int:
-    """Side in pixels of the square that is blanked in each image, a quarter of the image's; 0 for none."""
+    """Compute the side in pixels of the square that is blanked in each image: a quarter of the image's, or 0."""
     return DATASETS[config.dataset].image_size // 4 if varies_more(config) else 0

@@ -3,20 +3,32 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from byot.config import NUM_CLASSIFIERS, TrainConfig, work_after
-from byot.metrics import EpochMetrics
-from byot.runs import OnEpoch
-from byot.trainer import OnBatch
+from byot.config import CLASSIFIERS, TrainConfig, work_after
+
+if TYPE_CHECKING:  # importing them imports torch
+    from byot.metrics import EpochMetrics
+    from byot.runs import OnEpoch
+    from byot.trainer import OnBatch
 
 SPEED_OVER_S = 5.0  # the images/s shown are those of so many seconds
-CLASSIFIER_NAMES = (*(f"{i}/{NUM_CLASSIFIERS}" for i in range(1, NUM_CLASSIFIERS + 1)), "ensemble")
 
 
-def epoch_line(metrics: EpochMetrics, num_epochs: int) -> str:
+def format_duration(seconds: float) -> str:
+    """Write a time in the unit that suits it, from seconds to days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
+
+
+def epoch_line(metrics: "EpochMetrics", num_epochs: int) -> str:
     train = " ".join(f"{a:.2f}" for a in metrics.accuracy)
     line = f"epoch {metrics.epoch:>{len(str(num_epochs))}}/{num_epochs}  lr {metrics.lr:.4g}  loss {metrics.loss:.4f}"
     line += f"  train {train} %"
@@ -25,21 +37,31 @@ def epoch_line(metrics: EpochMetrics, num_epochs: int) -> str:
     return f"{line}  {metrics.images_per_s:.0f} images/s  {metrics.elapsed_s:.1f} s"
 
 
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1) -> str:
+    """Align cells in columns; the first `num_text` columns are words, the rest numbers."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def align(line: Sequence[str]) -> str:
+        cells = enumerate(zip(line, widths, strict=True))
+        return "  ".join(cell.ljust(width) if i < num_text else cell.rjust(width) for i, (cell, width) in cells)
+
+    return "\n".join(align(line).rstrip() for line in lines)
+
+
 def classifier_table(record: Mapping[str, Any], prefix: str) -> str:
-    """Accuracy, NLL and ECE of every classifier and the ensemble that a flat record has."""
-    suffixes = (*range(1, NUM_CLASSIFIERS + 1), "ensemble")
-    lines = [f"{'classifier':<10}  {'accuracy %':>10}  {'NLL':>7}  {'ECE %':>6}"]
-    for name, suffix in zip(CLASSIFIER_NAMES, suffixes, strict=True):
-        if f"{prefix}_accuracy_{suffix}" not in record:
-            continue
-        accuracy, nll, ece = (record[f"{prefix}_{measure}_{suffix}"] for measure in ("accuracy", "nll", "ece"))
-        lines.append(f"{name:<10}  {accuracy:>10.2f}  {nll:>7.4f}  {ece:>6.2f}")
-    return "\n".join(lines)
+    """Write accuracy, NLL and ECE of every classifier and the ensemble that a flat record has."""
+    rows = []
+    for suffix, name in CLASSIFIERS.items():
+        if f"{prefix}_accuracy_{suffix}" in record:
+            accuracy, nll, ece = (record[f"{prefix}_{measure}_{suffix}"] for measure in ("accuracy", "nll", "ece"))
+            rows.append((name, f"{accuracy:.2f}", f"{nll:.4f}", f"{ece:.2f}"))
+    return text_table(("classifier", "accuracy %", "NLL", "ECE %"), rows)
 
 
 @contextmanager
-def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple[OnBatch | None, OnEpoch]]:
-    """Give the callbacks that show a run: a bar with images/s and the time left on a terminal, and a line an epoch.
+def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple["OnBatch | None", "OnEpoch"]]:
+    """Yield the callbacks that show a run: a bar with images/s and the time left on a terminal, and a line an epoch.
 
     The bar goes with the arithmetic that is done, so that the time left holds where early epochs have smaller images.
     """
@@ -77,7 +99,7 @@ def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple[OnBat
                 progress.update(task, speed=f"{(done - done_before) % images / passed_s:.0f} images/s")
                 started, done_before = time.perf_counter(), done
 
-        def on_epoch(metrics: EpochMetrics) -> None:
+        def on_epoch(metrics: "EpochMetrics") -> None:
             nonlocal finished
             finished = metrics.epoch
             progress.console.print(epoch_line(metrics, num_epochs), highlight=False, soft_wrap=True)

@@ -3,10 +3,12 @@
 N images of a data set, H = W image size in pixels. Images are uint8 [N, H, W, 3].
 """
 
+import hashlib
 import io
+import mmap
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -15,19 +17,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from byot.config import DATASETS, RECIPES, TrainConfig
-from byot.decoded import kept
-from byot.system.paths import PROJECT_ROOT, absolute_path
+from byot.system.files import remove_leftovers, write_whole
+from byot.system.paths import PROJECT_ROOT, absolute_path, cache_folder
 
 Split = Literal["train", "test"]
 DEFAULT_DATA_DIR = PROJECT_ROOT / "data"
 DOWNLOAD_TIMEOUT_S = 20
+CHUNK = 1 << 20  # bytes read at a time
 
-# Hugging Face layout: the label's column; the image's is `img` in both.
+# The Hugging Face layout: the label's column (the image's is `img`), and the images' formats. Pillow would hand others,
+# such as EPS, to another program.
 LABEL_COLUMNS = {"cifar100": "fine_label", "cifar10": "label"}
-FORMATS = ("PNG", "JPEG", "WEBP")  # of those images; Pillow would hand others, such as EPS, to another program
-# torchvision's official archives: the folder each unpacks to.
+FORMATS = ("PNG", "JPEG", "WEBP")
+# The folders to which the official archives unpack.
 ARCHIVE_FOLDERS = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}
-
 # CIFAR-10's constants, which the reference implementation uses for CIFAR-100 as well.
 REFERENCE_MEAN = (0.4914, 0.4822, 0.4465)
 REFERENCE_STD = (0.2023, 0.1994, 0.2010)
@@ -51,7 +54,7 @@ class Normalisation(NamedTuple):
 
 
 def load_images(dataset: str, data_dir: str | None, split: Split) -> LabelledImages:
-    """One split, read and decoded, or as decoded before; the arrays may be read-only.
+    """Read and decode one split, or map what was decoded before; the arrays may be read-only.
 
     Raises ValueError, in one sentence, for whatever is missing or unreadable.
     """
@@ -63,23 +66,22 @@ def load_images(dataset: str, data_dir: str | None, split: Split) -> LabelledIma
     else:
         sources = sorted(path for path in (folder / ARCHIVE_FOLDERS[dataset]).glob("*") if path.is_file())
         decode = partial(_load_archive, dataset, folder, split, download=data_dir is None)
-    return LabelledImages(*kept(f"{dataset}-{split}", sources, DATASETS[dataset].image_size, decode))
+    return cached(f"{dataset}-{split}", sources, DATASETS[dataset].image_size, decode)
 
 
 def check_dataset(dataset: str, data_dir: str | None) -> None:
-    """Raise ValueError where a test set will be wanted later and is not there; reads no label and no image."""
-    if dataset == "digits":
+    """Raise ValueError where the test set, which is read last, is missing or broken; reads no label and no image."""
+    if dataset == "digits" or not find_parquet(dataset, data_dir, "train"):
         return
-    if find_parquet(dataset, data_dir, "train"):
-        files = find_parquet(dataset, data_dir, "test")
-        if not files:
-            raise ValueError(f"{data_dir} has train*.parquet but no test*.parquet, which the run reads at its end")
-        for file in files:
-            _check_parquet(file, dataset)
+    files = find_parquet(dataset, data_dir, "test")
+    if not files:
+        raise ValueError(f"{data_dir} has train*.parquet but no test*.parquet, which the run reads at its end")
+    for file in files:
+        _check_parquet(file, LABEL_COLUMNS[dataset])
 
 
 def find_parquet(dataset: str, data_dir: str | None, split: Split) -> list[Path]:
-    """The parquet files of a split, in order, or none where the folder holds the official archive instead.
+    """List the parquet files of a split, in order; none where the folder holds the official archive instead.
 
     Looks in the folder itself and in the subfolders the Hugging Face hub uses. Raises ValueError for a folder that is
     not there or has neither form of the data set.
@@ -111,32 +113,35 @@ def _parquet_errors(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} cannot be read as parquet ({reason})") from error
 
 
-def _check_parquet(file: Path, dataset: str) -> None:
+def _check_parquet(file: Path, label_column: str) -> None:
     """Raise ValueError unless the file has images, and labels that are whole numbers; reads its footer alone."""
     import pyarrow.parquet
 
     with _parquet_errors(file), pyarrow.parquet.ParquetFile(file) as parquet:
         schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
-    for column in ("img", LABEL_COLUMNS[dataset]):
+    for column in ("img", label_column):
         if column not in schema.names:
             raise ValueError(f"{file} lacks the column {column!r}; it has {', '.join(schema.names) or 'none'}")
         if schema.names.count(column) > 1:
             raise ValueError(f"{file} has a column twice: {column!r}")
     if num_rows == 0:
         raise ValueError(f"{file} has no rows")
-    if not pyarrow.types.is_integer(schema.field(LABEL_COLUMNS[dataset]).type):
-        raise ValueError(f"{file}: column {LABEL_COLUMNS[dataset]!r} must hold whole numbers only")
+    if not pyarrow.types.is_integer(schema.field(label_column).type):
+        raise ValueError(f"{file}: column {label_column!r} must hold whole numbers only")
 
 
 def _load_parquet(dataset: str, files: list[Path]) -> LabelledImages:
     import pyarrow.parquet
+    from PIL import Image
 
     info, label_column = DATASETS[dataset], LABEL_COLUMNS[dataset]
-    images, labels = [], []
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
     for file in files:
-        _check_parquet(file, dataset)
+        _check_parquet(file, label_column)
         with _parquet_errors(file):
             table = pyarrow.parquet.read_table(file, columns=["img", label_column])
+            cells = table.column("img").to_pylist()
         if table.column(label_column).null_count:
             raise ValueError(f"{file}: column {label_column!r} must hold whole numbers only, and some are missing")
         column = table.column(label_column).to_numpy().astype(np.int64)
@@ -145,25 +150,15 @@ def _load_parquet(dataset: str, files: list[Path]) -> LabelledImages:
                 f"{file}: labels run from {column.min()} to {column.max()}, "
                 f"but {dataset} has the classes 0 to {info.num_classes - 1}"
             )
-        images.append(_decode(table.column("img"), info.image_size, file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of an image that its size refuses anyway
+            images += [_decode(cell, info.image_size, f"{file}: row {i}") for i, cell in enumerate(cells)]
         labels.append(column)
-    return LabelledImages(np.concatenate(images), np.concatenate(labels))
+    return LabelledImages(np.stack(images), np.concatenate(labels))
 
 
-def _decode(column: Any, image_size: int, file: Path) -> np.ndarray:
-    from PIL import Image
-
-    with _parquet_errors(file):
-        cells = column.to_pylist()
-    pixels = np.empty((len(cells), image_size, image_size, 3), dtype=np.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of an image that its size refuses anyway
-        for i, cell in enumerate(cells):
-            pixels[i] = _decode_cell(cell, image_size, f"{file}: row {i}")
-    return pixels
-
-
-def _decode_cell(cell: Any, image_size: int, where: str) -> np.ndarray:
+def _decode(cell: Any, image_size: int, where: str) -> np.ndarray:
+    """Decode one cell of the column `img`, {"bytes": …, "path": …}, to pixels [H, W, 3]."""
     from PIL import Image
 
     encoded = cell.get("bytes") if isinstance(cell, dict) else None
@@ -180,7 +175,7 @@ def _decode_cell(cell: Any, image_size: int, where: str) -> np.ndarray:
 
 
 def _load_archive(dataset: str, folder: Path, split: Split, *, download: bool) -> LabelledImages:
-    """The official archive through torchvision, which checks its MD5; downloaded where that is wanted and possible."""
+    """Read the official archive through torchvision, which checks its MD5; download it where asked and possible."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     archive = CIFAR100 if dataset == "cifar100" else CIFAR10
@@ -190,42 +185,92 @@ def _load_archive(dataset: str, folder: Path, split: Split, *, download: bool) -
         with redirect_stdout(io.StringIO()):
             found = archive(str(folder), train=split == "train", download=download)
     except (RuntimeError, OSError) as error:  # torchvision raises RuntimeError for a missing or damaged archive
-        if download:
-            with suppress(OSError):
-                folder.rmdir()  # torchvision made it; it stays where it holds anything
-            message = (
-                f"{dataset} is not in {folder} and could not be downloaded: give its folder with --data-dir, "
-                "or try --dataset digits, which needs no download"
-            )
-        else:
-            message = f"the archive of {dataset} in {folder} is incomplete or damaged: it lacks the published checksums"
-        raise ValueError(message) from error
+        if not download:
+            raise ValueError(
+                f"the archive of {dataset} in {folder} is incomplete or damaged: it lacks the published checksums"
+            ) from error
+        with suppress(OSError):
+            folder.rmdir()  # torchvision made it; it stays where it holds anything
+        raise ValueError(
+            f"{dataset} is not in {folder} and could not be downloaded: give its folder with --data-dir, "
+            "or try --dataset digits, which needs no download"
+        ) from error
     finally:
         socket.setdefaulttimeout(timeout)
     return LabelledImages(found.data, np.asarray(found.targets, dtype=np.int64))
 
 
 def _load_digits(split: Split) -> LabelledImages:
-    """scikit-learn's 1,797 handwritten digits: a fixed, stratified fifth is the test set."""
+    """Read scikit-learn's 1,797 handwritten digits, of which a fixed, stratified fifth is the test set."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # [N, 8, 8], stored as 0..16
-    images = np.repeat(grey[..., None], 3, axis=3)
     labels = bunch.target.astype(np.int64)
     train, test = stratified_split(labels, fraction=0.2, seed=0)
     chosen = train if split == "train" else test
-    return LabelledImages(images[chosen], labels[chosen])
+    return LabelledImages(np.repeat(grey[chosen, ..., None], 3, axis=3), labels[chosen])
+
+
+# ---------------------------------------------------------------- the cache of decoded images
+
+
+def cached(name: str, sources: list[Path], image_size: int, decode: Callable[[], LabelledImages]) -> LabelledImages:
+    """Map what was decoded from these files before, else decode them and keep the result.
+
+    Decoding CIFAR-100 takes seconds, mapping it a tenth of one, and all processes of a machine share the mapped copy.
+    The name of a cache file has the SHA-256 of the sources' contents, so other data has another file. Where nothing can
+    be written, images are decoded each time. Any cache file may be deleted at any time.
+    """
+    digest = hashlib.sha256()
+    try:
+        for source in sources:
+            with open(source, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+    except OSError:  # the decoder says what is wrong with the file
+        sources = []
+    if not sources:
+        return decode()
+    path = cache_folder() / f"{name}-{digest.hexdigest()[:32]}.bin"
+    found = read_cached(path, image_size)
+    if found is None:
+        found = decode()
+        with suppress(OSError):
+            remove_leftovers(path.parent)
+            pixels, labels = (np.ascontiguousarray(part).data.cast("B") for part in found)
+            checksum = hashlib.sha256(pixels)
+            checksum.update(labels)
+            write_whole(path, pixels, labels, checksum.digest())
+    return found
+
+
+def read_cached(path: Path, image_size: int) -> LabelledImages | None:
+    """Map a cache file, read-only: pixels uint8 [N, H, W, 3], labels int64 [N], the SHA-256 of both.
+
+    Returns None where there is no such file or it is damaged.
+    """
+    pixels_each, checksum_size = image_size * image_size * 3, hashlib.sha256().digest_size
+    try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # ValueError: empty
+        return None
+    number, rest = divmod(len(mapped) - checksum_size, pixels_each + np.dtype(np.int64).itemsize)
+    content = memoryview(mapped)[:-checksum_size]
+    if number < 1 or rest or hashlib.sha256(content).digest() != mapped[-checksum_size:]:
+        return None
+    images = np.frombuffer(mapped, np.uint8, number * pixels_each).reshape(number, image_size, image_size, 3)
+    return LabelledImages(images, np.frombuffer(mapped, np.int64, number, offset=number * pixels_each))
 
 
 # ---------------------------------------------------------------- splits
 
 
 def stratified_split(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of (the rest, the held-out `fraction`), in rising order; every class gives the same share of its own.
+    """Draw a held-out `fraction`, the same of every class; give the indices of the rest and of it, in rising order.
 
-    Depends on labels, fraction and seed alone. RandomState's stream is frozen by NumPy's compatibility policy, so the
-    split stays the same with every version.
+    Depends on labels, fraction and seed alone: the stream of RandomState is the same in every version of NumPy.
     """
     random_state = np.random.RandomState(seed)
     held_out = np.zeros(len(labels), dtype=bool)
@@ -245,14 +290,11 @@ def split_validation(
     train, val = stratified_split(data.labels, fraction=fraction, seed=seed)
     if len(val) == 0:
         raise ValueError(f"val_fraction {fraction:g} of {len(data.labels)} images holds out none; give more")
-    return (
-        LabelledImages(data.images[train], data.labels[train]),
-        LabelledImages(data.images[val], data.labels[val]),
-    )
+    return LabelledImages(*(part[train] for part in data)), LabelledImages(*(part[val] for part in data))
 
 
 def find_normalisation(config: TrainConfig, images: np.ndarray) -> Normalisation:
-    """The recipe's normalisation: the reference's constants for CIFAR, else mean and deviation of `images`."""
+    """Give the recipe's normalisation: the reference's constants for CIFAR, else mean and deviation of `images`."""
     if not RECIPES[config.recipe].dataset_normalisation and config.dataset != "digits":
         return Normalisation(REFERENCE_MEAN, REFERENCE_STD)
     levels = np.arange(256) / 255

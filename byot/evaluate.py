@@ -23,14 +23,15 @@ def main() -> None:
     with one_sentence_errors("evaluate.py"):
         from byot.console import classifier_table
         from byot.data import load_images
-        from byot.runs import evaluate_checkpoint, find_checkpoint
+        from byot.runs import evaluate_run, find_run
 
-        _, config, checkpoint = find_checkpoint(absolute_path(arguments.run))
-        data_dir = config.data_dir if arguments.data_dir is None else str(absolute_path(arguments.data_dir))
-        config = config.with_settings(device=arguments.device, data_dir=data_dir)
-        test = load_images(config.dataset, config.data_dir, "test")
-        evaluation, epoch = evaluate_checkpoint(config, checkpoint, test)
-    print(f"{checkpoint}\n{config.dataset}, {evaluation.num_images} test images, after epoch {epoch}/{config.epochs}")
+        saved = find_run(absolute_path(arguments.run))
+        config = saved.config.with_settings(device=arguments.device)
+        if arguments.data_dir is not None:
+            config = config.with_settings(data_dir=str(absolute_path(arguments.data_dir)))
+        evaluation = evaluate_run(saved, config, load_images(config.dataset, config.data_dir, "test"))
+    epoch = f"after epoch {saved.state['epoch']}/{config.epochs}"
+    print(f"{saved.checkpoint}\n{config.dataset}, {evaluation.num_images} test images, {epoch}")
     print(classifier_table(evaluation.to_record("test"), "test"))
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a network: sums kept on the device, read once an epoch.
+"""Measures a network: sums are kept on the device and read once an epoch.
 
 B batch, C classes, K classifiers, shallow to deep; K = 1 is the deepest alone, which has no ensemble. S classifiers are
 taught: K - 1, or K where the ensemble teaches. Accuracies are percent, NLL is nats an image, ECE is percent.
@@ -32,9 +32,9 @@ class Evaluation:
     ece: tuple[float, ...]  # percent
 
     def to_record(self, prefix: str) -> dict[str, float]:
-        """Flat names: `val_accuracy_1` … `val_accuracy_4`, `val_accuracy_ensemble`; `val_accuracy` is the deepest's.
+        """Name the numbers `val_accuracy_1` to `val_accuracy_4` and `val_accuracy_ensemble`.
 
-        The deepest classifier is number 4 also where it is alone.
+        `val_accuracy` is the deepest classifier's, which is number 4 also where it is alone.
         """
         record: dict[str, float] = {}
         for measure in ("accuracy", "nll", "ece"):
@@ -47,7 +47,7 @@ class Evaluation:
 
 
 def numbered(classifiers: tuple[float, ...]) -> Iterator[tuple[int, float]]:
-    """Each of K values with the number of its classifier: that of the stage it follows, so that the last is 4."""
+    """Number K values as the stages that their classifiers follow: the last one is always 4."""
     return enumerate(classifiers, start=NUM_CLASSIFIERS + 1 - len(classifiers))
 
 
@@ -67,7 +67,7 @@ class EpochMetrics:
     images_per_s: float  # of training alone
 
     def to_record(self) -> dict[str, Any]:
-        """A flat dict for metrics.jsonl, TensorBoard and a trial's report."""
+        """Make the flat dict that metrics.jsonl, TensorBoard and a trial's report hold."""
         record: dict[str, Any] = {"epoch": self.epoch, "lr": self.lr, "train_loss": self.loss}
         for name in ("label", "accuracy"):
             record |= {f"train_{name}_{i}": value for i, value in numbered(getattr(self, name))}
@@ -79,10 +79,10 @@ class EpochMetrics:
 
 
 class TrainingSums:
-    """Sums over an epoch's images of all loss terms and correct answers, in one tensor on the device.
+    """Adds up all loss terms and correct answers over an epoch's images, in one tensor on the device.
 
-    The tensor stays the same for ever, so that a recorded step can add to it. With several processes each has the sums
-    over its own images; whatever is read is the sum over all.
+    The tensor stays the same, so that a step recorded as a CUDA graph can add to it. Each of several processes adds up
+    its own images; what is read is the sum over all.
     """
 
     def __init__(
@@ -105,21 +105,24 @@ class TrainingSums:
             self._sums += batch * len(labels)
 
     def read_loss(self) -> float:
-        """The mean total loss so far; NaN or infinite for ever once a step's was. A synchronisation."""
-        return self._processes.add_up(self._sums[0]).item() / self.num_images
+        """Read the mean total loss so far, which stays NaN or infinite once a step's was; waits for the device."""
+        return self._processes.all_reduce_sum(self._sums[0]).item() / self.num_images
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._processes.add_up(self._sums).cpu(), "num_images": self.num_images}
+        return {"sums": self._processes.all_reduce_sum(self._sums).cpu(), "num_images": self.num_images}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up saved sums. Raises ValueError where they are of other classifiers."""
+        if state["sums"].shape != self._sums.shape:
+            raise ValueError(f"its sums over an epoch are {len(state['sums'])} numbers, not {len(self._sums)}")
         self.reset()
         if self._processes.is_first:
             self._sums.copy_(state["sums"])
         self.num_images = state["num_images"]
 
     def read(self) -> tuple[tuple[float, ...], ...]:
-        """(total,), label [K], distillation [S], hint [K-1], accuracy [K] in percent. The one synchronisation."""
-        means = self._processes.add_up(self._sums).cpu() / self.num_images
+        """Read the means: (total,), label [K], distillation [S], hint [K-1], accuracy [K] in percent."""
+        means = self._processes.all_reduce_sum(self._sums).cpu() / self.num_images
         total, label, distillation, hint, correct = means.split(self._sizes)
         parts = (total, label, distillation, hint, correct * 100)
         return tuple(tuple(part.tolist()) for part in parts)
@@ -133,7 +136,7 @@ def evaluate(
     autocast_dtype: torch.dtype | None,
     processes: Processes = ALONE,
 ) -> Evaluation:
-    """Run the network over all batches, of all processes. The ensemble is the mean of the K softmaxes, where K > 1.
+    """Run the network over the batches of all processes. The ensemble is the mean of the K softmaxes, where K > 1.
 
     ECE: predictions go into 15 equal bins of confidence; sum over bins of |accuracy - mean confidence| times the bin's
     share of the images (Guo et al., 2017).
@@ -160,8 +163,8 @@ def evaluate(
         sums = batch.to(_sum_dtype(batch.device)) if sums is None else sums + batch
         seen += len(labels)
     assert sums is not None, "no images to evaluate"
-    num_images = int(processes.add_up(torch.tensor(seen, device=sums.device)))
-    sums = processes.add_up(sums).cpu() / num_images
+    num_images = int(processes.all_reduce_sum(torch.tensor(seen, device=sums.device)))
+    sums = processes.all_reduce_sum(sums).cpu() / num_images
     return Evaluation(
         num_images=num_images,
         accuracy=tuple((sums[:, 0] * 100).tolist()),

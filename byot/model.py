@@ -23,7 +23,7 @@ class BranchOutputs(NamedTuple):
 
 
 def make_downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """What brings a block's input to the shape of its output, None where it has it already."""
+    """Build what brings a block's input to the shape of its output; None where it has that already."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(
@@ -33,10 +33,11 @@ def make_downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequ
 
 
 class DownsampleConv2d(nn.Conv2d):
-    """A 1x1 convolution whose stride is taken before it where channels are few: the same weights and result.
+    """A 1x1 convolution that drops the pixels its stride skips before it, where channels are few.
 
-    With fewer channels than a vector register holds, oneDNN's backward pass of such a convolution in channels-last
-    memory writes past its own: seen on processors with AVX2 below 8 channels, where it kills the process.
+    The weights and the result are the same. With fewer channels than a vector register holds, oneDNN's backward pass of
+    a strided 1x1 convolution in channels-last memory writes out of bounds: seen on processors with AVX2 below 8
+    channels, where it kills the process.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class DownsampleConv2d(nn.Conv2d):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around which the input is added (He et al., 2016)."""
+    """Adds its input to the result of two 3x3 convolutions (He et al., 2016)."""
 
     expansion = 1  # of the channels
 
@@ -66,7 +67,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around which the input is added; the 3x3 one has the stride, as in torchvision."""
+    """Adds its input to the result of 1x1, 3x3 and 1x1 convolutions; the 3x3 one has the stride, as in torchvision."""
 
     expansion = 4
 
@@ -130,7 +131,7 @@ class CifarResNet(nn.Module):
 
 
 def initialise_convolutions(module: nn.Module) -> None:
-    """kaiming_normal of the outputs, as torchvision and the reference do."""
+    """Draw all weights of convolutions from kaiming_normal of the outputs, as torchvision and the reference do."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
@@ -139,8 +140,8 @@ def initialise_convolutions(module: nn.Module) -> None:
 class PatchConv2d(nn.Conv2d):
     """A convolution whose stride is its kernel size, done as one matrix product over the patches.
 
-    Same weights and result as nn.Conv2d, quicker on CPUs, and right where oneDNN's bfloat16 convolution is not: there a
-    kernel that covers the whole image gives numbers of no meaning (pytorch issue 163347).
+    Its weights and result are those of nn.Conv2d. It is quicker on CPUs, and right where oneDNN's bfloat16 convolution
+    gives meaningless numbers: with a kernel that covers the whole image (pytorch issue 163347).
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:

@@ -1,72 +1,110 @@
-"""Each recipe's optimizer: torch's SGD, or SGD whose filters step by orthogonalised gradients (Muon).
+"""SGD with momentum, and Muon: the same with orthogonalised gradients for the filters of convolutions.
 
-torch's SGD comes without torch's compiler, whose import takes every process, a search's workers too, over a second:
-torch.optim imports the compiler when it is first used, only to keep itself out of what is compiled.
+The class does not derive from torch.optim.Optimizer, whose first instance imports torch's compiler: that would take
+every process, a search's workers too, more than a second.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from byot.config import RECIPES, TrainConfig
 from byot.model import BranchedResNet
 
-DISABLED = "__dynamo_disable"  # attribute of a function: what to call in its place, so that it is not compiled
-# Of Newton and Schulz's iteration: they bring every singular value from 0.01 to 1 near 1 in five rounds.
+# The coefficients of Newton-Schulz's iteration: in five rounds they bring every singular value from 0.01 to 1 near 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_ROUNDS = 5
-FILTER_STEP = 0.25  # of the learning rate: by what share of its norm a filter bank moves in a step
+FILTER_STEP = 0.25  # of the learning rate: the share of its norm by which a filter bank moves in a step
 
 
-class SGD(torch.optim.SGD):
-    """The same steps and the same state."""
+class Optimizer:
+    """Moves the parameters of each group along their momentum.
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))  # without what imports the compiler around it
-
-
-class Muon(SGD):
-    """SGD but for the groups marked `orthogonal`, of convolution weights [out, in, h, w].
-
-    Each of those is taken as a matrix [out, in * h * w] with its norm kept at sqrt(rank). It moves along its momentum
-    (Nesterov's), all of whose singular values have been brought near 1, by a quarter of the learning rate: every
-    direction of a filter bank learns at the same speed, and the step is relative to the weights, as batch normalisation
-    makes only their direction matter. They have no weight decay: their norm is fixed.
-    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; the fixed norm as in the
+    `param_groups` are dicts with `params`, their `weight_decay`, and whether they are `orthogonal`: convolution weights
+    [out, in, h, w] that Muon trains. Muon takes a weight as a matrix [out, in * h * w] and keeps its norm at
+    sqrt(rank). It brings all singular values of the momentum (Nesterov's) near 1 and moves the weight along that by a
+    quarter of the learning rate. So every direction of a filter bank learns at the same speed, and the step is relative
+    to the weight, of which batch normalisation makes only the direction matter.
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; the fixed norm is from the
     same author's airbench.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, product_dtype: torch.dtype, **settings: Any) -> None:
-        """`product_dtype` is what the products of matrices are computed in."""
-        super().__init__(groups, **settings)
-        self.product_dtype = product_dtype
+    def __init__(
+        self, param_groups: list[dict[str, Any]], *, lr: float, momentum: float, nesterov: bool, muon_dtype: torch.dtype
+    ) -> None:
+        """`muon_dtype` is what Muon multiplies matrices in."""
+        self.param_groups = param_groups
+        device = param_groups[0]["params"][0].device
+        self.lr = torch.tensor(lr, device=device)  # to be filled anew: a step recorded as a graph reads it where it is
+        self.momentum, self.nesterov, self.muon_dtype = momentum, nesterov, muon_dtype
+        self._buffers: dict[Tensor, Tensor] = {}  # the momentum of each parameter that has had a gradient
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters():
+            parameter.grad = None
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["orthogonal"]:
-                for weight in group["params"]:
-                    self._orthogonal_step(weight, group)
-        super().step()  # skips what has no gradient
+                for weight in parameters:
+                    self._orthogonal_step(weight)
+                continue
+            buffers = [self._buffers.get(parameter) for parameter in parameters]
+            sgd(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                buffers,  # makes those that are None, unless momentum is 0
+                fused=True,
+                weight_decay=group["weight_decay"],
+                momentum=self.momentum,
+                lr=self.lr,
+                dampening=0.0,
+                nesterov=self.nesterov,
+                maximize=False,
+            )
+            self._buffers |= {p: buffer for p, buffer in zip(parameters, buffers, strict=True) if buffer is not None}
 
-    def _orthogonal_step(self, weight: Tensor, group: dict[str, Any]) -> None:
-        gradient = weight.grad
-        if gradient is None:
-            return
-        state = self.state[weight]  # made by asking for it
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-        direction = orthogonalise(gradient.add(momentum, alpha=group["momentum"]).flatten(1), self.product_dtype)
-        rank = min(direction.shape)
-        weight.mul_(rank**0.5 / weight.norm())
-        weight.sub_(direction.view(weight.shape) * (FILTER_STEP * group["lr"]))
-        weight.grad = None
+    def _orthogonal_step(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        if weight not in self._buffers:
+            self._buffers[weight] = torch.zeros_like(weight)
+        momentum = self._buffers[weight].mul_(self.momentum).add_(weight.grad)
+        direction = orthogonalise(weight.grad.add(momentum, alpha=self.momentum).flatten(1), self.muon_dtype)
+        weight.mul_(min(direction.shape) ** 0.5 / weight.norm())
+        weight.sub_(direction.view(weight.shape) * (FILTER_STEP * self.lr))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the momentum and the settings in the format of torch's optimizers, parameters by their numbers."""
+        numbers = {parameter: i for i, parameter in enumerate(self._parameters())}
+        settings = {"lr": float(self.lr), "momentum": self.momentum, "nesterov": self.nesterov}
+        groups = [
+            {**settings, **group, "params": [numbers[parameter] for parameter in group["params"]]}
+            for group in self.param_groups
+        ]
+        buffers = {numbers[parameter]: {"momentum_buffer": buffer} for parameter, buffer in self._buffers.items()}
+        return {"state": buffers, "param_groups": groups}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the momentum; the settings stay those of the run's configuration.
+
+        Raises ValueError or KeyError where the state is not that of these parameters.
+        """
+        parameters = dict(enumerate(self._parameters()))
+        buffers = {parameters[i]: found["momentum_buffer"] for i, found in state["state"].items()}
+        if any(buffer.shape != parameter.shape for parameter, buffer in buffers.items()):
+            raise ValueError("the shapes of the optimizer's buffers are not those of the parameters")
+        self._buffers = {parameter: buffer.to(parameter) for parameter, buffer in buffers.items()}
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
 
 def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix [M, N] with its singular vectors and all of its singular values near 1, between about 0.7 and 1.2."""
+    """Return the matrix [M, N] with its singular vectors and all singular values near 1, from about 0.7 to 1.2."""
     a, b, c = NEWTON_SCHULZ
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if is_tall else matrix).to(dtype)
@@ -77,29 +115,18 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.T if is_tall else x).to(matrix.dtype)
 
 
-def make_optimizer(model: BranchedResNet, config: TrainConfig, autocast_dtype: torch.dtype | None = None) -> SGD:
-    """The recipe's optimizer. The modern one has no weight decay on normalisation layers and biases."""
-    settings: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "fused": True}
-    if RECIPES[config.recipe].optimizer == "sgd":
-        return SGD(model.parameters(), weight_decay=config.weight_decay, **settings)
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m is not model.trunk.conv1]
-    filters = [convolution.weight for convolution in convolutions]
-    known = set(filters)
-    others = [parameter for parameter in model.parameters() if parameter not in known]
-    groups = [
-        {"params": filters, "orthogonal": True, "weight_decay": 0.0},
-        {"params": [p for p in others if p.ndim > 1], "orthogonal": False, "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.ndim == 1], "orthogonal": False, "weight_decay": 0.0},
-    ]
-    return Muon(groups, product_dtype=autocast_dtype or torch.float32, nesterov=True, **settings)
-
-
-def leave_compiler_unimported() -> None:
-    """Put in place what optimizers would find after the import; where torch has changed, nothing happens."""
-    for method in vars(torch.optim.Optimizer).values():
-        wrapped = getattr(method, "__wrapped__", None)
-        if wrapped is not None and not hasattr(wrapped, DISABLED):
-            setattr(wrapped, DISABLED, wrapped)
-
-
-leave_compiler_unimported()
+def make_optimizer(model: BranchedResNet, config: TrainConfig, autocast_dtype: torch.dtype | None) -> Optimizer:
+    """Build the recipe's optimizer. The modern one has no weight decay on normalisation layers and biases."""
+    is_modern = RECIPES[config.recipe].optimizer == "muon"
+    groups = [{"params": list(model.parameters()), "orthogonal": False, "weight_decay": config.weight_decay}]
+    if is_modern:
+        filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m is not model.trunk.conv1]
+        known = set(filters)
+        others = [parameter for parameter in model.parameters() if parameter not in known]
+        groups = [
+            {"params": filters, "orthogonal": True, "weight_decay": 0.0},
+            {"params": [p for p in others if p.ndim > 1], "orthogonal": False, "weight_decay": config.weight_decay},
+            {"params": [p for p in others if p.ndim == 1], "orthogonal": False, "weight_decay": 0.0},
+        ]
+    muon_dtype = autocast_dtype or torch.float32
+    return Optimizer(groups, lr=config.lr, momentum=config.momentum, nesterov=is_modern, muon_dtype=muon_dtype)

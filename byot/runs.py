@@ -11,26 +11,26 @@ result.json         written last: the test set's figures and where they come fro
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from byot.batches import in_order, place_images
-from byot.config import NUM_CLASSIFIERS, TrainConfig
+from byot.config import CLASSIFIERS, NUM_CLASSIFIERS, TrainConfig
 from byot.data import LabelledImages, Normalisation, check_dataset, load_images, split_validation
 from byot.metrics import EpochMetrics, Evaluation, evaluate
 from byot.model import BranchedResNet
-from byot.state import check_buffers, check_state, check_weights
 from byot.system.checkpoint import (
     checkpoint_path,
+    is_out_of_memory,
     load_checkpoint,
     load_latest,
-    pass_over_newer,
     remove_old_checkpoints,
     save_checkpoint,
+    set_aside_newer,
 )
 from byot.system.distributed import ALONE, Processes
 from byot.system.files import append_json_line, errors_in, read_json, remove_leftovers, write_json, write_json_lines
@@ -56,8 +56,6 @@ OnEpoch = Callable[[EpochMetrics], None]
 StopAsked = Callable[[], int]  # anything but 0 asks to stop
 OnSave = Callable[[], None]  # a checkpoint has been written
 
-MEASURES = ("test_accuracy", "test_nll", "test_ece")  # of a result.json, each of every classifier
-
 
 @dataclass(frozen=True)
 class Run:
@@ -69,58 +67,50 @@ class Run:
 
 
 def read_result(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, None if it is not finished. Raises ValueError if the folder is another run's."""
+    """Read the result of a finished run; None if it is not finished.
+
+    Raises ValueError if the folder is another run's, or if its config.json or result.json is damaged.
+    """
     config_path, result_path = folder / "config.json", folder / "result.json"
+    found, result = config, None
     try:
         if config_path.is_file():
             recorded = read_json(config_path)
             with errors_in(config_path):
                 found = TrainConfig.from_dict(recorded)
-        else:
-            found = config
-        result = _read_figures(result_path, found) if result_path.is_file() else None
+        if result_path.is_file():
+            result = read_json(result_path)
+            ends = [end for end in CLASSIFIERS if found.num_classifiers > 1 or end == str(NUM_CLASSIFIERS)]
+            figures = (f"test_{measure}_{end}" for measure in ("accuracy", "nll", "ece") for end in ends)
+            for name in ("num_test_images", "elapsed_s", *figures):
+                if not isinstance(result.get(name), int | float):
+                    raise ValueError(f"{result_path} has no number as {name}")
     except ValueError as error:
         raise ValueError(f"{error}; without this file the run goes on from its last checkpoint") from error
     check_same_run(config, found)
     return result
 
 
-def _read_figures(path: Path, config: TrainConfig) -> dict[str, Any]:
-    """A result with the numbers that are printed of a finished run. Raises ValueError where one is missing."""
-    result = read_json(path)
-    classifiers = range(NUM_CLASSIFIERS + 1 - config.num_classifiers, NUM_CLASSIFIERS + 1)
-    suffixes = ("", *(f"_{i}" for i in classifiers), *(["_ensemble"] if config.num_classifiers > 1 else []))
-    for name in ("num_test_images", "elapsed_s", *(measure + suffix for measure in MEASURES for suffix in suffixes)):
-        if not isinstance(result.get(name), int | float):
-            raise ValueError(f"{path} has no number as {name}")
-    return result
-
-
 def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None, processes: Processes = ALONE) -> Run:
     """Read the data, build the network and go back to the given checkpoint, else to the folder's last one.
 
-    The first process holds the folder's lock and is the one that writes, which it does once all of that has worked;
-    others, on whatever machine, read its checkpoint. Raises ValueError for what a user can put right.
+    The first process holds the folder's lock. It alone writes, and only once all of this has worked; the others, on
+    whatever machine, read the checkpoint that it names. Raises ValueError for what a user can put right.
     """
     if not processes.is_first:
-        processes.from_first(None)  # it refuses, downloads and decodes for all
+        processes.barrier()  # the first refuses, downloads and decodes for all
     read_result(config, folder)
     check_dataset(config.dataset, config.data_dir)
     images = load_images(config.dataset, config.data_dir, "train")
     if processes.is_first:
-        processes.from_first(None)
+        processes.barrier()
     train, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
     if not processes.is_first:
-        resumed_from = processes.from_first(None)
-        state = load_checkpoint(resumed_from) if resumed_from else None
-        normalisation = Normalisation(**state["normalisation"]) if state else None
-        trainer = Trainer(config, train, val, normalisation, processes)
-        if state:
-            trainer.load_state_dict(state)
-        return Run(folder, trainer, resumed_from)
+        checkpoint = processes.broadcast(None)
     trainer, resumed_from = restore_trainer(config, train, val, folder, checkpoint, processes)
-    write_json(folder / "config.json", config.to_dict())
-    processes.from_first(resumed_from)
+    if processes.is_first:
+        write_json(folder / "config.json", config.to_dict())
+        processes.broadcast(resumed_from)
     return Run(folder, trainer, resumed_from)
 
 
@@ -132,25 +122,60 @@ def restore_trainer(
     checkpoint: Path | None = None,
     processes: Processes = ALONE,
 ) -> tuple[Trainer, Path | None]:
-    """A trainer as the given checkpoint left it, else the folder's last whole one, else new; and that checkpoint.
+    """Build a trainer as the given checkpoint left it, else the folder's last whole one, else new.
 
-    What the folder has from later than that is renamed: it is damaged, or left behind by going back, and made again.
+    Returns it with that checkpoint. Checkpoints of later epochs are renamed: they are damaged, or the run has gone back
+    before them and makes them again.
     """
     with explain_out_of_memory(config):
-        found = (checkpoint, load_checkpoint(checkpoint)) if checkpoint else load_latest(folder / "checkpoints")
-        if found:
-            check_same_run(config, check_state(*found))
-        normalisation = Normalisation(**found[1]["normalisation"]) if found else None
-        trainer = Trainer(config, train, val, normalisation, processes)
-        if found:
-            check_weights(*found, trainer.model)
-            check_buffers(*found, trainer.optimizer)
-            trainer.load_state_dict(found[1])
-    pass_over_newer(folder / "checkpoints", trainer.epoch, trainer.step)
-    remove_leftovers(folder)
-    if trainer.history or (folder / "metrics.jsonl").exists():
-        write_json_lines(folder / "metrics.jsonl", trainer.history)
-    return trainer, found[0] if found else None
+        found = None
+        if checkpoint is not None:
+            found = checkpoint, load_checkpoint(checkpoint)
+        elif processes.is_first:
+            found = load_latest(folder / "checkpoints")
+        if found is None:
+            trainer = Trainer(config, train, val, None, processes)
+        else:
+            checkpoint, state = found
+            with explain_misfit(checkpoint):
+                check_same_run(config, recorded_config(state))
+                normalisation = Normalisation(**state["normalisation"])
+            trainer = Trainer(config, train, val, normalisation, processes)
+            with explain_misfit(checkpoint):
+                trainer.load_state_dict(state)
+    if processes.is_first:
+        set_aside_newer(folder / "checkpoints", trainer.epoch, trainer.step)
+        remove_leftovers(folder)
+        if trainer.history or (folder / "metrics.jsonl").exists():
+            write_json_lines(folder / "metrics.jsonl", trainer.history)
+    return trainer, checkpoint
+
+
+@contextmanager
+def explain_misfit(checkpoint: Path) -> Iterator[None]:
+    """Turn what fails when a checkpoint of another run, network or version is used into a ValueError that names it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"the checkpoint {checkpoint} cannot be used: {error}") from error
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(
+            f"the checkpoint {checkpoint} was not written by this version of the project: {what:.200}"
+        ) from error
+
+
+def recorded_config(state: dict[str, Any]) -> TrainConfig:
+    """Read the settings of the run that wrote a checkpoint; to be called within explain_misfit."""
+    config = TrainConfig.from_dict(state["config"])
+    if config.loss_form == "plain" and any("branches" in name for name in state["model"]):
+        raise ValueError(
+            "it is of a version that built branches for loss_form plain too: start that run anew, with --fresh or "
+            "another --name"
+        )
+    return config
 
 
 def train_saving(
@@ -180,7 +205,7 @@ def train_saving(
         took_s = saved_at - started
 
     def agreed(value: int) -> int:
-        return processes.greatest(int(value), trainer.device)
+        return processes.all_reduce_max(int(value))
 
     def after_batch(done: int, images: int) -> None:
         if on_batch is not None:
@@ -203,22 +228,19 @@ def train_saving(
         yield metrics
 
 
-def finish_run(
+def train_and_test(
     run: Run,
     on_batch: OnBatch | None = None,
-    on_epoch: OnEpoch | None = None,
+    on_epoch: OnEpoch = lambda metrics: None,
     stop_asked: StopAsked = lambda: 0,
 ) -> dict[str, Any]:
     """Train to the last epoch, with a checkpoint after each, then read the test set, once, and record the result."""
     folder, trainer, config = run.folder, run.trainer, run.trainer.config
     origin = provenance(trainer.device)  # now: the checkout may change while the run goes on
-    with ExitStack() as opened:
-        show = _shown_in_tensorboard(run, opened) if trainer.processes.is_first else None
+    with open_tensorboard(run) as show_epoch:
         for metrics in train_saving(trainer, folder, on_batch, stop_asked):
-            if show is not None:
-                show()
-            if on_epoch is not None:
-                on_epoch(metrics)
+            show_epoch()
+            on_epoch(metrics)
     test = trainer.evaluate_on(load_images(config.dataset, config.data_dir, "test"))
     trainer.check_finite(sum(test.nll))
     result = {
@@ -236,20 +258,25 @@ def finish_run(
     return result
 
 
-def _shown_in_tensorboard(run: Run, opened: ExitStack) -> Callable[[], None]:
-    """A function that shows the last epoch's figures; the writer is closed with `opened`."""
+@contextmanager
+def open_tensorboard(run: Run) -> Iterator[Callable[[], None]]:
+    """Give a function that writes the last epoch's figures to tensorboard/; only the first process writes."""
+    trainer = run.trainer
+    if not trainer.processes.is_first:
+        yield lambda: None
+        return
+
     from torch.utils.tensorboard import SummaryWriter
 
-    trainer = run.trainer
-    writer = opened.enter_context(SummaryWriter(str(run.folder / "tensorboard"), purge_step=trainer.epoch))
+    with SummaryWriter(str(run.folder / "tensorboard"), purge_step=trainer.epoch) as writer:
 
-    def show() -> None:
-        for name, value in trainer.history[-1].items():
-            writer.add_scalar(name, value, trainer.epoch)
+        def show_epoch() -> None:
+            for name, value in trainer.history[-1].items():
+                writer.add_scalar(name, value, trainer.epoch)
 
-    if trainer.history:  # its last epoch may have been saved and not shown
-        show()
-    return show
+        if trainer.history:  # a run that was killed may have saved its last epoch and not shown it
+            show_epoch()
+        yield show_epoch
 
 
 def train_run(config: TrainConfig, folder: Path, threads: int | None = None) -> dict[str, Any]:
@@ -258,57 +285,51 @@ def train_run(config: TrainConfig, folder: Path, threads: int | None = None) -> 
         torch.set_num_threads(threads)
     with lock_folder(folder, wait_s=WORKER_WAIT_S):
         result = read_result(config, folder)
-        return result if result is not None else finish_run(open_run(config, folder))
+        return result if result is not None else train_and_test(open_run(config, folder))
 
 
-def evaluate_checkpoint(config: TrainConfig, checkpoint: Path, test: LabelledImages) -> tuple[Evaluation, int]:
-    """Evaluate the weights of a checkpoint; returns the figures and the epochs it was trained."""
-    device = choose_device(config.device)
-    model, state = _load_weights(config, checkpoint)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    source = place_images(test, device, config.placement)
-    batches = in_order(source, EVAL_BATCH_SIZE[device.type], Normalisation(**state["normalisation"]))
-    dtype = choose_autocast_dtype(config.precision, device)
-    return evaluate(model, batches, autocast_dtype=dtype), state["epoch"]
+class SavedRun(NamedTuple):
+    """A run as one of its checkpoints has it."""
+
+    folder: Path
+    config: TrainConfig
+    checkpoint: Path
+    state: dict[str, Any]
 
 
-def load_network(path: Path | str) -> tuple[BranchedResNet, Normalisation]:
-    """The trained network of a run's folder, or of a checkpoint file, on the CPU and in evaluation mode.
-
-    Its input is a batch [N,3,H,W] of values from 0 to 1 that were normalised with what is returned beside it. Raises
-    ValueError where there is none.
-    """
-    _, config, checkpoint = find_checkpoint(absolute_path(path))
-    model, state = _load_weights(config, checkpoint)
-    return model.eval(), Normalisation(**state["normalisation"])
-
-
-def _load_weights(config: TrainConfig, checkpoint: Path) -> tuple[BranchedResNet, dict[str, Any]]:
-    """The network with a checkpoint's weights, and all that the checkpoint holds."""
-    state = load_checkpoint(checkpoint)
-    check_state(checkpoint, state)
-    model = build_model(config)
-    check_weights(checkpoint, state, model)
-    model.load_state_dict(state["model"])
-    return model, state
-
-
-def find_checkpoint(path: Path) -> tuple[Path, TrainConfig, Path]:
-    """From a run's folder or one of its checkpoint files: (run folder, its settings, checkpoint).
-
-    Raises ValueError where there is none.
-    """
-    if not path.exists():
-        raise ValueError(f"there is no run or checkpoint at {path}")
-    if not (path.is_dir() or path.is_file()):
-        raise ValueError(f"{path} is neither a folder nor a file")
+def find_run(path: Path) -> SavedRun:
+    """Read the last checkpoint of a run's folder, or one checkpoint file. Raises ValueError where there is none."""
     if path.is_dir():
         found = load_latest(path / "checkpoints")
         if found is None:
             raise ValueError(f"{path} holds no checkpoint that can be read")
-        checkpoint, state = found
-        folder = path
-    else:
-        checkpoint, state = path, load_checkpoint(path)
+        folder, (checkpoint, state) = path, found
+    elif path.is_file():
         folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    return folder, check_state(checkpoint, state), checkpoint
+        checkpoint, state = path, load_checkpoint(path)
+    else:
+        raise ValueError(f"there is no run or checkpoint at {path}")
+    with explain_misfit(checkpoint):
+        return SavedRun(folder, recorded_config(state), checkpoint, state)
+
+
+def load_network(run: Path | str | SavedRun) -> tuple[BranchedResNet, Normalisation]:
+    """Load the trained network of a run's folder or of a checkpoint file, on the CPU and in evaluation mode.
+
+    Its input is a batch [N,3,H,W] of values from 0 to 1 that were normalised with what is returned beside it. Raises
+    ValueError where there is none.
+    """
+    saved = run if isinstance(run, SavedRun) else find_run(absolute_path(run))
+    with explain_misfit(saved.checkpoint):
+        model = build_model(saved.config)
+        model.load_state_dict(saved.state["model"])
+        return model.eval(), Normalisation(**saved.state["normalisation"])
+
+
+def evaluate_run(saved: SavedRun, config: TrainConfig, test: LabelledImages) -> Evaluation:
+    """Evaluate a saved network on images, on the device and in the precision that `config` asks for."""
+    device = choose_device(config.device)
+    model, normalisation = load_network(saved)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batches = in_order(place_images(test, device, config.placement), EVAL_BATCH_SIZE[device.type], normalisation)
+    return evaluate(model, batches, autocast_dtype=choose_autocast_dtype(config.precision, device))

@@ -53,7 +53,7 @@ def build_parser() -> Parser:
 
 
 def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | None]:
-    """From the command line: the settings, the run's folder, and the checkpoint where one was named."""
+    """Read the command line: the settings, the run's folder, and the checkpoint where one was named."""
     given = given_settings(arguments, TrainConfig)
     if "data_dir" in given:
         given["data_dir"] = str(absolute_path(given["data_dir"]))
@@ -64,10 +64,10 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
             raise ValueError("--name is for a new run; a resumed one keeps its folder")
         if arguments.fresh:
             raise ValueError("--fresh starts a run anew and --resume goes on with one; give one of them")
-        from byot.runs import find_checkpoint
+        from byot.runs import find_run
 
-        folder, config, checkpoint = find_checkpoint(absolute_path(arguments.resume))
-        return config.with_settings(**given), folder, checkpoint
+        saved = find_run(absolute_path(arguments.resume))
+        return saved.config.with_settings(**given), saved.folder, saved.checkpoint
     if arguments.best is not None:
         TrainConfig(**given)  # refuses what is wrong by itself
         choice = find_best(outputs, arguments.best, given.get("model"), given.get("dataset"))
@@ -92,7 +92,7 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
             with one_sentence_errors("train.py"):
                 from byot.console import show_progress
                 from byot.data import check_dataset
-                from byot.runs import finish_run, open_run, read_result
+                from byot.runs import open_run, read_result, train_and_test
                 from byot.system.distributed import joined_processes
                 from byot.trainer import choose_device
 
@@ -102,7 +102,7 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
                     check_dataset(config.dataset, config.data_dir)
                     with lock_folder(folder):
                         print(f"what was in {folder} is now in {set_aside(folder)}")
-                result = processes.from_first(read_result(config, folder) if processes.is_first else None)
+                result = processes.broadcast(read_result(config, folder) if processes.is_first else None)
                 if result is not None:
                     print(f"{folder} is finished already; --name or --fresh starts another run with these settings")
                     return result
@@ -119,10 +119,9 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
             )
             stop_asked = held.enter_context(catch_stop_signals())
             if not processes.is_first:
-                with processes.ending_with_first():
-                    return finish_run(run, stop_asked=stop_asked)
+                return train_and_test(run, stop_asked=stop_asked)
             with show_progress(config, run.trainer.epoch) as (on_batch, on_epoch):
-                return finish_run(run, on_batch, on_epoch, stop_asked)
+                return train_and_test(run, on_batch, on_epoch, stop_asked)
         except StoppedError as stopped:
             print(f"\nstopped and saved; {go_on}", file=sys.stderr)
             raise SystemExit(128 + stopped.signal_number) from None
@@ -138,9 +137,9 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
 
 @contextmanager
 def first_refuses() -> Iterator[None]:
-    """Let the first process refuse a command in the name of all, which torchrun ends as soon as one has ended.
+    """Let the first process refuse a command in the name of all: torchrun ends the others when it has ended.
 
-    What only this process has to refuse, as of a folder that its machine lacks, it says itself after a while.
+    If this process alone has to refuse, for example a folder that its machine lacks, it says so after a while.
     """
     said = io.StringIO()
     try:

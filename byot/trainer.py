@@ -1,26 +1,46 @@
 """The training loop: an iterator of epochs whose whole state can be saved and restored.
 
-Everything random in a run comes from its seed, and everything that changes from epoch to epoch (data order,
-augmentation, learning rate) from the epoch's number. So the state is the weights, the optimiser's buffers, the epoch,
-the step within it and the figures measured so far; there is no random generator to save.
+All that is random in a run is drawn from its seed, and all that changes from epoch to epoch (data order, augmentation,
+learning rate) from the epoch's number. So the state is the weights, the optimizer's momentum, the epoch, the step
+within it and the figures measured so far; there is no random generator to save.
+
+How steps are done never shows in the weights beyond rounding:
+
+none      operation by operation; on a CPU the same to the last bit every time
+graph     the whole step recorded as a CUDA graph and replayed; one graph for each resolution
+compile   the network and the loss compiled by torch.compile; on one CUDA device the step is then recorded as well
+auto      graph on one CUDA device, none elsewhere
 """
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from byot.batches import ImageSource, batches_per_epoch, draw_epoch, in_order, place_images, shuffled
-from byot.config import DATASETS, TrainConfig, learning_rate, resolution
+from byot.batches import (
+    Batch,
+    ImageSource,
+    augment,
+    batches_per_epoch,
+    draw_epoch,
+    in_order,
+    mean_and_std,
+    place_images,
+    shuffled,
+)
+from byot.config import DATASETS, Acceleration, TrainConfig, learning_rate, resolution
 from byot.data import LabelledImages, Normalisation, find_normalisation
+from byot.loss import LossTerms, self_distillation_loss
 from byot.metrics import EpochMetrics, Evaluation, TrainingSums, evaluate
-from byot.model import BranchedResNet
+from byot.model import BranchedResNet, BranchOutputs
 from byot.optimizer import make_optimizer
-from byot.step import TrainingStep, choose_mode
 from byot.system.checkpoint import is_out_of_memory
+from byot.system.cuda_graph import RecordedFunction, RecordingError
 from byot.system.distributed import ALONE, Processes, synchronise_batch_norms
 from byot.system.provenance import find_versions
 from byot.system.stopping import DivergedError, OutOfMemoryError
@@ -45,12 +65,12 @@ class Trainer:
         """`normalisation` is that of a checkpoint to be restored; a new run finds its own in the training images."""
         if len(train.labels) < 2:
             raise ValueError(f"training needs at least 2 images, not {len(train.labels)}")
-        check_parts(config, len(train.labels), processes)
+        check_shards(config, len(train.labels), processes)
         self.config = config
         self.processes = processes
         self.device = choose_device(config.device)
         self.autocast_dtype = choose_autocast_dtype(config.precision, self.device)
-        choose_mode(config.acceleration, self.device, processes)  # told now if it is not to be had
+        self._records = records_graphs(config.acceleration, self.device, processes)
         self.normalisation = normalisation or find_normalisation(config, train.images)
         self.train_images = place_images(train, self.device, config.placement)
         self.val_images = None if val is None else place_images(val, self.device, config.placement)
@@ -64,7 +84,10 @@ class Trainer:
         self._sums = TrainingSums(config.num_classifiers, config.num_students, self.device, processes)
         self._elapsed_s = 0.0  # in the steps done, by this process and those before
         self._versions = find_versions()
-        self._training_step: TrainingStep | None = None  # made once the state is the one to go on from
+        self._network: nn.Module = self.model  # what the step calls: the model, or what shares it among processes
+        self._mean_and_std = mean_and_std(self.normalisation, self.device)
+        self._loss = torch.compile(compute_loss, dynamic=False) if config.acceleration == "compile" else compute_loss
+        self._recorded: tuple[int, RecordedFunction] | None = None  # the resolution and the step at it
 
     def __iter__(self) -> Iterator[EpochMetrics]:
         return self.epochs()
@@ -75,6 +98,8 @@ class Trainer:
         `on_batch` is called after each step, when the state may be saved. Raises DivergedError where the loss is no
         longer finite and OutOfMemoryError where the device's memory does not suffice.
         """
+        if self.processes.count > 1 and self._network is self.model:  # all processes have the same weights by now
+            self._network = nn.parallel.DistributedDataParallel(self.model)
         while self.epoch < self.config.epochs:
             with explain_out_of_memory(self.config):
                 metrics = self._run_epoch(on_batch)
@@ -85,12 +110,16 @@ class Trainer:
         config, images, sums = self.config, self.train_images, self._sums
         plan = draw_epoch(config, len(images), self.epoch)
         num_batches = batches_per_epoch(len(images), config.batch_size)
-        training_step = self._training_step = self._training_step or self._make_training_step()
         self.model.train()
         for batch in shuffled(images, plan, config.batch_size, first=self.step, processes=self.processes):
             progress = (self.epoch + self.step / num_batches) / config.epochs
             num_images = min(config.batch_size, len(images) - self.step * config.batch_size)
-            training_step(batch, learning_rate(config, progress), resolution(config, progress), num_images=num_images)
+            self.optimizer.lr.fill_(learning_rate(config, progress))
+            if self._records and num_images == config.batch_size:
+                self._replay_step(batch, resolution(config, progress))
+            else:  # also the epoch's last batch, of another shape
+                self.train_step(batch, resolution(config, progress), num_images)
+            sums.num_images += num_images
             self.step += 1
             self._elapsed_s = time.perf_counter() - started
             if self.due_for_check():
@@ -121,22 +150,39 @@ class Trainer:
         self.history.append(metrics.to_record())
         return metrics
 
-    def _make_training_step(self) -> TrainingStep:
-        network: torch.nn.Module = self.model
-        if self.processes.count > 1:
-            network = torch.nn.parallel.DistributedDataParallel(self.model)
-        return TrainingStep(
-            self.config,
-            network,
-            self.optimizer,
-            self._sums,
-            self.normalisation,
-            autocast_dtype=self.autocast_dtype,
-            processes=self.processes,
-        )
+    def train_step(self, batch: Batch, size: int, num_images: int) -> None:
+        """Go from a batch to new weights: with images of `size` pixels a side, `num_images` over all processes."""
+        self.optimizer.zero_grad()
+        terms, outputs = self._loss(self._network, batch, size, self.config, self._mean_and_std, self.autocast_dtype)
+        share = len(batch.labels) * self.processes.count / num_images  # gradients are averaged over the processes
+        (terms.total * share).backward()
+        self.optimizer.step()
+        self._sums.add(terms, outputs.logits, batch.labels)
+
+    def _replay_step(self, batch: Batch, size: int) -> None:
+        """Do the step of a whole batch by the graph of its resolution, which takes the place of the one before.
+
+        Where the step cannot be recorded, and the configuration leaves it open, steps are done without from then on.
+        """
+
+        def step(batch: Batch) -> None:
+            self.train_step(batch, size, self.config.batch_size)
+
+        if self._recorded is None or self._recorded[0] != size:
+            self._recorded = None  # gives its memory back before the next one is recorded
+            self._recorded = size, RecordedFunction(step, batch)
+        try:
+            self._recorded[1](batch)
+            return
+        except RecordingError as error:
+            if self.config.acceleration != "auto":
+                raise
+            warnings.warn(f"{error}: training goes on without a graph, more slowly", stacklevel=2)
+        self._records, self._recorded = False, None
+        step(batch)
 
     def due_for_check(self) -> bool:
-        """Whether, after this step, the processes look up: at the loss, and whether one was asked to stop."""
+        """Tell whether after this step the processes look at the loss, and whether one was asked to stop."""
         num_batches = batches_per_epoch(len(self.train_images), self.config.batch_size)
         return (self.epoch * num_batches + self.step) % STEPS_BETWEEN_CHECKS[self.device.type] == 0
 
@@ -147,7 +193,7 @@ class Trainer:
             raise DivergedError(f"the loss became {loss} in epoch {epoch}: a smaller lr or beta would help")
 
     def evaluate(self, images: ImageSource) -> Evaluation:
-        self.processes.share_buffers(self.model)
+        self.processes.broadcast_buffers(self.model)
         batches = in_order(images, EVAL_BATCH_SIZE[self.device.type], self.normalisation, self.processes)
         return evaluate(self.model, batches, autocast_dtype=self.autocast_dtype, processes=self.processes)
 
@@ -156,10 +202,7 @@ class Trainer:
         return self.evaluate(place_images(data, self.device, self.config.placement))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on as if nothing had happened, as plain data. All processes ask for it together."""
-        optimizer = self.optimizer.state_dict()
-        for group in optimizer["param_groups"]:
-            group["lr"] = float(group["lr"])
+        """Give all that is needed to go on exactly from here, as plain data. All processes call it together."""
         return {
             "config": self.config.to_dict(),
             "num_train_images": len(self.train_images),
@@ -171,7 +214,7 @@ class Trainer:
             "history": self.history,
             "normalisation": self.normalisation._asdict(),
             "model": self.model.state_dict(),
-            "optimizer": optimizer,
+            "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -187,11 +230,36 @@ class Trainer:
         self.epoch, self.step, self.history = state["epoch"], state["step"], list(state["history"])
         self._sums.load_state_dict(state["sums"])
         self._elapsed_s = state["elapsed_s"]
-        self._training_step = None  # a recorded step has the old buffers
+        self._recorded = None  # it has the old momentum
 
 
-def check_parts(config: TrainConfig, num_images: int, processes: Processes) -> None:
-    """Raise ValueError if some batch is too small for each process to have a part of it."""
+def compute_loss(
+    network: nn.Module,
+    batch: Batch,
+    size: int,
+    config: TrainConfig,
+    mean_and_std: tuple[Tensor, Tensor],
+    autocast_dtype: torch.dtype | None,
+) -> tuple[LossTerms, BranchOutputs]:
+    """Augment a batch, at `size` pixels a side, and compare what the network says of it with its labels."""
+    images = augment(batch, config, *mean_and_std, size)
+    with torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        outputs = network(images)
+    terms = self_distillation_loss(
+        outputs,
+        batch.labels,
+        alpha=config.alpha,
+        temperature=config.temperature,
+        beta=config.beta,
+        loss_form=config.loss_form,
+        label_smoothing=config.label_smoothing,
+        teacher=config.teacher,
+    )
+    return terms, outputs
+
+
+def check_shards(config: TrainConfig, num_images: int, processes: Processes) -> None:
+    """Raise ValueError if some batch is too small for each process to have a shard of it."""
     least = processes.count * (2 if config.batch_norm == "local" else 1)
     smallest = num_images % config.batch_size
     smallest = config.batch_size if smallest < 2 else smallest
@@ -216,7 +284,10 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, Exception) and is_out_of_memory(cause)):
+            cause = cause.__cause__ or cause.__context__  # a RecordingError's, say
+        if cause is None:
             raise
         raise OutOfMemoryError(
             f"out of memory with batch_size {config.batch_size} and width {config.width}: a smaller --batch-size or "
@@ -225,7 +296,7 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
 
 
 def build_model(config: TrainConfig) -> BranchedResNet:
-    """The network of a configuration with the initial weights of its seed; the global generator is left as it was."""
+    """Build a configuration's network with the initial weights of its seed; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return BranchedResNet(
@@ -236,8 +307,17 @@ def build_model(config: TrainConfig) -> BranchedResNet:
         )
 
 
+def records_graphs(acceleration: Acceleration, device: torch.device, processes: Processes) -> bool:
+    """Tell whether steps are recorded as CUDA graphs. Raises ValueError where one is asked for and cannot be."""
+    if acceleration == "graph" and device.type != "cuda":
+        raise ValueError(f"acceleration graph needs a CUDA device, not {device.type}: 'none' or 'compile' work there")
+    if acceleration == "graph" and processes.count > 1:
+        raise ValueError("acceleration graph is for one process: 'none' or 'compile' work with several")
+    return acceleration != "none" and device.type == "cuda" and processes.count == 1
+
+
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one that is not there."""
+    """Find the device: `auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one that is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(n for n, there in available.items() if there)
@@ -247,7 +327,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 for autocast, or None for float32; `auto` takes bfloat16 where the hardware computes in it."""
+    """Give bfloat16, or None for float32; `auto` takes bfloat16 where the hardware computes in it."""
     if precision == "auto":
         native = {
             "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),

@@ -1,4 +1,4 @@
-"""What happens in the driver while Ray runs a search: every event is recorded, told, and may end the search."""
+"""Takes in what Ray tells the driver of a search: every event is recorded, told, and may end the search."""
 
 import time
 from collections.abc import Callable
@@ -8,11 +8,13 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
+from byot.search_files import Status, TrialRecord, format_value
 from byot.system.files import describe_refusal, write_text
-from search.mirror import OptunaMirror
-from search.records import DIVERGED, Row, SearchRecords, Status, format_value
-from search.study import BudgetAwareSearch, RecordedAsha
-from search.table import LiveTable, view_search
+from search.messages import describe_time
+from search.plan import Session
+from search.space import first_points
+from search.study import BudgetAwareSearch, OptunaMirror, RecordedAsha
+from search.table import LiveTable
 from search.trial import FAILED, PACE, UNWRITABLE
 
 MAX_RETRIES = 3  # of a trial whose worker or node died before it did another epoch
@@ -26,29 +28,25 @@ class SearchWatch(tune.Callback):
     the search has not: it goes on with the search.
     """
 
-    def __init__(
-        self,
-        records: SearchRecords,
-        searcher: BudgetAwareSearch,
-        scheduler: RecordedAsha,
-        mirror: OptunaMirror,
-        live: LiveTable,
-        *,
-        num_samples: int,
-        deadline: float | None,
-        stop_asked: Callable[[], int],
-        tell_pace: Callable[[float], str] | None = None,
-    ) -> None:
-        """`tell_pace` says what the first speed that is known, in images a second, means for the search."""
+    def __init__(self, session: Session, live: LiveTable, *, tells_pace: bool = False) -> None:
+        """With `tells_pace` it tells what the first speed that is known means for the search."""
+        plan, records = session.plan, session.records
+        self.session = session
         self.records = records
-        self.searcher = searcher
-        self.scheduler = scheduler
-        self.mirror = mirror
+        self.searcher = BudgetAwareSearch(
+            records,
+            plan.space,
+            first=first_points(plan.space, plan.base),
+            num_samples=plan.settings.num_samples,
+            seed=plan.base.seed,
+            sampler=plan.settings.sampler,
+            warm=plan.warm,
+        )
+        self.scheduler = RecordedAsha(records, stops_early=plan.settings.stops_early)
+        self.mirror = OptunaMirror(records, plan.space)
         self.live = live
-        self.num_samples = num_samples
-        self.deadline = deadline  # on the monotonic clock
-        self.stop_asked = stop_asked
-        self.tell_pace = tell_pace  # until it has been told
+        self.num_samples = plan.settings.num_samples
+        self.tells_pace = tells_pace  # until it has been told
         self.trouble = ""  # why the search cannot go on
         self.crashes_in_a_row = 0
 
@@ -64,9 +62,9 @@ class SearchWatch(tune.Callback):
         elif FAILED not in result:
             trial_id = trial.config["trial_id"]
             epoch = result["epoch"]
-            if epoch not in self.records.history[trial_id]:
+            if epoch not in self.records.curves[trial_id]:
                 trial.run_metadata.num_failures = 0  # a trial that gets on is not given up, however often it is killed
-                self.live.rate.add(time.monotonic(), self.records.work(epoch) - self.records.work(epoch - 1))
+                self.live.add_epoch(self.records.work(epoch) - self.records.work(epoch - 1))
             self.records.add_epoch(trial_id, result)
             self._tell_pace(result)  # where an epoch has fewer steps than are timed
 
@@ -77,7 +75,7 @@ class SearchWatch(tune.Callback):
         trial.run_metadata.metric_n_steps.clear()
         if FAILED in last:
             self._end(trial_id, "failed", last[FAILED])
-        elif self.records.rows[trial_id]["epochs_done"] >= self.records.epochs:
+        elif self.records.trials[trial_id].epochs_done >= self.records.epochs:
             self._end(trial_id, "completed")
         elif trial_id in self.scheduler.stopped:
             self._end(trial_id, "stopped")
@@ -85,26 +83,30 @@ class SearchWatch(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         if trial.run_metadata.num_failures <= MAX_RETRIES:
             return  # Ray retries no trial whose worker died between two trials; the driver starts it again
-        trial_id, path = trial.config["trial_id"], trial.error_file
-        text = Path(path).read_text(errors="replace").strip() if path and Path(path).is_file() else "the worker died"
+        trial_id, told = trial.config["trial_id"], trial.error_file
+        text = Path(told).read_text(errors="replace").strip() if told and Path(told).is_file() else "the worker died"
         reason = text.splitlines()[-1].strip()
         if "OutOfMemoryError" in text or "running low on memory" in text:
             reason = f"out of memory, as Ray's memory monitor saw it; fewer trials at once would help ({reason})"
-        self._write(lambda: self._keep_error(trial_id, text))
-        self._end(trial_id, "failed", reason)
-
-    def _keep_error(self, trial_id: str, text: str) -> None:
         path = self.records.trial_folder(trial_id) / "error.txt"
-        write_text(path, text + "\n")
-        self.records.kept.put(path)
+        self._write(lambda: write_text(path, text + "\n"))
+        self._write(lambda: self.records.store.push(path))
+        self._end(trial_id, "failed", reason)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Ray calls this several times a second, whether anything has happened or not."""
         if not self.trouble:
-            self._write(self.records.kept.look)
+            self._write(self.records.store.watch_lease)
         self.catch_up()
         if self.live.is_due():
-            self._show([trial.config["trial_id"] for trial in trials if trial.status == Trial.RUNNING])
+            self.live.show(
+                self.records,
+                [trial.config["trial_id"] for trial in trials if trial.status == Trial.RUNNING],
+                num_samples=self.num_samples,
+                stops_early=self.scheduler.stops_early,
+                deadline=self.session.deadline,
+                stopping=self.has_to_stop(),
+            )
 
     # ------------------------------------------------------------ what is made of it
 
@@ -122,57 +124,42 @@ class SearchWatch(tune.Callback):
             return None
 
     def _end(self, trial_id: str, status: Status, error: str = "") -> None:
-        if self.trouble or self.records.rows[trial_id]["status"] != "running":
+        if self.trouble or self.records.trials[trial_id].status != "running":
             return
-        row = self._write(lambda: self.records.end(trial_id, status, error))
-        if row is None:
+        trial = self._write(lambda: self.records.end(trial_id, status, error))
+        if trial is None:
             return
-        self.searcher.tell(row)
-        self._write(lambda: self.mirror.add(row))
-        self._print(row)
-        self.crashes_in_a_row = self.crashes_in_a_row + 1 if status == "failed" and not _diverged(row) else 0
+        self._write(lambda: self.mirror.add(trial))
+        self._print(trial)
+        self.crashes_in_a_row = self.crashes_in_a_row + 1 if status == "failed" and not trial.diverged else 0
         ended = self.records.ended
-        none_worked = len(ended) == MAX_FAILURES and all(r["status"] == "failed" for r in ended)
+        none_worked = len(ended) == MAX_FAILURES and all(other.status == "failed" for other in ended)
         if none_worked or self.crashes_in_a_row >= MAX_FAILURES:
             self.trouble = f"{MAX_FAILURES} trials failed one after another, the last one so: {error}"
 
     def has_to_stop(self) -> bool:
-        return bool(self.trouble or self.stop_asked()) or self.out_of_time()
+        return bool(self.trouble or self.session.stop_asked()) or self.out_of_time()
 
     def out_of_time(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
+        return self.session.deadline is not None and time.monotonic() > self.session.deadline
 
     def _tell_pace(self, result: dict[str, Any]) -> None:
-        if self.tell_pace is not None:
-            tell, self.tell_pace = self.tell_pace, None
-            self.live.say(tell(result[PACE] if PACE in result else result["images_per_s"]))
+        if self.tells_pace:
+            self.tells_pace = False
+            speed = result.get(PACE) or result["images_per_s"]
+            self.live.say(describe_time(speed, self.session.plan, self.session.resources))
 
-    def _print(self, row: Row) -> None:
+    def _print(self, trial: TrialRecord) -> None:
         metric, best = self.records.metric, self.records.best()
-        line = f"{len(self.records.ended):>3}/{self.num_samples}  {row['trial_id']}  {row['status']:<9}"
-        line += f"  {row['epochs_done']:>3} epochs  {metric} {format_value(row[metric])}"
-        line += "".join(f"  {name} {row[name]:.3g}" for name in self.records.parameters)
-        line += f"  {row['seconds']:.0f} s"
-        if row["error"]:
-            line += f"  {row['error']}"
+        line = f"{len(self.records.ended):>3}/{self.num_samples}  {trial.trial_id}  {trial.status:<9}"
+        line += f"  {trial.epochs_done:>3} epochs  {metric} {format_value(metric, trial.measures[metric])}"
+        line += "".join(f"  {name} {trial.params[name]:.3g}" for name in self.records.parameters)
+        line += f"  {trial.seconds:.0f} s"
+        if trial.error:
+            line += f"  {trial.error}"
         elif best is not None:
-            line += f"  best {format_value(best[metric])}"
+            line += f"  best {format_value(metric, best.measures[metric])}"
         self.live.say(line)
-
-    def _show(self, running: list[str]) -> None:
-        now = time.monotonic()
-        view = view_search(
-            self.records,
-            running,
-            num_samples=self.num_samples,
-            stops_early=self.scheduler.stops_early,
-            elapsed_s=now - self.live.began_at,
-            epochs_per_s=self.live.rate.per_second(now, len(running)),
-            epoch_work=self.live.rate.mean_work(),
-            budget_s=None if self.deadline is None else self.deadline - now,
-            stopping=self.has_to_stop(),
-        )
-        self.live.show(view)
 
 
 class StopWatch(tune.Stopper):
@@ -186,7 +173,3 @@ class StopWatch(tune.Stopper):
 
     def stop_all(self) -> bool:
         return self.watch.has_to_stop()
-
-
-def _diverged(row: Row) -> bool:
-    return bool(row["error"].startswith(DIVERGED))

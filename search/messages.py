@@ -4,55 +4,46 @@ import math
 import shlex
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
-from byot.config import TrainConfig, work_after
-from byot.search_files import load_confirmation
+from byot.config import work_after
+from byot.console import format_duration, text_table
+from byot.search_files import ACCURACIES, ROLE_NAMES, TrialRecord, format_value, load_confirmation, metric_mode
 from byot.system.files import read_json
-from search.records import Row
-from search.settings import SearchSettings, choose_grace, expected_work
+from search.plan import SearchPlan
+from search.race import Confirmation
+from search.records import SearchRecords
+from search.settings import choose_grace, expected_work
 from search.significance import FIRST_LOOK
-from search.space import ROLE_NAMES
 from search.system.remote import Bucket
-from search.system.resources import Slots
-from search.table import DAY_S, format_duration
-
-if TYPE_CHECKING:
-    from search.race import Confirmation  # importing it imports Ray
+from search.system.resources import Resources
 
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
 QUICK_WIDTH = 16
 
 
-def describe_time(
-    images_per_s: float,
-    base: TrainConfig,
-    settings: SearchSettings,
-    slots: Slots,
-    num_train: int,
-    num_val: int,
-) -> str:
-    """How long a search will take at this speed, and, where that is days, what would make it hours.
+def describe_time(images_per_s: float, plan: SearchPlan, resources: Resources) -> str:
+    """Tell how long a search will take at this speed, and, where that is days, what would make it hours.
 
     The speed is that of a trial's first epoch, whose images the recipe may have made smaller.
     """
+    base, settings = plan.base, plan.settings
     image_s = 1 / (images_per_s * work_after(base, 1))  # at full resolution
 
     def trial_s(epochs: float) -> float:
-        images = num_train * work_after(base, epochs) + num_val * EVALUATION_COST * epochs
-        return images * image_s * settings.seeds_per_trial / slots.max_concurrent
+        images = len(plan.train.labels) * work_after(base, epochs) + len(plan.val.labels) * EVALUATION_COST * epochs
+        return images * image_s * settings.seeds_per_trial / resources.max_concurrent
 
     grace = choose_grace(base, settings) if settings.stops_early else base.epochs
     about = expected_work(settings.num_samples, base.epochs, grace, trial_s)
     at_most = settings.num_samples * trial_s(base.epochs)
-    text = f"{images_per_s:.0f} images/s a trial, {slots.max_concurrent} at a time: about {format_duration(about)}"
+    text = f"{images_per_s:.0f} images/s a trial, {resources.max_concurrent} at a time: about {format_duration(about)}"
     if at_most > about:
         text += f", at most {format_duration(at_most)}"
     budget = settings.time_budget_s()
     if budget is not None and budget < about:
         text += f"; it will stop after {settings.time_budget}"
-    elif about > DAY_S:
-        ways = [] if slots.gpus else ["a GPU"]
+    elif about > 24 * 3600:
+        ways = [] if resources.gpus else ["a GPU"]
         if base.width > QUICK_WIDTH:
             ways.append(f"--width {QUICK_WIDTH} (about a tenth of the work of 64)")
         ways.append(f"fewer --epochs than {base.epochs}")
@@ -60,8 +51,8 @@ def describe_time(
     return text
 
 
-def describe_confirmation(confirmation: "Confirmation", rows: list[Row], slots: Slots) -> str:
-    """What is to be run again, and how long that will take if it goes as quickly as the trials did."""
+def describe_confirmation(confirmation: Confirmation, trials: list[TrialRecord], resources: Resources) -> str:
+    """Tell what is to be run again, and how long that will take if it goes as quickly as the trials did."""
     arms, most = len(confirmation.arms), confirmation.max_rounds
     least = min(FIRST_LOOK, most)
     seeds = f"{least} to {most}" if least < most else str(most)
@@ -69,19 +60,48 @@ def describe_confirmation(confirmation: "Confirmation", rows: list[Row], slots: 
     if confirmation.results:
         text += f", {len(confirmation.results)} runs finished before"
     base = confirmation.base
-    paces = [row["seconds"] / work_after(base, row["epochs_done"]) for row in rows if row["epochs_done"]]
+    paces = [trial.seconds / work_after(base, trial.epochs_done) for trial in trials if trial.epochs_done]
     if not paces:
         return text
     run_s = fmean(paces) * work_after(base, base.epochs) / confirmation.runs_a_trial
     longest, shortest = (
-        format_duration(math.ceil(confirmation.num_left(rounds) / slots.max_concurrent) * run_s)
+        format_duration(math.ceil(confirmation.num_left(rounds) / resources.max_concurrent) * run_s)
         for rounds in (most, least)
     )
     return f"{text}: about {shortest}" + (f", at most {longest}" if longest != shortest else "")
 
 
+def trials_table(records: SearchRecords) -> str:
+    """Lay out the trials as text, those that reached their last epoch first and best first."""
+    metric, order = records.metric, ("completed", "stopped", "running", "failed")
+    sign = -1 if metric_mode(metric) == "max" else 1
+
+    def rank(trial: TrialRecord) -> tuple[int, float, float]:
+        value = trial.measures[metric]
+        depth = -trial.epochs_done if trial.status == "stopped" else 0
+        return order.index(trial.status), depth, math.inf if value is None else sign * value
+
+    # val_accuracy is the deepest classifier's, which the numbered columns show already.
+    shown = [name for name in dict.fromkeys((metric, *ACCURACIES)) if name != "val_accuracy"]
+    names = [name.removeprefix("val_") for name in shown]
+    header = ["trial", "role", "status", "epochs", *records.parameters, *names, "seconds"]
+    rows = [
+        [
+            trial.trial_id,
+            trial.role,
+            trial.status,
+            str(trial.epochs_done),
+            *(f"{trial.params[name]:.3g}" for name in records.parameters),
+            *(format_value(name, trial.measures[name]) for name in shown),
+            f"{trial.seconds:.0f}",
+        ]
+        for trial in sorted(records.trials.values(), key=rank)
+    ]
+    return text_table(header, rows, num_text=3)
+
+
 def verdict(folder: Path, bucket: Bucket | None) -> str:
-    """The best configuration, what it is compared with, and the commands to run next."""
+    """Tell the best configuration, what it is compared with, and the commands to run next."""
     best = read_json(folder / "best.json")
     metric = best["metric"]
     told = ", ".join(f"{name} {value:.4g}" for name, value in best["params"].items())
@@ -99,10 +119,11 @@ def verdict(folder: Path, bucket: Bucket | None) -> str:
     place = "" if bucket is None else f" --storage-path {shlex.quote(bucket.url)}"
     try:
         confirmation = load_confirmation(folder)
+        sentences = [] if confirmation is None else confirmation.verdict
     except ValueError as error:
-        confirmation = {"verdict": [f"{error}; --confirm makes it anew"]}
-    if confirmation is not None:
-        lines += ["", *confirmation["verdict"], ""]
+        sentences = [f"{error}; --confirm makes it anew"]
+    if sentences:
+        lines += ["", *sentences, ""]
     else:
         lines += [
             "one run each: whether the difference is more than noise, a confirmation over fresh seeds says",

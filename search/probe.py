@@ -1,22 +1,22 @@
-"""How many trials do best on one GPU, or on one CPU's cores: measured by letting so many train at once.
+"""Measures how many trials do best on one GPU, or on one CPU's cores, by letting so many train at once.
 
 A narrow network leaves most of a large GPU idle; several trials on it are quicker together, up to a number that depends
 on the network, the batch size and the GPU.
 """
 
 import time
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
+from byot.config import TrainConfig
 from byot.data import LabelledImages
 from byot.system.stopping import OutOfMemoryError
 from byot.trainer import Trainer
-from search.settings import share_of_gpu
-from search.trial import TrialSetup
+from search.system.resources import Resources, round_down
 
 MOST_TRIALS_PER_GPU = 16
 WARMUP_S, MEASURED_S = 3.0, 4.0
@@ -27,13 +27,6 @@ HARMLESS_LR = 1e-6  # so that a search whose lr makes trials diverge can still b
 Measure = Callable[[int], float | None]
 
 
-class Throughput(NamedTuple):
-    """So many trials at once, and the images a second that all of them train on together."""
-
-    trials: int
-    images_per_s: float
-
-
 class EnoughError(Exception):
     """The time to train for is over."""
 
@@ -41,14 +34,14 @@ class EnoughError(Exception):
 class Probe:
     """One trial's share of the machine, kept busy on demand at full resolution; each is an actor of its own."""
 
-    def __init__(self, setup: TrialSetup, few: LabelledImages) -> None:
-        torch.set_num_threads(setup.threads)
-        harmless = setup.base.with_settings(epochs=10_000, lr=HARMLESS_LR)
+    def __init__(self, base: TrainConfig, few: LabelledImages, threads: int) -> None:
+        torch.set_num_threads(threads)
+        harmless = base.with_settings(epochs=10_000, lr=HARMLESS_LR)
         self._trainer = Trainer(harmless, few)
         self._trainer.epoch = harmless.epochs - 1_000  # near the end images are whole whatever the recipe
 
     def images_in(self, seconds: float) -> float | None:
-        """Images a second, training for so long; None for want of memory."""
+        """Train for so long and return the images a second; None for want of memory."""
         trainer, steps = self._trainer, 0
         started = time.perf_counter()
 
@@ -69,71 +62,58 @@ class Probe:
 
 
 def few_images(data: LabelledImages, batch_size: int) -> LabelledImages:
-    """Enough images for some steps an epoch, repeated where there are not so many."""
+    """Take enough images for some steps an epoch, repeated where there are not so many."""
     chosen = np.arange(PROBED_STEPS * batch_size) % len(data.labels)
     return LabelledImages(data.images[chosen], data.labels[chosen])
 
 
-def measure_on_ray(setup: TrialSetup, data: LabelledImages, *, cpus: int, gpus: float) -> tuple[Measure, list[Any]]:
-    """A function that lets so many trials train at once, and the actors in which they do, to be killed in the end.
+@contextmanager
+def probing(base: TrainConfig, data: LabelledImages, *, cpus: int, gpus: float) -> Iterator[Measure]:
+    """Yield what lets so many trials train at once, on a Ray that has been started, and measures them.
 
-    Ray has been started. An actor is made when it is first needed.
+    It returns the images a second of all together, None for want of memory.
     """
     import ray
-    from ray.exceptions import RayError
 
-    few = ray.put(few_images(data, setup.base.batch_size))
+    few = ray.put(few_images(data, base.batch_size))
+    remote = ray.remote(num_cpus=cpus, num_gpus=round_down(gpus))(Probe)
     actors: list[Any] = []
 
     def measure(trials: int) -> float | None:
         while len(actors) < trials:
-            actors.append(ray.remote(num_cpus=cpus, num_gpus=gpus)(Probe).remote(setup, few))
+            actors.append(remote.remote(base, few, cpus))
         try:
             for seconds in (WARMUP_S, MEASURED_S):
                 found = ray.get([actor.images_in.remote(seconds) for actor in actors[:trials]])
-        except RayError:  # an actor died, of memory most likely
+        except ray.exceptions.RayError:  # an actor died, of memory most likely
             return None
         return None if None in found else sum(found)
 
-    return measure, actors
-
-
-def gains(fewer: Throughput, more: Throughput) -> bool:
-    """Whether one more trial makes all of them together so much quicker that it is worth its memory."""
-    return more.images_per_s >= GAIN * fewer.images_per_s
-
-
-def raise_until_it_gains_nothing(measure: Measure, most: int) -> list[Throughput]:
-    """Measure one trial, two, and so on, as long as one more makes all together quicker; the last may not have."""
-    found: list[Throughput] = []
-    for trials in range(1, most + 1):
-        images_per_s = measure(trials)
-        if images_per_s is None:
-            break
-        found.append(Throughput(trials, images_per_s))
-        if trials > 1 and not gains(*found[-2:]):
-            break
-    return found
-
-
-def best_number(found: list[Throughput]) -> int:
-    """The fewest trials that nothing beats by more than the gain asked for; 1 where nothing could be measured."""
-    best = 1
-    for fewer, more in pairwise(found):
-        if not gains(fewer, more):
-            break
-        best = more.trials
-    return best
-
-
-def find_trials_per_gpu(setup: TrialSetup, data: LabelledImages, cpus: int, num_cpus: int) -> list[Throughput]:
-    """Measure on one GPU of a machine or cluster with so many CPUs, of which each trial takes `cpus`."""
-    import ray
-
-    most = min(MOST_TRIALS_PER_GPU, num_cpus // cpus)
-    measure, actors = measure_on_ray(setup, data, cpus=cpus, gpus=share_of_gpu(MOST_TRIALS_PER_GPU))
     try:
-        return raise_until_it_gains_nothing(measure, most)
+        yield measure
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def fewest_that_gain(measure: Measure, most: int) -> tuple[int, list[float]]:
+    """Measure one trial, two, and so on, as long as one more makes all together so much quicker that it is worth it.
+
+    Returns the last number that did, 1 where nothing could be measured, and the speeds of one trial, two, …
+    """
+    speeds: list[float] = []
+    while len(speeds) < most and (speed := measure(len(speeds) + 1)) is not None:
+        speeds.append(speed)
+        if len(speeds) > 1 and speed < GAIN * speeds[-2]:
+            return len(speeds) - 1, speeds
+    return max(1, len(speeds)), speeds
+
+
+def find_trials_per_gpu(base: TrainConfig, data: LabelledImages, resources: Resources) -> int:
+    """Measure how many trials are quickest together on one GPU, and tell."""
+    most = min(MOST_TRIALS_PER_GPU, resources.num_cpus // resources.cpus)
+    with probing(base, data, cpus=resources.cpus, gpus=1 / MOST_TRIALS_PER_GPU) as measure:
+        best, speeds = fewest_that_gain(measure, most)
+    told = ", ".join(f"{speed:.0f} with {trials}" for trials, speed in enumerate(speeds, start=1))
+    print(f"{best} trials a GPU (images/s in all: {told})", flush=True)
+    return best

@@ -1,6 +1,7 @@
 """The searcher and the scheduler: Optuna's samplers and Ray's ASHA, each told what it needs to judge by budgets.
 
-Both are made from the search's own records, whether it starts or goes on: there is no other state to restore.
+Both, and the journal for optuna-dashboard, are made from the search's own records, whether it starts or goes on: there
+is no other state to restore.
 """
 
 import math
@@ -11,87 +12,100 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
-from search.records import CMA_STATE, DIVERGED, Row, SearchRecords
-from search.settings import REDUCTION_FACTOR, Mode, Sampler, metric_mode
-from search.space import FirstPoint, Space
+from byot.search_files import Space, TrialRecord, metric_mode
+from search.records import SearchRecords
+from search.settings import REDUCTION_FACTOR, Sampler
+from search.space import FirstPoint
 from search.trial import PACE
 from search.warm import WarmStart, WarmTrial
 
 MAX_STARTUP_TRIALS = 10  # Optuna's default number of random trials before TPE models anything
 
 
-def study_directions(records: SearchRecords) -> list[StudyDirection]:
-    """Of each metric searched for."""
-    modes = (records.mode, *map(metric_mode, records.metrics[1:]))
-    return [StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE for mode in modes]
+def study_directions(metrics: tuple[str, ...]) -> list[StudyDirection]:
+    return [StudyDirection.MAXIMIZE if metric_mode(name) == "max" else StudyDirection.MINIMIZE for name in metrics]
 
 
 def make_distributions(space: Space) -> dict[str, BaseDistribution]:
     return {name: FloatDistribution(r.low, r.high, log=r.log) for name, r in space.items()}
 
 
-def is_told(row: Row, space: Space) -> bool:
-    """Whether the sampler learns of a trial.
+def is_known_to_sampler(trial: TrialRecord, space: Space) -> bool:
+    """Tell whether the sampler learns from a trial.
 
-    Not of deep supervision alone: it is another method, and its beta of 0 has no logarithm.
+    It does not from the control: that is another method, and its beta of 0 has no logarithm.
     """
-    return row["role"] != "control" and all(bounds.holds(row[name]) for name, bounds in space.items())
+    return trial.role != "control" and all(bounds.holds(trial.params[name]) for name, bounds in space.items())
 
 
-def describe_end(row: Row, curve: dict[int, float]) -> tuple[TrialState, dict[int, float]]:
-    """What Optuna is to know of a trial that has ended: its state and its values by epoch.
+def to_optuna(trial: TrialRecord, records: SearchRecords, space: Space) -> FrozenTrial:
+    """Make the trial that Optuna is to know; one outside the space has no parameters there, only attributes.
 
     Ray would call a trial stopped early complete, with the value it had then, so that low-epoch values compete with
     final ones. Here it is pruned, with its epochs: TPE then ranks by epochs first. A diverged one is pruned without
     any value, which ranks last; as failed its region would look unexplored. A crash says nothing of the region.
     """
-    if row["status"] == "failed":
-        return (TrialState.PRUNED if row["error"].startswith(DIVERGED) else TrialState.FAIL), {}
-    return (TrialState.COMPLETE if row["status"] == "completed" else TrialState.PRUNED), curve
-
-
-def to_optuna(row: Row, records: SearchRecords, space: Space) -> FrozenTrial:
-    """A trial that has ended as Optuna keeps it; one outside the space has no parameters there, only attributes."""
-    state, curve = describe_end(row, records.curve(row["trial_id"]))
-    told = is_told(row, space)
+    states = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "running": TrialState.RUNNING}
+    state = TrialState.PRUNED if trial.diverged else states.get(trial.status, TrialState.FAIL)
+    known = is_known_to_sampler(trial, space)
+    values: list[Any] = [trial.measures[name] for name in records.metrics]
+    has_curve = trial.status in ("completed", "stopped") and len(records.metrics) == 1  # Optuna has none for several
     return optuna.trial.create_trial(
         state=state,
-        values=[row[metric] for metric in records.metrics] if state == TrialState.COMPLETE else None,
-        params={name: row[name] for name in space} if told else {},
-        distributions=make_distributions(space) if told else {},
-        intermediate_values=curve if len(records.metrics) == 1 else {},  # Optuna has none for several
-        system_attrs=records.sampler_state.get(row["trial_id"]),
-        user_attrs={key: row[key] for key in ("trial_id", "role", "status", "error", "seconds")}
-        | ({} if told else {name: row[name] for name in space}),
+        values=values if state == TrialState.COMPLETE else None,
+        params=trial.params if known else {},
+        distributions=make_distributions(space) if known else {},
+        intermediate_values=records.curves[trial.trial_id] if has_curve else {},
+        user_attrs={name: getattr(trial, name) for name in ("trial_id", "role", "status", "error", "seconds")}
+        | ({} if known else trial.params),
     )
 
 
 def warm_to_optuna(trial: WarmTrial, space: Space) -> FrozenTrial:
-    """A trial of an earlier search as Optuna is to know it: of one that was stopped, its last epoch alone."""
-    single = len(trial.values) == 1
+    """Make the trial of an earlier search that Optuna is to know: of one that was stopped, its last epoch alone."""
     return optuna.trial.create_trial(
         state=TrialState.COMPLETE if trial.completed else TrialState.PRUNED,
         values=trial.values if trial.completed else None,
         params=trial.params,
         distributions=make_distributions(space),
-        intermediate_values={trial.epochs_done: trial.values[0]} if single else {},
+        intermediate_values={trial.epochs_done: trial.values[0]} if len(trial.values) == 1 else {},
     )
 
 
+class OptunaMirror:
+    """The trials that have ended as an Optuna journal, optuna.log, that optuna-dashboard opens; made anew each time."""
+
+    def __init__(self, records: SearchRecords, space: Space) -> None:
+        self._records, self._space = records, space
+        path = records.folder / "optuna.log"
+        for old in (path, path.with_name("optuna.log.lock")):  # the lock is of a process that was killed
+            old.unlink(missing_ok=True)
+        self._study = optuna.create_study(
+            study_name=records.folder.name,
+            storage=JournalStorage(JournalFileBackend(str(path))),
+            directions=study_directions(records.metrics),
+        )
+        for trial in records.ended:
+            self.add(trial)
+
+    def add(self, trial: TrialRecord) -> None:
+        self._study.add_trial(to_optuna(trial, self._records, self._space))
+
+
 def make_sampler(name: Sampler, seed: int, startup: int) -> optuna.samplers.BaseSampler:
-    """A sampler; of TPE and GP the first `startup` proposals are random."""
+    """Make a sampler; of TPE and GP the first `startup` proposals are random."""
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if name == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
-    if name == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed)  # its first generation is as wide as the space
     return optuna.samplers.TPESampler(
         seed=seed,
         n_startup_trials=startup,
@@ -103,8 +117,9 @@ def make_sampler(name: Sampler, seed: int, startup: int) -> optuna.samplers.Base
 class BudgetAwareSearch(Searcher):
     """Proposes what is unfinished, then the first points, then what an Optuna sampler draws.
 
-    What is proposed as number n depends on the seed, on n, on the earlier search it was warmed with and on the trials
-    begun before, of those that had ended also on how, and on nothing that a restart would lose.
+    For each proposal a study is made anew of the records, with a sampler of its own: so what is proposed as number n
+    depends on the seed, on n, on the earlier search it was warmed with and on the trials begun before, of those that
+    had ended also on how, and on nothing that a restart would lose.
     """
 
     def __init__(
@@ -121,81 +136,48 @@ class BudgetAwareSearch(Searcher):
         super().__init__(metric=records.metric, mode=records.mode)
         self._records = records
         self._space = space
-        self._num_samples = num_samples
+        self._startup = max(2, min(MAX_STARTUP_TRIALS, num_samples // 4))
         self._seed = seed
-        self._sampler_name = sampler
+        self._sampler = sampler
         self._unfinished = records.unfinished
-        roles = [row["role"] for row in records.rows.values()]
+        roles = [trial.role for trial in records.trials.values()]
         self._first = [point for point in first if point.role not in roles]
         if warm is not None:  # of its points those that have not been begun: the first that the study proposed
             self._first += [FirstPoint("sampled", params) for params in warm.points[roles.count("sampled") :]]
-        self._trials: dict[str, optuna.Trial] = {}  # by our trial id, those that run and of which the sampler learns
-        self.study = optuna.create_study(directions=study_directions(records), sampler=self._sampler(0))
-        for trial in warm.trials if warm is not None else ():
-            self.study.add_trial(warm_to_optuna(trial, space))
-        for row in records.rows.values():
-            if is_told(row, space):
-                if row["status"] == "running":
-                    self._ask(row)
-                else:
-                    self.study.add_trial(to_optuna(row, records, space))
+        self._earlier = [] if warm is None else [warm_to_optuna(trial, space) for trial in warm.trials]
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A sampler of its own for each proposal: a long-lived one has a generator that a restart would lose."""
-        seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
-        startup = max(2, min(MAX_STARTUP_TRIALS, self._num_samples // 4))
-        return make_sampler(self._sampler_name, seed, startup)
-
-    def _ask(self, row: Row) -> None:
-        """Let the study know that a trial with these parameters runs."""
-        self.study.enqueue_trial({name: row[name] for name in self._space})
-        trial = self.study.ask(make_distributions(self._space))
-        for name, value in self._records.sampler_state.get(row["trial_id"], {}).items():
-            self.study._storage.set_trial_system_attr(trial._trial_id, name, value)  # Optuna has no open way
-        self._trials[row["trial_id"]] = trial
+    def make_study(self) -> optuna.Study:
+        """Make a study of all trials begun, for the next proposal."""
+        seed = np.random.SeedSequence((self._seed, self._records.next_number)).generate_state(1)[0]
+        study = optuna.create_study(
+            directions=study_directions(self._records.metrics),
+            sampler=make_sampler(self._sampler, int(seed), self._startup),
+        )
+        known = [trial for trial in self._records.trials.values() if is_known_to_sampler(trial, self._space)]
+        study.add_trials([*self._earlier, *(to_optuna(trial, self._records, self._space) for trial in known)])
+        return study
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         if self._unfinished:
-            row = self._unfinished.pop(0)
+            trial = self._unfinished.pop(0)
         elif self._first:
-            point = self._first.pop(0)
-            row = self._records.begin(point.role, point.params)
-            if is_told(row, self._space):
-                self._ask(row)
+            trial = self._records.begin(*self._first.pop(0))
         else:
-            self.study.sampler = self._sampler(self._records.next_number)
-            trial = self.study.ask(make_distributions(self._space))
-            kept = self.study._storage.get_trial_system_attrs(trial._trial_id)
-            state = {name: value for name, value in kept.items() if name.startswith(CMA_STATE)}
-            row = self._records.begin("sampled", trial.params, state)
-            self._trials[row["trial_id"]] = trial
-        params = {name: row[name] for name in self._space}
-        return {"trial_id": row["trial_id"], "role": row["role"], "params": params}
-
-    def tell(self, row: Row) -> None:
-        """Let the study know how a trial ended."""
-        trial = self._trials.pop(row["trial_id"], None)
-        if trial is None:
-            return
-        state, curve = describe_end(row, self._records.curve(row["trial_id"]))
-        if len(self._records.metrics) == 1:
-            for epoch, value in sorted(curve.items()):
-                trial.report(value, epoch)
-        values = [row[metric] for metric in self._records.metrics] if state == TrialState.COMPLETE else None
-        self.study.tell(trial, values, state)
+            asked = self.make_study().ask(make_distributions(self._space))
+            trial = self._records.begin("sampled", asked.params)
+        return {"trial_id": trial.trial_id, "role": trial.role, "params": trial.params}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Ray's word that a trial ended says not how; `tell` is called for those that really did."""
+        """Do nothing: how a trial ended is in the records."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the records are the state."""
+        """Do nothing: the records are the state."""
 
 
 class RecordedAsha(AsyncHyperBandScheduler):
     """ASHA by epochs that records each judgement and fills its rungs from those records, since Ray restores none.
 
-    With `stops_early` False no trial is stopped for being behind others. With `patience` one is stopped that has had no
-    better epoch for so many.
+    With `stops_early` False no trial is stopped for being behind others.
 
     The first points always run to their last epoch and stand outside the rungs: compared with at the end, they must not
     stop whatever learns slower than they do at the start. A trial that diverged ends at once. A trial that goes on
@@ -203,72 +185,50 @@ class RecordedAsha(AsyncHyperBandScheduler):
     where it had not been.
     """
 
-    def __init__(
-        self, records: SearchRecords, *, mode: Mode, stops_early: bool = True, patience: int | None = None
-    ) -> None:
+    def __init__(self, records: SearchRecords, *, stops_early: bool = True) -> None:
         super().__init__(
             time_attr="epoch",
             metric=records.metric,
-            mode=mode,
+            mode=records.mode,
             max_t=records.epochs,
             grace_period=records.grace,
             reduction_factor=REDUCTION_FACTOR,
         )
-        self._metric_name = records.metric
         self._records = records
         self.stops_early = stops_early
-        self._patience = patience
         self.stopped: set[str] = set()  # trial ids
-        self._sign = 1.0 if mode == "max" else -1.0
-        for trial_id, row in records.rows.items():
-            if row["role"] != "sampled":
+        self._sign = 1.0 if records.mode == "max" else -1.0
+        self._rungs: dict[float, dict[str, float]] = dict(self._brackets[0]._rungs)  # epoch -> trial id -> value
+        for trial_id, trial in records.trials.items():
+            if trial.role != "sampled":
                 continue
             judged = records.judged[trial_id]
             if judged is None:  # lost: all that it has passed, but for its last epoch if that may not have been judged
-                judged = records.curve(trial_id)
-                if row["status"] == "running":
-                    judged.pop(row["epochs_done"], None)
-            for epoch, recorded in self._brackets[0]._rungs:
-                if epoch in judged:
-                    recorded[trial_id] = self._sign * judged[int(epoch)]
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Nothing: there is one bracket for all."""
+                judged = dict(records.curves[trial_id])
+                if trial.status == "running":
+                    judged.pop(trial.epochs_done, None)
+            for epoch in set(self._rungs) & set(judged):
+                self._rungs[epoch][trial_id] = self._sign * judged[int(epoch)]
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if PACE in result:
             return self.CONTINUE
-        value = result.get(self._metric_name)
-        if value is None or not math.isfinite(value) or result["epoch"] >= self._max_t:
+        epoch, value = result["epoch"], result.get(self._records.metric)
+        if value is None or not math.isfinite(value) or epoch >= self._max_t:
             return self.STOP
-        if trial.config["role"] != "sampled":
+        if trial.config["role"] != "sampled" or not self.stops_early:
             return self.CONTINUE
         trial_id = trial.config["trial_id"]  # Ray's own id changes when the search goes on
-        if self._is_on_plateau(trial_id, result["epoch"], value):
-            self.stopped.add(trial_id)
-            return self.STOP
-        if not self.stops_early:
-            return self.CONTINUE
         named: Any = SimpleNamespace(trial_id=trial_id)  # all that the bracket looks at
-        rung = dict(self._brackets[0]._rungs).get(result["epoch"])
-        decision: str = self._brackets[0].on_result(named, result["epoch"], self._sign * value)
+        decision: str = self._brackets[0].on_result(named, epoch, self._sign * value)
         if decision == self.STOP:
             self.stopped.add(trial_id)
-        if rung is not None and result["epoch"] not in (self._records.judged[trial_id] or {}):
+        if epoch in self._rungs and epoch not in (self._records.judged[trial_id] or {}):
             with suppress(OSError):  # a full disk: not recorded, it will be judged again
-                self._records.judge(trial_id, result["epoch"], value, goes_on=decision == self.CONTINUE)
+                self._records.judge(trial_id, epoch, value, goes_on=decision == self.CONTINUE)
         return decision
 
-    def _is_on_plateau(self, trial_id: str, epoch: int, value: float) -> bool:
-        """Whether the best of the trial's epochs so far, the earliest of equals, is `patience` epochs ago."""
-        if self._patience is None:
-            return False
-        curve = self._records.curve(trial_id) | {epoch: value}  # it may know later epochs: one that goes on tells again
-        best = max((e for e in curve if e <= epoch), key=lambda e: (self._sign * curve[e], -e))
-        return epoch - best >= self._patience
+    def _ignore(self, tune_controller: Any, trial: Trial, result: dict[str, Any] | None = None) -> None:
+        """Do nothing: one bracket is for all, and a trial that ends must not fill rungs with its last value."""
 
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """Nothing: a trial that ends must not fill rungs with its last value."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """Nothing: as above."""
+    on_trial_add = on_trial_complete = on_trial_remove = _ignore

@@ -1,4 +1,4 @@
-"""One trial, as it runs in a Ray worker: proposed parameters in, a report after every epoch, checkpoints of its own.
+"""Runs one trial in a Ray worker: proposed parameters in, a report after every epoch, checkpoints of its own.
 
 Ray is given no checkpoints: after a kill its snapshot may name one that is gone. A trial that starts again, whoever
 starts it, looks into its own folder, or what an object store has of that.
@@ -19,12 +19,12 @@ from ray.util import get_node_ip_address
 from byot.config import TrainConfig
 from byot.data import LabelledImages
 from byot.runs import OnSave, restore_trainer, train_saving
+from byot.search_files import DIVERGED
 from byot.system.files import append_json_line, describe_refusal, write_json_lines
 from byot.system.lock import WORKER_WAIT_S, LockedError, lock_folder
 from byot.system.stopping import DivergedError, TrainingError
 from byot.trainer import OnBatch, Trainer
-from search.records import DIVERGED
-from search.system.remote import Bucket, working_folder
+from search.system.remote import Store, working_folder
 
 # Steps of a new search's first trial after which its speed is reported: those that warm up, those that are timed.
 STEPS_TIMED = {"cpu": (1, 3), "mps": (10, 10), "cuda": (100, 100)}
@@ -40,12 +40,11 @@ class TrialSetup(NamedTuple):
     """What all trials of a search have in common."""
 
     base: TrainConfig  # the settings that are not searched
-    trials_folder: Path  # each trial has trials_folder/TRIAL_ID
+    store: Store  # of the search's folder, in which each trial has trials/TRIAL_ID
     metric: str
     threads: int
     timed: str | None  # the trial that reports its speed early
     num_seeds: int = 1
-    place: Bucket | None = None  # where the trials' folders are kept, if not where they are
 
 
 def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledImages, val: LabelledImages) -> None:
@@ -55,14 +54,13 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
     """
     torch.set_num_threads(setup.threads)
     trial_id = suggestion["trial_id"]
-    folder = setup.trials_folder / trial_id
-    place = None if setup.place is None else setup.place / trial_id
+    folder = setup.store.folder / "trials" / trial_id
     ending = {"epoch": 0, setup.metric: math.nan}
     try:
-        with working_folder(folder, place) as (here, save):
+        with working_folder(folder, setup.store) as (here, save):
             if not (here / "trial.json").is_file():  # a folder made here would be on this node alone
                 told = f"the node {get_node_ip_address()} does not see it"
-                raise FileNotFoundError(ENOENT, told, str(place or folder))
+                raise FileNotFoundError(ENOENT, told, str(setup.store.place(folder) or folder))
             with lock_folder(here, wait_s=WORKER_WAIT_S):
                 config = setup.base.with_settings(**suggestion["params"])
                 timed = setup.metric if trial_id == setup.timed else None
@@ -117,7 +115,7 @@ def train_seeds(
 
 
 def mean_record(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of what several seeds measured in the same epoch; their seconds are added up."""
+    """Return the mean of what several seeds measured in the same epoch; their seconds are added up."""
     first, *others = records
     if not others:
         return first
@@ -127,7 +125,7 @@ def mean_record(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def report_pace(trainer: Trainer, metric: str) -> OnBatch:
-    """A function to be called after each step that reports the speed as soon as it can be known."""
+    """Return a function to be called after each step that reports the speed as soon as it can be known."""
     warmup, timed = STEPS_TIMED[trainer.device.type]
     began_at, steps = 0.0, 0
 

@@ -4,18 +4,27 @@ Where both train the same way and measure the same, the earlier trials are told 
 values mean something else, and the best of their settings are tried early, each measured anew.
 """
 
-import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from byot.config import TrainConfig
-from byot.system.files import errors_in, read_json, write_json
-from byot.system.paths import absolute_path
-from search.records import DIVERGED, Row, load_search, ranked, read_rows
+from byot.search_files import (
+    SEARCHABLE,
+    SearchRecord,
+    Space,
+    TrialRecord,
+    find_folder,
+    is_number,
+    load_search,
+    ranked,
+    read_trials,
+)
+from byot.system.files import read_json, write_json
 from search.settings import SearchSettings
-from search.space import SEARCHABLE, Range, Space, first_points
+from search.space import first_points
 
-FILE = "warm_start.json"
+WARM_START = "warm_start.json"
 NUM_POINTS = 3  # settings tried early
 
 
@@ -26,12 +35,6 @@ class WarmTrial(NamedTuple):
     epochs_done: int
     values: list[float]  # of each metric after its last epoch; empty where it diverged
     completed: bool
-
-    def is_whole(self, num_metrics: int) -> bool:
-        """Whether this is what a search writes."""
-        measured = all(isinstance(value, float) and math.isfinite(value) for value in self.values)
-        number = len(self.values) == num_metrics or (not self.values and not self.completed)
-        return measured and number and type(self.epochs_done) is int and isinstance(self.completed, bool)
 
 
 class WarmStart(NamedTuple):
@@ -48,82 +51,79 @@ class WarmStart(NamedTuple):
         return f"warm start: {number} of {self.search}, which trained otherwise, are tried early"
 
     def save(self, folder: Path) -> Path:
-        """Returns the file."""
-        write_json(folder / FILE, {**self._asdict(), "trials": [trial._asdict() for trial in self.trials]})
-        return folder / FILE
+        """Write the copy of a new search; returns the file."""
+        write_json(folder / WARM_START, {**self._asdict(), "trials": [trial._asdict() for trial in self.trials]})
+        return folder / WARM_START
 
 
 def load_warm_start(folder: Path, space: Space, metrics: tuple[str, ...]) -> WarmStart | None:
-    """What a search's folder has of its warm start. Raises ValueError where that is damaged."""
-    if not (folder / FILE).is_file():
+    """Read what a search's folder has of its warm start. Raises ValueError where that is damaged."""
+    path = folder / WARM_START
+    if not path.is_file():
         return None
-    record = read_json(folder / FILE)
-    with errors_in(folder / FILE):
-        try:
-            trials = [WarmTrial(**trial) for trial in record["trials"]]
-            for params in (*record["points"], *(trial.params for trial in trials)):
-                if set(params) != set(space) or not all(space[name].holds(value) for name, value in params.items()):
-                    raise ValueError("parameters that are not of the space")
-            if not all(trial.is_whole(len(metrics)) for trial in trials):
-                raise ValueError("values that are not of the metrics")
-            return WarmStart(str(record["search"]), list(record["points"]), trials)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError("it is not what a search writes there; --fresh starts the search anew") from error
+    record = read_json(path)
+    try:
+        warm = WarmStart(str(record["search"]), record["points"], [WarmTrial(**trial) for trial in record["trials"]])
+        points = [*warm.points, *(trial.params for trial in warm.trials)]
+        whole = all(set(point) == set(space) and _is_in(space, point) for point in points) and all(
+            all(map(is_number, trial.values))
+            and len(trial.values) == len(metrics) * (trial.completed or bool(trial.values))
+            and type(trial.epochs_done) is int
+            for trial in warm.trials
+        )
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is not what a search writes there; --fresh starts the search anew")
+    return warm
 
 
 def make_warm_start(searches: Path, name: str, base: TrainConfig, settings: SearchSettings, space: Space) -> WarmStart:
-    """What the named search, or the one in the folder of that path, lends. Raises ValueError where that is nothing."""
-    folder = next((f for f in (searches / name, absolute_path(name)) if (f / "search.json").is_file()), None)
+    """Choose what the named search, or the one in that folder, lends. Raises ValueError where that is nothing."""
+    folder = find_folder(searches, name, "search.json")
     if folder is None:
         raise ValueError(f"there is no search {name} in {searches} to start from")
-    record = load_search(folder)
-    with errors_in(folder / "search.json"):
-        earlier = TrainConfig.from_dict(record.get("config"))
-    with errors_in(folder / "trials.csv"):
-        rows = [row for row in read_rows(folder / "trials.csv") if _is_usable(row, settings.metric)]
-    for row in rows:
-        row["params"] = {name: row.get(name, getattr(earlier, name)) for name in space}
-    rows = [row for row in rows if all(_holds(bounds, row["params"][name]) for name, bounds in space.items())]
-    if _is_same(record, earlier, base, settings, space):
-        fixed = {
-            name: getattr(base, name) for name in SEARCHABLE if name not in space
-        }  # of these the earlier may differ
-        told = [row for row in rows if all(row.get(name, value) == value for name, value in fixed.items())]
-        if told:
-            return WarmStart(folder.name, [], [_as_told(row, settings.metric) for row in told])
+    earlier = load_search(folder)
+    trials = []
+    for trial in read_trials(folder / "trials.csv"):
+        # A parameter that was not searched had the value of all its trials.
+        params = {name: trial.params.get(name, getattr(earlier.config, name)) for name in space}
+        if _is_usable(trial, settings.metric) and _is_in(space, params):
+            trials.append(replace(trial, params=trial.params | params))
+    if _measures_the_same(earlier, base, settings, space):
+        # What is not searched now was perhaps searched then: those trials count that had the value it has now.
+        fixed = {name: getattr(base, name) for name in SEARCHABLE if name not in space}
+        same = [t for t in trials if all(t.params.get(name, value) == value for name, value in fixed.items())]
+        if same:
+            return WarmStart(folder.name, [], [_lend(trial, settings.metric, space) for trial in same])
     tried_anyway = [point.params for point in first_points(space, base)]
-    best = (row["params"] for row in ranked(rows, settings.main_metric, settings.mode))
+    best = ({name: trial.params[name] for name in space} for trial in ranked(trials, settings.main_metric))
     points = [params for params in best if params not in tried_anyway][:NUM_POINTS]
     if not points:
         raise ValueError(f"the search {folder.name} has no trial within this space to start from")
     return WarmStart(folder.name, points, [])
 
 
-def _holds(bounds: Range, value: Any) -> bool:
-    return isinstance(value, float) and bounds.holds(value)
+def _is_in(space: Space, params: dict[str, float]) -> bool:
+    return all(is_number(params[name]) and bounds.holds(params[name]) for name, bounds in space.items())
 
 
-def _is_same(
-    record: dict[str, Any], earlier: TrainConfig, base: TrainConfig, settings: SearchSettings, space: Space
-) -> bool:
-    """Whether values of both searches mean the same, but for what is searched in either of them."""
-    before, searched_before = record.get("settings"), record.get("space")
-    num_seeds = before.get("seeds_per_trial", 1) if isinstance(before, dict) else 1
-    searched = {"seed", *space, *(searched_before if isinstance(searched_before, dict) else ())}
+def _measures_the_same(earlier: SearchRecord, base: TrainConfig, settings: SearchSettings, space: Space) -> bool:
+    """Tell whether values of both searches mean the same, but for what is searched in either of them."""
     return (
-        not set(base.differing_settings(earlier)) - searched
-        and record.get("metric") == settings.main_metric
-        and num_seeds == settings.seeds_per_trial
+        not set(base.differing_settings(earlier.config)) - {"seed", *space, *earlier.space}
+        and earlier.metric == settings.main_metric
+        and earlier.seeds_per_trial == settings.seeds_per_trial
     )
 
 
-def _is_usable(row: Row, metrics: tuple[str, ...]) -> bool:
-    """Whether a trial says something of its region; not deep supervision alone, which is another method."""
-    measured = all(isinstance(row.get(metric), float) for metric in metrics)
-    diverged = row.get("status") == "failed" and str(row.get("error")).startswith(DIVERGED)
-    return row.get("role") != "control" and ((measured and row.get("status") in ("completed", "stopped")) or diverged)
+def _is_usable(trial: TrialRecord, metrics: tuple[str, ...]) -> bool:
+    """Tell whether a trial says something of its region. The control does not: it is another method."""
+    measured = all(trial.measures[metric] is not None for metric in metrics)
+    return trial.role != "control" and (trial.diverged or (measured and trial.status in ("completed", "stopped")))
 
 
-def _as_told(row: Row, metrics: tuple[str, ...]) -> WarmTrial:
-    values = [] if row["status"] == "failed" else [row[metric] for metric in metrics]
-    return WarmTrial(row["params"], row["epochs_done"], values, row["status"] == "completed")
+def _lend(trial: TrialRecord, metrics: tuple[str, ...], space: Space) -> WarmTrial:
+    values = [] if trial.diverged else [value for m in metrics if (value := trial.measures[m]) is not None]
+    params = {name: trial.params[name] for name in space}
+    return WarmTrial(params, trial.epochs_done, values, trial.status == "completed")

@@ -1,4 +1,4 @@
-"""What the tests share: one thread, the CIFAR-100 files where they are, small parquet folders, a clean environment."""
+"""Gives all tests one thread, a clean environment, the CIFAR-100 files where they are, and small parquet folders."""
 
 import os
 import signal
@@ -13,20 +13,20 @@ from tests.helpers import PROJECT, ParquetMaker, write_parquet
 
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> None:
-    """The cores are shared, and sums over threads are not bit-identical."""
+    """Compute on one thread: the cores are shared, and sums over threads are not bit-identical."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c_is_heard() -> None:
-    """A background job of a shell ignores Ctrl-C, and what it starts inherits that."""
+    """Let Ctrl-C be heard, which a background job of a shell ignores, and so all that it starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Decoded images are kept for the session, out of a tester's own cache."""
+    """Keep decoded images for the session, out of a tester's own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BYOT_CACHE", str(tmp_path_factory.mktemp("decoded")))
         yield
@@ -34,13 +34,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_outputs_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tester's own BYOT_OUTPUTS must not be written to."""
+    """Forget a tester's own BYOT_OUTPUTS, which must not be written to."""
     monkeypatch.delenv("BYOT_OUTPUTS", raising=False)
 
 
 @pytest.fixture(scope="session")
 def cifar100_dir() -> Path:
-    """The folder with CIFAR-100 as parquet: $BYOT_CIFAR100, else ../shared/data/cifar100 beside the project."""
+    """Find CIFAR-100 as parquet files: in $BYOT_CIFAR100, else in ../shared/data/cifar100, else skip the test."""
     given = os.environ.get("BYOT_CIFAR100")
     folder = Path(given) if given else PROJECT.parent / "shared" / "data" / "cifar100"
     if not any(folder.glob("train*.parquet")):
@@ -50,7 +50,7 @@ def cifar100_dir() -> Path:
 
 @pytest.fixture
 def parquet_folder(tmp_path: Path) -> ParquetMaker:
-    """A function that writes a folder in the Hugging Face layout with random images."""
+    """Give a function that writes a folder in the Hugging Face layout with random images."""
 
     def make(num_train: int = 12, num_test: int = 6, dataset: str = "cifar100", folder: str = "data set") -> Path:
         for split, num_images in (("train", num_train), ("test", num_test)):

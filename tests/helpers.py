@@ -1,4 +1,4 @@
-"""Helpers of the tests that are no fixtures: command lines, small data files, pictures of a folder's content."""
+"""Runs command lines, writes small data files, and compares folders and states for the tests."""
 
 import hashlib
 import io
@@ -39,11 +39,15 @@ def run_command(
     cwd: Path,
     script: str = "byot/train.py",
     python: Sequence[str] = (),
+    before: Sequence[str] = (),
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run an entry script in a process of its own from another folder, as a user would."""
+    """Run an entry script in a process of its own from another folder, as a user would.
+
+    `python` are options of the interpreter, `before` is a command that is to run it.
+    """
     return subprocess.run(
-        command_line(script, *arguments, python=python),
+        [*before, *command_line(script, *arguments, python=python)],
         cwd=cwd,
         env=command_environment(**variables),
         capture_output=True,
@@ -54,7 +58,7 @@ def run_command(
 
 
 class FakeTerminal(io.StringIO):
-    """Keeps what is written to it as to a terminal; with an error it is one that has gone away."""
+    """Keeps what is written to it as a terminal would; with an error, fails as one that has gone away."""
 
     def __init__(self, error: OSError | None = None) -> None:
         super().__init__()
@@ -89,7 +93,7 @@ def call_main(
 
 
 def picture_of(folder: Path) -> dict[str, str]:
-    """Every path under a folder with a digest of its content: equal before and after if nothing was written."""
+    """Map every path under a folder to a digest of its content: the same before and after if nothing was written."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
@@ -97,7 +101,7 @@ def picture_of(folder: Path) -> dict[str, str]:
 
 
 def assert_one_sentence(stderr: str, *words: str) -> None:
-    """One line for a person, naming what is meant, and no traceback."""
+    """Check that it is one line, without a traceback, that has these words."""
     assert stderr.count("\n") == 1, stderr
     assert stderr.endswith("\n")
     assert "Traceback" not in stderr
@@ -138,7 +142,7 @@ def write_parquet(
 
 
 def assert_same_state(found: Any, expected: Any, where: str = "state") -> None:
-    """Two nests of dicts, lists, tensors and numbers are equal to the last bit, but for the time it took."""
+    """Check that two nests of dicts, lists, tensors and numbers are equal to the last bit, but for the time it took."""
     if isinstance(expected, torch.Tensor):
         assert found.dtype == expected.dtype, where
         assert torch.equal(found, expected), where

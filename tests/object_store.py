@@ -38,7 +38,7 @@ class ObjectStore:
         store = self
 
         class Handler(S3Handler):
-            kept = store
+            shown = store
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self._server.daemon_threads = True
@@ -89,7 +89,7 @@ def credentials(key: str = KEY) -> dict[str, str]:
 class S3Handler(BaseHTTPRequestHandler):
     """Path-style requests: /BUCKET/KEY."""
 
-    kept: ObjectStore
+    shown: ObjectStore
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
@@ -102,7 +102,7 @@ class S3Handler(BaseHTTPRequestHandler):
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
         query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
         body = self._body()
-        if not self.kept.is_up:  # a connection from before
+        if not self.shown.is_up:  # a connection from before
             self.close_connection = True
             return
         if KEY not in self.headers.get("Authorization", ""):
@@ -111,7 +111,7 @@ class S3Handler(BaseHTTPRequestHandler):
             self._refuse(404, "NoSuchBucket")
         else:
             try:
-                self.kept.on_request(self.command, key)
+                self.shown.on_request(self.command, key)
             except ConnectionResetError:
                 self.close_connection = True
                 return
@@ -123,8 +123,8 @@ class S3Handler(BaseHTTPRequestHandler):
         if not key:
             self._list(query)
             return
-        with self.kept.lock:
-            data = self.kept.objects.get(key)
+        with self.shown.lock:
+            data = self.shown.objects.get(key)
         if data is None:
             self._refuse(404, "NoSuchKey")
             return
@@ -143,54 +143,48 @@ class S3Handler(BaseHTTPRequestHandler):
             self._answer(200)
 
     def _put(self, key: str, query: dict[str, str], body: bytes) -> None:
-        with self.kept.lock:
+        with self.shown.lock:
             if "uploadId" in query:
-                self.kept.parts[query["uploadId"]][int(query["partNumber"])] = body
+                self.shown.parts[query["uploadId"]][int(query["partNumber"])] = body
             else:
                 source = self.headers.get("x-amz-copy-source")
                 if source:
-                    body = self.kept.objects[unquote(source).lstrip("/").partition("/")[2]]
-                self.kept.objects[key] = body
-                self.kept.log.append(("PUT", key))
+                    body = self.shown.objects[unquote(source).lstrip("/").partition("/")[2]]
+                self.shown.objects[key] = body
+                self.shown.log.append(("PUT", key))
         if self.headers.get("x-amz-copy-source"):
             self._answer_xml(f"<CopyObjectResult><ETag>{etag(body)}</ETag></CopyObjectResult>")
         else:
             self._answer(200, headers={"ETag": etag(body)})
 
     def _post(self, key: str, query: dict[str, str], body: bytes) -> None:
-        with self.kept.lock:
+        with self.shown.lock:
             if "uploads" in query:
                 upload = uuid.uuid4().hex
-                self.kept.parts[upload] = {}
-                name = "InitiateMultipartUploadResult"
-                inner = f"<Bucket>{BUCKET}</Bucket><Key>{escape(key)}</Key><UploadId>{upload}</UploadId>"
-            elif "uploadId" in query:
-                found = self.kept.parts.pop(query["uploadId"])
-                self.kept.objects[key] = b"".join(data for _, data in sorted(found.items()))
-                self.kept.log.append(("PUT", key))
-                name = "CompleteMultipartUploadResult"
-                inner = f"<Bucket>{BUCKET}</Bucket><Key>{escape(key)}</Key><ETag>{etag(b'')}</ETag>"
+                self.shown.parts[upload] = {}
+                name, told = "InitiateMultipartUploadResult", f"<UploadId>{upload}</UploadId>"
             else:
-                for gone in re.findall(r"<Key>(.*?)</Key>", body.decode()):
-                    self.kept.objects.pop(gone, None)
-                name, inner = "DeleteResult", ""
-        self._answer_xml(f"<{name}>{inner}</{name}>")
+                found = self.shown.parts.pop(query["uploadId"])
+                self.shown.objects[key] = b"".join(data for _, data in sorted(found.items()))
+                self.shown.log.append(("PUT", key))
+                name, told = "CompleteMultipartUploadResult", f"<ETag>{etag(b'')}</ETag>"
+        self._answer_xml(f"<{name}><Bucket>{BUCKET}</Bucket><Key>{escape(key)}</Key>{told}</{name}>")
 
     def _delete(self, key: str, query: dict[str, str], body: bytes) -> None:
-        with self.kept.lock:
+        with self.shown.lock:
             if "uploadId" in query:
-                self.kept.parts.pop(query["uploadId"], None)
+                self.shown.parts.pop(query["uploadId"], None)
             else:
-                self.kept.objects.pop(key, None)
-                self.kept.log.append(("DELETE", key))
+                self.shown.objects.pop(key, None)
+                self.shown.log.append(("DELETE", key))
         self._answer(204)
 
     def _list(self, query: dict[str, str]) -> None:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         after = query.get("continuation-token", "") or query.get("start-after", "")
         limit = min(int(query.get("max-keys", PAGE)), PAGE)
-        with self.kept.lock:
-            found = sorted((key, len(data)) for key, data in self.kept.objects.items() if key.startswith(prefix))
+        with self.shown.lock:
+            found = sorted((key, len(data)) for key, data in self.shown.objects.items() if key.startswith(prefix))
         entries: dict[str, str] = {}
         for key, size in found:
             head, cut, _ = key.removeprefix(prefix).partition(delimiter) if delimiter else (key, "", "")

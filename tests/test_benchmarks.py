@@ -1,5 +1,8 @@
 """The plain loop that speed is measured against is the same method, and the measuring commands measure."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +10,57 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import time_to_accuracy, transfer
-from benchmarks.quality.curves import FAMILIES, TRANSFER, Curve, configurations, curves_path, save_curves
+from benchmarks import common
+from benchmarks.quality import curves, recipe_levers, time_to_accuracy, transfer
+from benchmarks.quality.curves import FAMILIES, TIME, TRANSFER, Curve, configurations, curves_path, save_curves
 from benchmarks.quality.recipe_levers import BASE, make_tables
+from benchmarks.speed import searches, train_speed
 from benchmarks.speed.reference_loop import ReferenceLoop, ReferenceNet
 from byot.config import TrainConfig, work_after
 from byot.loss import self_distillation_loss
 from byot.model import Branch, BranchedResNet
-from byot.system.files import read_json
-from search.records import MEASURES
-from search.space import DEFAULT_SPACE, space_to_dict
-from tests.helpers import PROJECT, assert_one_sentence, call_main, run_command
+from byot.search_files import MEASURES, space_to_dict
+from byot.system.files import append_json_line, read_json
+from search.space import DEFAULT_SPACE
+from tests.helpers import PROJECT, assert_one_sentence, call_main, command_environment, run_command
 
 BATCH_SIZE = 128  # at which the reference quotes its hint loss
+
+# ---------------------------------------------------------------- what all use
+
+
+def test_means_differences_and_tables():
+    assert common.mean_and_sd([1.0, 2.0]) == "1.50 ± 0.71"
+    assert common.mean_and_sd([1.0]) == "1.00"
+    found = common.paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert found.half == pytest.approx(4.302653 / 3**0.5, rel=1e-6), "Student's t with two degrees"
+    assert (found.mean, found.resolved) == (2.0, False)
+    assert common.paired_difference([2.0, 2.1], [1.0, 1.1]).resolved
+    assert common.format_difference(common.paired_difference([2.0], [1.5])) == "+0.50", "no interval of one pair"
+    assert common.markdown(["a", "bb"], [["long", "1"]]) == "| a | bb |\n| --- | --- |\n| long | 1 |"
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_program_that_is_killed(tmp_path: Path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import os, pathlib, time\nfrom benchmarks.common import run_all\n"
+        f"def work(n):\n    pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()\n    time.sleep(600)\n"
+        "if __name__ == '__main__':\n    list(run_all(work, [(1,), (2,)], 2))\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], cwd=PROJECT, env=command_environment())
+    give_up_at = time.monotonic() + 120
+    while len(workers := [path.name for path in tmp_path.glob("[0-9]*")]) < 2 and time.monotonic() < give_up_at:
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.2)
+
+
+# ---------------------------------------------------------------- speed
 
 
 @pytest.mark.parametrize(
@@ -53,49 +94,42 @@ def test_one_step_of_the_plain_loop_is_one_of_ours() -> None:
     loop.model.double()
     ours.double()
     images, labels = torch.randn(BATCH_SIZE, 3, 32, 32, dtype=torch.float64), torch.arange(BATCH_SIZE) % 100
-    meters = loop._step(images, labels)
+    meters = loop.step(images, labels)
     terms = self_distillation_loss(ours(images), labels, alpha=0.4, temperature=3.0, beta=1e-3)
     terms.total.backward()
     assert [meters[f"label_{i}"] for i in range(1, 5)] == pytest.approx(terms.label.tolist(), rel=1e-9)
     assert [meters[f"hint_{i}"] for i in range(1, 4)] == pytest.approx(terms.hint.tolist(), rel=1e-9)
-    for (name, found), expected in zip(ours.trunk.named_parameters(), loop.model.trunk.parameters(), strict=True):
+    expected = dict(loop.model.trunk.named_parameters())
+    for name, found in ours.trunk.named_parameters():
         assert found.grad is not None, name
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(found.grad, expected[name].grad, rtol=1e-6, atol=1e-12)
     assert all(p.grad is None for p in loop.model.unused.parameters())
 
 
 @pytest.mark.slow
 def test_the_speed_is_measured(tmp_path: Path) -> None:
-    arguments = [
-        "--models",
-        "resnet18",
-        "--widths",
-        4,
-        "--steps",
-        1,
-        "--rounds",
-        1,
-        "--seconds",
-        0,
-        "--output",
-        tmp_path / "speed.json",
-    ]
+    sizes = ["--models", "resnet18", "--widths", 4, "--steps", 1, "--rounds", 1, "--seconds", 0]
+    arguments = [*sizes, "--output", tmp_path / "speed.json"]
     done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/train_speed.py")
     assert done.returncode == 0, done.stderr
     (row,) = read_json(tmp_path / "speed.json")["rows"]
     assert row["ratio"] == pytest.approx(row["images_per_s"] / row["reference_images_per_s"])
     assert 0 < row["share_of_matmul_peak"] < 1
     assert row["memory_gib"] > 0
-    assert "resnet18      4" in done.stdout
+    assert "resnet18, width 4" in done.stdout
+
+
+def measure_searches(tmp_path: Path, *arguments: object) -> dict[str, Any]:
+    command = [*arguments, "--output", tmp_path / "record.json"]
+    done = run_command(command, cwd=tmp_path, script="benchmarks/speed/searches.py")
+    assert done.returncode == 0, done.stderr
+    return read_json(tmp_path / "record.json")
 
 
 @pytest.mark.slow
 def test_the_overhead_of_a_search_is_measured(tmp_path: Path) -> None:
-    record = tmp_path / "overhead.json"
-    arguments = ["--only-this", "--width", 2, "--epochs", 1, "--num-samples", 3, "--output", record]
-    done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/search_overhead.py")
-    assert done.returncode == 0, done.stderr
-    found = read_json(record)
+    arguments = ("--width", 2, "--epochs", 1, "--num-samples", 3)
+    found = measure_searches(tmp_path, "overhead", *arguments)["searches"]["real"]
     assert (found["trials"], found["epochs"]) == (3, 3)
     assert 0 < found["busy_share"] < 1
     assert found["overhead_s_a_trial"] * 3 + found["training_s"] == pytest.approx(found["fit_s"] * found["slots"])
@@ -104,77 +138,21 @@ def test_the_overhead_of_a_search_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_trials_are_measured_in_blocks(tmp_path: Path) -> None:
-    arguments = ["--num-samples", 6, "--block", 3, "--output", tmp_path / "many.json"]
-    done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/many_trials.py")
-    assert done.returncode == 0, done.stderr
-    found = read_json(tmp_path / "many.json")
-    assert [row["trials"] for row in found["blocks"]] == [3, 6]
-    for row in found["blocks"]:
+    blocks = measure_searches(tmp_path, "many", "--num-samples", 6, "--block", 3)["blocks"]
+    assert [row["trials"] for row in blocks] == [3, 6]
+    for row in blocks:
         assert row["all_s_a_trial"] > row["propose_s_a_trial"] > row["begin_s_a_trial"] > 0
-        assert row["memory_mib"] > 0
-    assert "memory_mib" in done.stdout
+        assert min(row.values()) > 0
 
 
 @pytest.mark.slow
 def test_trials_at_once_are_measured(tmp_path: Path) -> None:
-    arguments = ["--width", 2, "--batch-size", 16, "--most", 1, "--output", tmp_path / "c.json"]
-    done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/concurrent_trials.py")
-    assert done.returncode == 0, done.stderr
-    (row,) = read_json(tmp_path / "c.json")["rows"]
+    (row,) = measure_searches(tmp_path, "at-once", "--width", 2, "--batch-size", 16, "--most", 1)["rows"]
     assert row["trials"] == 1
     assert row["images_per_s"] > 0
 
 
-# ---------------------------------------------------------------- accuracy against time
-
-
-def test_time_to_accuracy_goes_on_with_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record, figure = tmp_path / "made" / "record.json", tmp_path / "figure.png"
-    arguments = ["--dataset", "digits", "--width", 4, "--output", record]
-
-    def run(*more: object) -> tuple[list[dict[str, Any]], str]:
-        code, out, err = call_main(time_to_accuracy, "x", [*arguments, *more], monkeypatch, capsys)
-        assert (code, err) == (0, "")
-        return read_json(record)["runs"], out
-
-    first, out = run("--budgets", 1, "--recipes", "modern")
-    assert "| `modern` | 1 | 1.0 | 1 |" in out
-    assert [(row["epoch"], row["val_accuracy"] > 0) for row in first[0]["epochs"]] == [(1, True)]
-    assert (first[0]["num_train_images"], first[0]["num_val_images"]) == (1295, 143)
-    both, out = run("--budgets", 1, 2, "--figure", figure)
-    assert both[0] == first[0], "it was finished"
-    asked = [(run["config"]["recipe"], run["config"]["epochs"]) for run in both]
-    assert sorted(asked) == [("modern", 1), ("modern", 2), ("reference", 1), ("reference", 2)]
-    for one in both:
-        assert len(one["epochs"]) == one["config"]["epochs"]
-        for seconds in ("cpu_s", "wall_s"):
-            times = [row[seconds] for row in one["epochs"]]
-            assert times == sorted(times)
-            assert times[0] > 0
-        assert {"commit", "versions", "hardware"} <= set(one)
-    assert figure.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["--threads", "0"], "--threads"),
-        (["--figure", "x.pdf"], ".png"),
-        (["--budgets", "0"], "epochs"),
-        (["--output", PROJECT / "results" / "runs" / "cifar100-w16-e12.json"], "not a record"),
-    ],
-)
-def test_bad_command_lines_of_time_to_accuracy(
-    arguments: list[object], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, err = call_main(time_to_accuracy, "x", ["--output", "x.json", *arguments], monkeypatch, capsys)
-    assert (code, out) == (2, "")
-    assert_one_sentence(err, word)
-
-
-# ---------------------------------------------------------------- short runs and long ones
+# ---------------------------------------------------------------- recorded curves
 
 
 def write_curves(folder: Path, family: str, ends: dict[tuple[int, int], float]) -> None:
@@ -184,8 +162,37 @@ def write_curves(folder: Path, family: str, ends: dict[tuple[int, int], float]) 
     curves = []
     for (number, seed), end in ends.items():
         values = [*[20.0 - number] * (config.epochs - 1), end]
-        curves.append(Curve(number, "sampled", seed, {}, dict.fromkeys(MEASURES, values), 1.0))
+        cpu_s = tuple(map(float, range(config.epochs)))
+        curves.append(Curve(number, "sampled", seed, {}, dict.fromkeys(MEASURES, values), 1.0, cpu_s))
     save_curves(curves_path(family, folder), header, curves)
+
+
+def test_curves_are_recorded_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = FAMILIES["digits"]
+    small = family._replace(base=family.base.with_settings(epochs=2), num_configurations=1, num_seeds=1)
+    path = curves_path("digits", tmp_path)
+
+    def run(**changes: Any) -> tuple[int, str]:
+        monkeypatch.setitem(FAMILIES, "digits", small._replace(**changes))
+        code, _, err = call_main(curves, "curves.py", ["digits", "--folder", tmp_path], monkeypatch, capsys)
+        return code, err
+
+    assert run(num_first=1) == (0, "")
+    first = curves.load_curves(path)
+    assert [(curve.number, curve.role) for curve in first.curves] == [(-2, "reference"), (0, "sampled")]
+    for curve in first.curves:
+        assert len(curve.values["val_accuracy"]) == len(curve.cpu_s) == 2
+        assert 0 < curve.cpu_s[0] < curve.cpu_s[1]
+    assert run() == (0, "")
+    more = curves.load_curves(path)
+    assert more.header == first.header
+    assert sorted(set(map(str, more.curves)) - set(map(str, first.curves)))[0].startswith("Curve(number=-1")
+    assert len(more.curves) == 3
+    code, err = run(base=small.base.with_settings(lr=0.2))
+    assert code == 2
+    assert_one_sentence(err, str(path), "other settings")
 
 
 def test_a_short_run_ranks_as_the_long_one_as_far_as_was_planted(
@@ -195,6 +202,9 @@ def test_a_short_run_ranks_as_the_long_one_as_far_as_was_planted(
     order = range(8)
     swapped = [0, 1, 2, 3, 4, 5, 7, 6]
     write_curves(tmp_path, "modern-e24", {(n, s): 50.0 + n + 0.2 * s for n in order for s in (0, 1)})
+    code, _, err = call_main(transfer, "transfer.py", ["--curves", tmp_path], monkeypatch, capsys)
+    assert code == 2, "there is no short run yet"
+    assert_one_sentence(err, str(tmp_path), "curves.py")
     write_curves(tmp_path, "modern-e4", {(n, 0): 30.0 + swapped[n] for n in order} | {(99, 0): 1.0})
     output = tmp_path / "transfer.json"
     code, out, _ = call_main(transfer, "x", ["--curves", tmp_path, "--output", output], monkeypatch, capsys)
@@ -215,46 +225,24 @@ def test_a_short_run_ranks_as_the_long_one_as_far_as_was_planted(
 
 
 def test_short_and_long_runs_are_of_the_same_configurations() -> None:
-    short, *others = (configurations(FAMILIES[f"{recipe}-e{epochs}"]) for recipe, epochs in TRANSFER)
+    short, *others = map(configurations, TRANSFER.values())
     assert [role for _, role, _ in short] == ["reference", "control", *["sampled"] * 12]
     assert others == [short] * 3
     assert set(transfer.LONG) < set(FAMILIES)
+    assert [role for _, role, _ in configurations(TIME["time-modern-e4"])] == ["reference"]
 
 
-def test_what_is_not_recorded_yet_is_told(
+def test_accuracy_against_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_curves(tmp_path, "modern-e24", {(n, 0): float(n) for n in range(8)})
-    code, _, err = call_main(transfer, "transfer.py", ["--curves", tmp_path], monkeypatch, capsys)
+    code, _, err = call_main(time_to_accuracy, "x", ["--curves", tmp_path], monkeypatch, capsys)
     assert code == 2
     assert_one_sentence(err, str(tmp_path), "curves.py")
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "word"),
-    [
-        ("search_overhead.py", ["--width", "0"], "width"),
-        ("search_overhead.py", ["--num-samples", "0"], "num_samples"),
-        ("concurrent_trials.py", ["--most", "0"], "--most"),
-        ("many_trials.py", ["--block", "0"], "--block"),
-        ("many_trials.py", ["--num-samples", "0", "--block", "1"], "num_samples"),
-        ("concurrent_trials.py", ["--model", "vgg"], "vgg"),
-    ],
-)
-def test_bad_command_lines_of_searches(tmp_path: Path, script: str, arguments: list[str], word: str) -> None:
-    done = run_command(arguments, cwd=tmp_path, script=f"benchmarks/{script}")
-    assert done.returncode == 2
-    assert_one_sentence(done.stderr, word)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [(["--models", "vgg"], "vgg"), (["--widths", "0"], "width"), (["--steps", "0"], "--steps"), (["--x"], "--x")],
-)
-def test_bad_command_lines(tmp_path: Path, arguments: list[str], word: str) -> None:
-    done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/train_speed.py")
-    assert done.returncode == 2
-    assert_one_sentence(done.stderr, word)
+    write_curves(tmp_path, "time-reference-e2", {(-2, 0): 50.0})
+    write_curves(tmp_path, "time-modern-e4", {(-2, 0): 60.0, (-2, 1): 61.0})
+    _, out, _ = call_main(time_to_accuracy, "x", ["--curves", tmp_path], monkeypatch, capsys)
+    assert "| `reference` | 2 | 2.0 | 1 | 50.00 | 50.00 | 1 |" in out
+    assert "| 2 | 60.50 ± 0.71 | 60.50 ± 0.71 | 3 |" in out
 
 
 # ---------------------------------------------------------------- levers of the recipe
@@ -264,14 +252,70 @@ def test_levers_are_compared_at_equal_arithmetic_and_by_seed():
     assert BASE.mean_cost() == pytest.approx(0.4 / 4 + 0.35 * 9 / 16 + 0.25)
     assert [BASE.size(progress) for progress in (0.0, 0.39, 0.4, 0.74, 0.75)] == [16, 16, 24, 24, 32]
     assert [BASE.schedule(progress) for progress in (0.0, 0.15, 1.0)] == pytest.approx([0.05, 1.0, 0.0])
-    accuracies = {"base": [57.0, 58.0], "sgd": [49.0, 50.5]}
-    records = [
-        {"row": row, "budget": 3.0, "width": 16, "seed": seed, "accuracy": [1.0, 2.0, 3.0, value, 4.0], "cpu_s": 60}
-        for row, values in accuracies.items()
+    ends = {"base": [57.0, 58.0], "sgd": [49.0, 50.5]}
+    records: list[dict[str, Any]] = [
+        {"row": row, "budget": 3.0, "width": 16, "seed": seed, "val_accuracy": [1.0, 2.0, 3.0, value, 4.0], "cpu_s": 60}
+        for row, values in ends.items()
         for seed, value in enumerate(values)
     ]
     (text,) = make_tables(records)
     assert "| base | 2 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | 57.50 ± 0.71 | 4.00 ± 0.00 |  | 60 |" in text
     assert "| -7.75 ± 3.18 | 60 |" in text
-    (text,) = make_tables(records[:1] + records[2:3])
-    assert "| 49.00 | 4.00 | -8.00 | 60 |" in text, "of one seed there is no interval"
+    older = {**records[2], "accuracy": [0.0, 0.0, 0.0, 99.0, 0.0]}
+    del older["val_accuracy"]
+    held_out, of_test_images = make_tables([records[0], records[2], older])
+    assert "| 49.00 | 4.00 | -8.00 | 60 |" in held_out, "of one seed there is no interval"
+    assert "test images" in of_test_images
+    assert "| 99.00 | 0.00 |  | 60 |" in of_test_images, "older records share no row with new ones"
+
+
+def test_levers_train_what_is_missing_on_held_out_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every lever at once, on few images: one run is recorded, and the same command trains none again."""
+    monkeypatch.setattr(recipe_levers, "load_images", lambda *given: train_speed.some_images(None, 2000))
+    levers: dict[str, Any] = {
+        "averaging": 0.9,
+        "alternating_flip": True,
+        "cutout": 8,
+        "alpha_ramp": 0.5,
+        "zero_init": True,
+    }
+    row = recipe_levers.replace(BASE, batch_size=450, cosine=True, decay_norms=True, **levers)
+    monkeypatch.setitem(recipe_levers.ROWS, "all", row)
+    output = tmp_path / "levers.jsonl"
+    append_json_line(output, {"row": "all", "budget": 1.0, "width": 4, "seed": 1, "accuracy": [1.0] * 5, "cpu_s": 9})
+    arguments = ["--rows", "all", "--seeds", 1, "--budget", 1, "--width", 4, "--output", output]
+    code, out, _ = call_main(recipe_levers, "x", arguments, monkeypatch, capsys)
+    assert code == 0
+    assert "all, seed 1" in out
+    record = recipe_levers.read_json_lines(output)[-1]
+    assert record["num_steps"] == round(4 / BASE.mean_cost())
+    assert len(record["val_accuracy"]) == 5
+    _, again, _ = call_main(recipe_levers, "x", arguments, monkeypatch, capsys)
+    assert "all, seed 1" not in again
+    assert again.strip() in (tmp_path / "levers.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "word"),
+    [
+        (searches, ["overhead", "--width", "0"], "width"),
+        (searches, ["overhead", "--num-samples", "0"], "num_samples"),
+        (searches, ["many", "--num-samples", "3", "--block", "4"], "--block"),
+        (searches, ["at-once", "--most", "0"], "--most"),
+        (searches, ["at-once", "--model", "vgg"], "vgg"),
+        (train_speed, ["--models", "vgg"], "vgg"),
+        (train_speed, ["--steps", "x"], "--steps"),
+        (train_speed, ["--x"], "--x"),
+        (train_speed, ["--data-dir", "nowhere"], "nowhere"),
+        (curves, ["digits", "--workers", "1000"], "--workers"),
+        (recipe_levers, ["--output", "."], "folder"),
+    ],
+)
+def test_bad_command_lines(
+    module: Any, arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call_main(module, "x", arguments, monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert_one_sentence(err, word)

@@ -3,18 +3,15 @@
 import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from byot.system import checkpoint, files
 from byot.system.checkpoint import (
     checkpoint_path,
     list_checkpoints,
@@ -88,10 +85,8 @@ def test_the_disk_has_the_new_file_before_the_old_one_goes(tmp_path: Path, monke
 
     for name in real:
         monkeypatch.setattr(os, name, noted(name))
-    for write in (lambda: save_checkpoint(tmp_path / "a.pt", STATE), lambda: write_json(tmp_path / "a.json", {})):
-        calls.clear()
-        write()
-        assert calls[:2] == ["fsync", "replace"]
+    save_checkpoint(tmp_path / "a.pt", STATE)
+    assert calls[:2] == ["fsync", "replace"]
 
 
 KILLED_WHILE_WRITING = """
@@ -114,16 +109,6 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2, "it was killed in the middle of writing"
     assert_same_state(load_checkpoint(path), STATE)
     assert list_checkpoints(tmp_path) == [path], "what it left behind is not taken for a checkpoint"
-
-
-def test_what_killed_processes_left_is_swept_up(tmp_path: Path) -> None:
-    """Half-written checkpoints of killed runs are as large as whole ones."""
-    save_checkpoint(checkpoint_path(tmp_path, 1), STATE)
-    left = tmp_path / ".epoch-0002.pt.999999999.tmp"  # no process has this number
-    left.write_bytes(b"half")
-    save_checkpoint(checkpoint_path(tmp_path, 2), STATE)
-    remove_old_checkpoints(tmp_path)
-    assert not left.exists()
 
 
 @pytest.fixture
@@ -167,36 +152,21 @@ class Code:
         return os.mkdir, (str(self.marker),)
 
 
-@pytest.mark.parametrize("container", ["torch", "pickle"])
-def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path: Path, container: str) -> None:
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path: Path) -> None:
     path, marker = tmp_path / "epoch-0001.pt", tmp_path / "marker"
-    if container == "torch":
-        save_checkpoint(path, {"epoch": 1, "model": Code(marker)})  # its checksum is right
-    else:
-        path.write_bytes(pickle.dumps({"epoch": 1, "model": Code(marker)}))
-    with pytest.raises(ValueError, match=path.name):
+    save_checkpoint(path, {"epoch": 1, "model": Code(marker)})  # its checksum is right
+    with pytest.raises(ValueError, match=rf"{path.name} holds other than plain data"):
         load_checkpoint(path)
     assert not marker.exists()
-    if container == "torch":  # it is a trap: without protection it springs
-        torch.load(path, weights_only=False)
-        assert marker.exists()
+    torch.load(path, weights_only=False)  # it is a trap: without protection it springs
+    assert marker.exists()
 
 
-@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], 5])
+@pytest.mark.parametrize("content", [{"state_dict": {}}, "hello"])
 def test_other_peoples_files_are_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights\.pt .*was not written by this project"):
+    with pytest.raises(ValueError, match=r"weights\.pt is damaged, or was not written by this project"):
         load_checkpoint(tmp_path / "weights.pt")
-
-
-def test_what_is_not_there_or_no_checkpoint_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no checkpoint .*gone\.pt"):
-        load_checkpoint(tmp_path / "gone.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.pt is damaged, or was not written by this project"):
-        load_checkpoint(tmp_path / "text.pt")
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_checkpoint(tmp_path)
 
 
 def test_the_latest_is_the_one_of_the_highest_epoch(tmp_path: Path) -> None:
@@ -224,36 +194,17 @@ def test_a_damaged_latest_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     assert found[1]["epoch"] == 1
 
 
-def test_nothing_whole_is_nothing(tmp_path: Path) -> None:
-    checkpoint_path(tmp_path, 1).write_bytes(b"")
-    with pytest.warns(UserWarning, match="epoch-0001"):
-        assert load_latest(tmp_path) is None
-
-
-def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
+def test_two_checkpoints_are_kept_and_no_half_written_ones(tmp_path: Path) -> None:
+    """Half-written checkpoints of killed runs are as large as whole ones."""
+    (tmp_path / ".epoch-0002.pt.999999999.tmp").write_bytes(b"half")  # no process has this number
     for epoch in range(1, 6):
         save_checkpoint(checkpoint_path(tmp_path, epoch), {"epoch": epoch})
         remove_old_checkpoints(tmp_path)
         expected = [checkpoint_path(tmp_path, e) for e in (epoch, epoch - 1) if e > 0]
-        assert list_checkpoints(tmp_path) == expected
-    assert checkpoint.KEEP == 2
+        assert sorted(tmp_path.iterdir(), reverse=True) == list_checkpoints(tmp_path) == expected
 
 
 # ---------------------------------------------------------------- JSON files
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "folder" / "result.json"
-    write_json(path, {"accuracy": 1.5})
-
-    def fail(*_: Any) -> None:
-        raise StopError
-
-    monkeypatch.setattr(files.os, "replace", fail)
-    with pytest.raises(StopError):
-        write_json(path, {"accuracy": 2.5})
-    assert read_json(path) == {"accuracy": 1.5}
-    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
 
 
 def test_json_has_no_name_for_nan(tmp_path: Path) -> None:
@@ -269,18 +220,13 @@ def test_json_has_no_name_for_nan(tmp_path: Path) -> None:
         assert found == {"a": None, "b": [1.0, None], "c": {"d": None}, "e": [2, "x", None, True]}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '"x"', "null", "\x00"])
-def test_damaged_json_is_told_in_one_sentence(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", [None, "", "[1]", "null", "\x00", '{"a":' * 100_000])
+def test_damaged_json_is_told_in_one_sentence(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "config.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json") as caught:
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json [^\n]+$"):
         read_json(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_json_is_told_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing\.json cannot be read"):
-        read_json(tmp_path / "nothing.json")
 
 
 def test_a_torn_line_is_left_out(tmp_path: Path) -> None:
@@ -308,10 +254,3 @@ def test_what_is_set_aside_is_kept(tmp_path: Path) -> None:
         assert aside.parent == tmp_path / "runs" / "replaced"
     assert not folder.exists()
     assert len(list((tmp_path / "runs" / "replaced").iterdir())) == 2
-
-
-def test_reading_a_good_checkpoint_warns_of_nothing(small: tuple[Path, dict[str, Any], bytes]) -> None:
-    path, state, _ = small
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_same_state(load_checkpoint(path), state)

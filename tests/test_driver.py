@@ -1,19 +1,27 @@
 """How a machine is shared among trials, and what is said of the time before a search starts."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from byot.config import TrainConfig
+from byot.search_files import SearchRecord
 from search.messages import describe_confirmation, describe_time
+from search.plan import SearchPlan, resource_request
 from search.race import Confirmation, Run
 from search.settings import SearchSettings, choose_grace
 from search.space import DEFAULT_SPACE
-from search.system.resources import Share, Slots, share
+from search.system.remote import Store
+from search.system.resources import ResourceRequest, Resources, resolve
+from tests.made_up import make_trial, search_record
+
+CPUS = Resources(max_concurrent=2, cpus=1, gpus=0, num_cpus=2, num_gpus=0)
 
 
 @pytest.mark.parametrize(
-    ("settings", "cpus", "gpus", "expected"),
+    ("asked", "cpus", "gpus", "expected"),
     [
         ({}, 2, 0, (2, 1, 0)),
         ({"cpus": 2}, 2, 0, (1, 2, 0)),
@@ -27,58 +35,91 @@ from search.system.resources import Share, Slots, share
         ({"gpus": 0.1, "cpus": 4}, 16, 1, (4, 4, 0.1)),
     ],
 )
-def test_slots(settings: dict, cpus: int, gpus: int, expected: tuple):
-    assert share(Share(**settings), cpus, gpus, "here")[:3] == expected
+def test_resources(asked: dict, cpus: int, gpus: int, expected: tuple):
+    assert resolve(ResourceRequest(**asked), cpus, gpus, "here")[:3] == expected
 
 
-@pytest.mark.parametrize("settings", [{"gpus": 1.0}, {"gpus": 0.5}, {"cpus": 3}])
-def test_more_than_there_is(settings: dict):
+@pytest.mark.parametrize("asked", [{"gpus": 1.0}, {"gpus": 0.5}, {"cpus": 3}])
+def test_more_than_there_is(asked: dict):
     with pytest.raises(ValueError, match="here has"):
-        share(Share(**settings), 2, 0, "here")
+        resolve(ResourceRequest(**asked), 2, 0, "here")
+
+
+def test_so_many_trials_get_a_gpu():
+    for number in range(1, 100):
+        found = resolve(ResourceRequest(1, 1 / number), 200, 2, "here")
+        assert found.max_concurrent == 2 * number
+        assert number * round(found.gpus * 10_000) <= 10_000, "Ray counts in ten-thousandths, rounded to the nearest"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "gpus"),
+    [({}, None), ({"gpus_per_trial": 0.5}, 0.5), ({"trials_per_gpu": "4"}, 0.25), ({"trials_per_gpu": "auto"}, None)],
+)
+def test_gpus_as_searches_record_them(recorded: dict, gpus: float | None):
+    """Older ones recorded the trials a GPU; with auto they begin with a whole one."""
+    settings = SearchSettings.from_dict({"num_samples": 9, "patience": 3, **recorded})
+    assert resource_request(settings).gpus == gpus
+    assert (settings.gpus_per_trial == "auto") == ("auto" in recorded.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"gpus_per_trial": "many"}, "gpus_per_trial must be a fraction of 1, a whole number or auto"),
+        ({"gpus_per_trial": 1.5}, "not 1.5"),
+        ({"gpus_per_trial": True}, "not True"),
+        ({"gpus_per_trial": "auto", "seeds_per_trial": 2}, "give a number"),
+        ({"sampler": "cmaes"}, "--fresh"),
+        ({"surprise": 1}, "unknown setting surprise"),
+    ],
+)
+def test_settings_that_no_search_has(wrong: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        SearchSettings.from_dict(wrong)
+
+
+def told_time(images_per_s: float, base: TrainConfig, resources: Resources = CPUS, **settings: Any) -> str:
+    train: Any = SimpleNamespace(labels=range(45_000))
+    val: Any = SimpleNamespace(labels=range(5_000))
+    plan = SearchPlan(Store(Path("s")), base, SearchSettings(**settings), DEFAULT_SPACE, train, val, resources)
+    return describe_time(images_per_s, plan, resources)
 
 
 def test_days_come_with_advice_and_hours_do_not():
-    cpu, gpu = Slots(2, 1, 0, 2, 0), Slots(1, 1, 1, 16, 1)
-    told = describe_time(42, TrainConfig(recipe="reference"), SearchSettings(), cpu, 45_000, 5_000)
+    reference = TrainConfig(recipe="reference")
+    told = told_time(42, reference)
     assert "days" in told
     for advice in ("a GPU", "--width 16", "fewer --epochs"):
         assert advice in told
     # 8 trials of 6 epochs: two whole, six of 4 + 2/3 epochs; (45,000 + 5,000 / 3) / 400 s an epoch, two at a time
-    short = TrainConfig(recipe="reference", width=16, epochs=6)
-    quick = describe_time(400, short, SearchSettings(num_samples=8), cpu, 45_000, 5_000)
+    quick = told_time(400, TrainConfig(recipe="reference", width=16, epochs=6), num_samples=8)
     assert quick == "400 images/s a trial, 2 at a time: about 39 min, at most 47 min"
-    slow_gpu = describe_time(4000, TrainConfig(recipe="reference"), SearchSettings(num_samples=200), gpu, 45_000, 5_000)
+    slow_gpu = told_time(4000, reference, Resources(1, 1, 1, 16, 1), num_samples=200)
     assert "a GPU" not in slow_gpu
     assert "fewer --epochs" in slow_gpu
-    limited = describe_time(42, TrainConfig(recipe="reference"), SearchSettings(time_budget="8h"), cpu, 45_000, 5_000)
-    assert "it will stop after 8h" in limited
+    assert "it will stop after 8h" in told_time(42, reference, time_budget="8h")
     # 2 trials of 8 epochs, measured at a quarter of the pixels: (45,000 * 4.375 + 8 * 5,000 / 3) * 4 / 400 s
-    growing = describe_time(400, TrainConfig(epochs=8), SearchSettings(num_samples=2), cpu, 45_000, 5_000)
+    growing = told_time(400, TrainConfig(epochs=8), num_samples=2)
     assert growing == "400 images/s a trial, 2 at a time: about 35 min"
 
 
 def test_the_time_of_a_confirmation_is_told_by_the_pace_of_the_trials(tmp_path: Path):
     """Trials of two runs each, 10 s an epoch of both: a run of 6 epochs takes 30 s. Two at a time."""
     settings = SearchSettings(confirm=1, seeds_per_trial=2)
-    rows = [
-        {"trial_id": f"t{i:04}", "role": role, "status": "completed", "val_accuracy": value, "epochs_done": 6}
-        | {"seconds": 60.0, "error": "", **params}
-        for i, (role, value, params) in enumerate(
-            [
-                ("reference", 50.0, {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6}),
-                ("control", 49.0, {"alpha": 0.0, "temperature": 3.0, "beta": 0.0}),
-                ("sampled", 51.0, {"alpha": 0.2, "temperature": 2.0, "beta": 1e-5}),
-            ]
-        )
+    trials = [
+        make_trial("t0000", 50.0, role="reference", seconds=60.0),
+        make_trial("t0001", 49.0, role="control", seconds=60.0, alpha=0.0, beta=0.0),
+        make_trial("t0002", 51.0, seconds=60.0, alpha=0.2, temperature=2.0, beta=1e-5),
     ]
-    confirmation = Confirmation(tmp_path, rows, DEFAULT_SPACE, TrainConfig(epochs=6), settings, 5000)
-    told = describe_confirmation(confirmation, rows, Slots(2, 1, 0, 2, 0))
+    confirmation = Confirmation(Store(tmp_path), trials, DEFAULT_SPACE, TrainConfig(epochs=6), settings, 5000)
+    told = describe_confirmation(confirmation, trials, CPUS)
     assert (
         told == "3 configurations again, over 3 to 8 fresh seeds each: about 2 min, at most 6 min"
     )  # 5 x 30, 12 x 30 s
     for arm in confirmation.arms:
         confirmation.results |= {Run(arm, number): {"error": "", "val_accuracy": 50.0} for number in range(2)}
-    told = describe_confirmation(confirmation, rows, Slots(2, 1, 0, 2, 0))
+    told = describe_confirmation(confirmation, trials, CPUS)
     assert told.endswith(", 6 runs finished before: about 60 s, at most 4 min"), told
 
 
@@ -88,5 +129,7 @@ def test_grace_is_that_of_the_schedule_or_what_the_search_was_started_with():
     assert choose_grace(smooth, SearchSettings()) == 81, "the first whole epoch after images have grown"
     assert choose_grace(TrainConfig(dataset="digits", epochs=200), SearchSettings()) == 20, "images of 8 pixels stay"
     assert choose_grace(base, SearchSettings(grace=500)) == 200
-    assert choose_grace(base, SearchSettings(), {"grace_epochs": 33}) == 33
-    assert choose_grace(base, SearchSettings(), {}) == 20, "of a version that recorded none"
+    recorded = SearchRecord.from_dict(search_record(grace_epochs=33))
+    assert choose_grace(base, SearchSettings(), recorded) == 33
+    older = SearchRecord.from_dict(search_record())
+    assert choose_grace(base, SearchSettings(), older) == 20, "of a version that recorded none"

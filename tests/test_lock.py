@@ -39,7 +39,7 @@ def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path: Path) -> No
         pass
 
 
-def test_of_a_folder_in_which_nothing_was_written_nothing_is_left(tmp_path: Path) -> None:
+def test_an_unused_new_folder_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "for" / "it"
     with pytest.raises(KeyError), lock_folder(folder):
         raise KeyError

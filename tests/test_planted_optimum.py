@@ -11,6 +11,7 @@ from byot.system.files import write_json
 from search.race import Confirmation
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE
+from search.system.remote import Store
 from tests.test_study import EPOCHS, MadeUpSearch
 
 OPTIMUM = {"alpha": 0.55, "temperature": 5.0, "beta": 1e-5}
@@ -44,8 +45,8 @@ def test_it_is_found_and_confirmed(tmp_path: Path, seed: int):
         search.end(suggestion, status)
 
     settings = SearchSettings(confirm=3, confirm_seeds=8)
-    rows = list(search.records.rows.values())
-    confirmation = Confirmation(tmp_path, rows, DEFAULT_SPACE, BASE, settings, num_val=5000)
+    trials = list(search.records.trials.values())
+    confirmation = Confirmation(Store(tmp_path), trials, DEFAULT_SPACE, BASE, settings, num_val=5000)
     shared = noise.normal(0, 1, settings.confirm_seeds)  # what a seed does to all arms
     while (run := confirmation.next_run()) is not None:
         value = true_accuracy(confirmation.arms[run.arm].params) + shared[run.round] + noise.normal(0, SD)

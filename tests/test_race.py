@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +9,12 @@ import pytest
 from byot.config import TrainConfig
 from byot.search_files import find_best
 from byot.system.files import read_json, write_json
-from search.race import Confirmation, Run, choose_arms
-from search.records import MEASURES
+from search.race import Arm, Confirmation, Run, choose_arms
 from search.settings import FRESH_SEEDS, SearchSettings
 from search.significance import ERROR, EVEN_LOOKS, MOST_RUNS_NAMED, Comparison, judge
-from search.space import DEFAULT_SPACE, Role
+from search.space import DEFAULT_SPACE
+from search.system.remote import Store
+from tests.made_up import make_trial
 
 SD = 0.3  # points, of a run; what its seed does to all arms comes on top
 MAX_ROUNDS = 8
@@ -141,25 +141,20 @@ def test_a_gap_of_nothing_needs_more_runs_than_are_named():
 # ---------------------------------------------------------------- of a search
 
 
-def row(trial_id: str, role: Role, value: float, **params: float) -> dict[str, Any]:
-    params = {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6, **params}
-    return {"trial_id": trial_id, "role": role, "status": "completed", **params, **dict.fromkeys(MEASURES, value)}
-
-
-ROWS = [
-    row("t0000", "reference", 70.0),
-    row("t0001", "control", 75.0, alpha=0.0, beta=0.0),
-    row("t0002", "sampled", 71.0, alpha=0.3),
-    row("t0003", "sampled", 72.0, alpha=0.4),
-    row("t0004", "sampled", 72.0, alpha=0.4),
-    {**row("t0005", "sampled", 99.0, alpha=0.9), "status": "stopped"},
+TRIALS = [
+    make_trial("t0000", 70.0, role="reference"),
+    make_trial("t0001", 75.0, role="control", alpha=0.0, beta=0.0),
+    make_trial("t0002", 71.0, alpha=0.3),
+    make_trial("t0003", 72.0, alpha=0.4),
+    make_trial("t0004", 72.0, alpha=0.4),
+    make_trial("t0005", 99.0, alpha=0.9, status="stopped"),
 ]
 BASE = TrainConfig(dataset="digits", width=4, epochs=2, val_fraction=0.2, seed=7)
 
 
 def open_confirmation(folder: Path, top: int = 1, max_seeds: int = 4) -> Confirmation:
     settings = SearchSettings(confirm=top, confirm_seeds=max_seeds)
-    return Confirmation(folder, ROWS, DEFAULT_SPACE, BASE, settings, num_val=287)
+    return Confirmation(Store(folder), TRIALS, DEFAULT_SPACE, BASE, settings, num_val=287)
 
 
 def run_all(confirmation: Confirmation, truth: dict[str, float]) -> list[Run]:
@@ -178,7 +173,9 @@ def run_all(confirmation: Confirmation, truth: dict[str, float]) -> list[Run]:
 
 def test_the_best_different_settings_and_both_controls():
     def chosen(top: int) -> list[str]:
-        return [a.trial_id for a in choose_arms(ROWS, DEFAULT_SPACE, BASE, SearchSettings(confirm=top))]
+        return [arm.trial_id for arm in choose_arms(TRIALS, "val_accuracy", top, controls)]
+
+    controls = [Arm(trial.trial_id, trial.role, trial.params) for trial in TRIALS[:2]]
 
     assert chosen(1) == ["t0003", "t0000", "t0001"]
     assert chosen(2) == ["t0003", "t0002", "t0000", "t0001"]
@@ -271,9 +268,9 @@ def test_a_confirmed_setting_stays_when_more_trials_come(tmp_path: Path):
     """One of them had a luckier single run; it is compared with what was confirmed, and does not replace it unseen."""
     confirmation = open_confirmation(tmp_path)
     run_all(confirmation, {"t0003": 80.0, "t0000": 70.0, "t0001": 75.0})
-    lucky = row("t0009", "sampled", 90.0, alpha=0.7)
+    lucky = make_trial("t0009", 90.0, alpha=0.7)
     settings = SearchSettings(confirm=1, confirm_seeds=4)
-    later = Confirmation(tmp_path, [*ROWS, lucky], DEFAULT_SPACE, BASE, settings, num_val=287)
+    later = Confirmation(Store(tmp_path), [*TRIALS, lucky], DEFAULT_SPACE, BASE, settings, num_val=287)
     assert set(later.arms) == {"t0009", "t0003", "t0000", "t0001"}
     assert not later.is_done
     assert {run.arm for run in run_all(later, {"t0009": 70.0, "t0000": 70.0, "t0001": 75.0})} == {"t0009"}
@@ -291,7 +288,7 @@ def test_fewer_are_asked_for_than_were_run(tmp_path: Path):
 
 def test_a_metric_that_is_minimised(tmp_path: Path):
     settings = SearchSettings(confirm=9, confirm_seeds=4, metric=("val_nll",))
-    confirmation = Confirmation(tmp_path, ROWS, DEFAULT_SPACE, BASE, settings, num_val=287)
+    confirmation = Confirmation(Store(tmp_path), TRIALS, DEFAULT_SPACE, BASE, settings, num_val=287)
     nll = {"t0000": 2.0, "t0001": 1.0, "t0002": 3.0, "t0003": 4.0}
     assert set(confirmation.arms) == set(nll)
     for run in (Run(arm, number) for arm in nll for number in range(3)):

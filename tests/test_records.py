@@ -1,4 +1,4 @@
-"""trials.csv and best.json: read back as written, right about which trial is best."""
+"""The files of a search: read back as written, right about which trial is best, restored where they are damaged."""
 
 from pathlib import Path
 from typing import Any
@@ -6,109 +6,193 @@ from typing import Any
 import pytest
 
 from byot.config import TrainConfig
-from byot.system.files import read_json
-from search.records import (
-    MEASURES,
-    MOST_ROWS_AT_ONCE,
-    SearchRecords,
-    best_row,
-    read_rows,
-    trials_table,
+from byot.search_files import (
+    SearchRecord,
+    list_searches,
+    load_search,
+    pareto_front,
+    ranked,
+    read_epochs,
+    read_trials,
+    trial_columns,
     write_best,
-    write_rows,
+    write_trials,
 )
+from byot.system.files import read_json, write_json, write_text
+from search.messages import trials_table
+from search.records import MOST_ROWS_AT_ONCE, SearchRecords, save_search
+from tests.made_up import BASE, make_trial, search_record
 
 PARAMETERS = ["alpha", "temperature", "beta"]
 
 
-def row(trial_id: str, value: float | None, status: str = "completed", role: str = "sampled") -> dict[str, Any]:
-    return {
-        "trial_id": trial_id,
-        "role": role,
-        "status": status,
-        "epochs_done": 6 if status == "completed" else 2,
-        "alpha": 0.25,
-        "temperature": 2.5,
-        "beta": 3.3e-7,
-        **dict.fromkeys(MEASURES, value),
-        "seconds": 12.25,
-        "seed": 0,
-        "error": "" if status != "failed" else 'diverged, "badly"',
-    }
+def open_records(folder: Path, metrics: tuple[str, ...] = ("val_accuracy",)) -> SearchRecords:
+    return SearchRecords(folder, parameters=PARAMETERS, metrics=metrics, epochs=6, seed=0)
 
 
-def test_rows_read_back_as_written(tmp_path: Path):
-    rows = [row("1234e567", 71.5), row("00000042", None, "failed"), row("inf", 3.0, "stopped")]
-    write_rows(tmp_path / "trials.csv", rows, PARAMETERS)
-    assert read_rows(tmp_path / "trials.csv") == rows
-    assert read_rows(tmp_path / "none.csv") == []
+# ---------------------------------------------------------------- trials.csv and metrics.jsonl
+
+
+def test_trials_read_back_as_written(tmp_path: Path):
+    trials = [
+        make_trial("1234e567", 71.5, alpha=0.1 + 0.2),
+        make_trial("00000042", status="failed", error='diverged, "badly"'),
+        make_trial("inf", 3.0, status="stopped"),
+    ]
+    write_trials(tmp_path / "trials.csv", trials, PARAMETERS)
+    assert read_trials(tmp_path / "trials.csv") == trials
+    assert read_trials(tmp_path / "none.csv") == []
+
+
+def test_a_measure_that_is_not_finite_is_not_known(tmp_path: Path):
+    write_trials(tmp_path / "trials.csv", [make_trial("t0000", 70.0, measures={"val_nll": float("inf")})], PARAMETERS)
+    assert read_trials(tmp_path / "trials.csv")[0].measures["val_nll"] is None
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "words"),
+    [
+        ("trial_id", "../t", "row 2: a name is made of"),
+        ("role", "chosen", "row 2: role must be one of sampled, reference, control, not 'chosen'"),
+        ("status", "lost", "row 2: status must be one of"),
+        ("epochs_done", "-1", "row 2: epochs_done must be a count, not -1"),
+        ("epochs_done", "many", "row 2: epochs_done must be a count, not 'many'"),
+        ("alpha", "7", "row 2: alpha must lie between 0 and 1, not 7"),
+        ("alpha", "", "row 2: alpha must be a number, not None"),
+        ("val_accuracy_2", "200", "row 2: val_accuracy_2 must lie between 0 and 100, not 200"),
+        ("val_nll", "low", "row 2: val_nll must be a number, not 'low'"),
+        ("seconds", "nan", "row 2: seconds must be a number, not None"),
+        ("seed", "9" * 30, "row 2: seed must be a count"),
+    ],
+)
+def test_a_wrong_cell_is_named(tmp_path: Path, column: str, cell: str, words: str):
+    row = make_trial("t0000", 70.0).to_row() | {column: cell}
+    header = trial_columns(PARAMETERS)
+    write_text(tmp_path / "trials.csv", "\n".join([",".join(header), ",".join(str(row[name]) for name in header)]))
+    with pytest.raises(ValueError, match=r"trials\.csv: ") as error:
+        read_trials(tmp_path / "trials.csv")
+    assert words in str(error.value)
+
+
+def test_epochs_are_those_that_can_be_read(tmp_path: Path):
+    lines = ['{"epoch": 2, "a": 1.0}', '{"epoch": 1, "a": NaN, "b": 3}', '{"epoch": 0}', "{", '{"epoch": 2, "a": 5}']
+    write_text(tmp_path / "metrics.jsonl", "\n".join([*lines, '{"epoch": 2, "a": null}']))
+    assert read_epochs(tmp_path / "metrics.jsonl") == {1: {"epoch": 1, "b": 3}, 2: {"epoch": 2, "a": 5}}
+
+
+# ---------------------------------------------------------------- which is best
 
 
 def test_the_best_has_reached_its_last_epoch_and_is_not_the_control():
-    rows = [
-        row("stopped", 99.0, "stopped"),
-        row("control", 98.0, role="control"),
-        row("good", 70.0),
-        row("reference", 60.0, role="reference"),
-        row("failed", None, "failed"),
+    trials = [
+        make_trial("stopped", 99.0, status="stopped"),
+        make_trial("control", 98.0, role="control"),
+        make_trial("good", 70.0),
+        make_trial("reference", 60.0, role="reference"),
+        make_trial("equal", 70.0),
+        make_trial("failed", status="failed"),
     ]
-    found = best_row(rows, "val_accuracy", "max")
-    assert found is not None
-    assert found["trial_id"] == "good"
-    found = best_row(rows, "val_accuracy", "min")
-    assert found is not None
-    assert found["trial_id"] == "reference"
-    assert best_row(rows[:2], "val_accuracy", "max") is None
+    assert [trial.trial_id for trial in ranked(trials, "val_accuracy")] == ["good", "equal", "reference"]
+    assert [trial.trial_id for trial in ranked(trials, "val_nll")] == ["reference", "good", "equal"]
+    assert ranked(trials[:2], "val_accuracy") == []
+
+
+def test_pareto_front():
+    values = [(70.0, 1.0), (71.0, 1.2), (69.0, 1.1), (70.0, 1.0)]
+    trials = [make_trial(f"t{i}", value, measures={"val_nll": nll}) for i, (value, nll) in enumerate(values)]
+    trials += [make_trial("t4", 99.0, measures={"val_nll": 0.1}, role="control")]
+    trials += [make_trial("t5", 99.0, measures={"val_nll": 0.1}, status="stopped")]
+    assert [t.trial_id for t in pareto_front(trials, ("val_accuracy", "val_nll"))] == ["t1", "t0", "t3"]
+    assert [t.trial_id for t in pareto_front(trials, ("val_accuracy",))] == ["t1"]
+    assert pareto_front([], ("val_accuracy", "val_nll")) == []
 
 
 def test_best_json_trains_again_on_all_images(tmp_path: Path):
-    rows = [row("control", 98.0, role="control"), row("good", 70.0)]
-    search = {
-        "name": "s",
-        "metric": "val_accuracy",
-        "mode": "max",
-        "num_val_images": 100,
-        "config": TrainConfig(val_fraction=0.1, width=16).to_dict(),
-        "commit": None,
-        "versions": {},
-        "hardware": {},
-    }
-    write_best(tmp_path, search, rows[1], rows, PARAMETERS)
+    trials = [make_trial("control", 98.0, role="control"), make_trial("good", 70.0, alpha=0.25)]
+    settings = search_record()["settings"] | {"metric": ["val_accuracy", "val_nll"]}
+    write_best(tmp_path, SearchRecord.from_dict(search_record(settings=settings)), trials)
     best = read_json(tmp_path / "best.json")
-    assert TrainConfig.from_dict(best["config"]) == TrainConfig(width=16, alpha=0.25, temperature=2.5, beta=3.3e-7)
-    assert best["trial_id"] == "good"
-    assert best["value"] == 70.0
+    assert TrainConfig.from_dict(best["config"]) == BASE.with_settings(
+        alpha=0.25, temperature=3.0, beta=1e-6, val_fraction=0.0
+    )
+    assert (best["trial_id"], best["value"], best["params"]) == ("good", 70.0, trials[1].params)
     assert [other["role"] for other in best["compared_with"]] == ["control"]
+    values = {"val_accuracy": 70.0, "val_nll": 70.0}
+    assert best["pareto_front"] == [{"trial_id": "good", "params": trials[1].params, "values": values}]
 
 
-def test_table_puts_full_budgets_first_and_shows_failures():
-    rows = [row("failed", None, "failed"), row("stopped", 99.0, "stopped"), row("low", 50.0), row("high", 70.0)]
-    lines = trials_table(rows, PARAMETERS, "val_accuracy", "max").splitlines()
+def test_the_table_puts_full_budgets_first_and_shows_failures(tmp_path: Path):
+    records = open_records(tmp_path)
+    assert len(trials_table(records).splitlines()) == 1
+    kinds: dict[str, Any] = {"failed": {"status": "failed"}, "stopped": {"value": 99.0, "status": "stopped"}}
+    kinds |= {"low": {"value": 50.0}, "high": {"value": 70.0}}
+    records.trials = {name: make_trial(name, **kind) for name, kind in kinds.items()}
+    lines = trials_table(records).splitlines()
     assert [line.split()[0] for line in lines] == ["trial", "high", "low", "stopped", "failed"]
     assert "70.00" in lines[1]
-    assert len(trials_table([], PARAMETERS, "val_accuracy", "max").splitlines()) == 1
+
+
+# ---------------------------------------------------------------- search.json
+
+
+def test_a_search_is_read_from_its_copy_where_it_is_no_json(tmp_path: Path):
+    save_search(tmp_path / "s", search_record(also="kept"))
+    whole = load_search(tmp_path / "s")
+    assert (whole.config, whole.metrics, whole.num_val_images) == (BASE, ("val_accuracy",), 287)
+    assert whole.fields["also"] == "kept"
+    assert whole.finished_at - whole.started_at == 2.5 * 3600
+    write_text(tmp_path / "s" / "search.json", "{")
+    assert load_search(tmp_path / "s") == whole
+    write_json(tmp_path / "s" / "search.json", search_record(metric="speed"))
+    with pytest.raises(ValueError, match=r"search\.json: metric must be a measure such as val_accuracy, not 'speed'"):
+        load_search(tmp_path / "s")
+    assert list_searches(tmp_path) == [], "a damaged one is passed over"
+
+
+# ---------------------------------------------------------------- the running search
 
 
 def test_a_long_table_is_written_soon_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder, space = tmp_path / "s", {"alpha": 0.5, "temperature": 2.0, "beta": 1e-6}
-    records = SearchRecords(folder, parameters=list(space), metric="val_accuracy", mode="max", epochs=1, seed=0)
+    records, params = open_records(tmp_path), {"alpha": 0.5, "temperature": 2.0, "beta": 1e-6}
     clock = 0.0
     monkeypatch.setattr("search.records.time.monotonic", lambda: clock)
 
-    def written() -> int:
-        return len(read_rows(folder / "trials.csv"))
+    def written() -> tuple[int, bool]:
+        return len(read_trials(tmp_path / "trials.csv")), records.is_behind
 
-    for number in range(1, MOST_ROWS_AT_ONCE + 1):
-        records.begin("sampled", space)
-        assert (written(), records.is_behind) == (number, False)
+    for _ in range(MOST_ROWS_AT_ONCE):
+        records.begin("sampled", params)
+    assert written() == (MOST_ROWS_AT_ONCE, False)
     records._next_table_at = 1.0  # after a write that took long
-    records.begin("sampled", space)
-    assert (written(), records.is_behind) == (MOST_ROWS_AT_ONCE, True)
-    assert len(list((folder / "trials").glob("t*/trial.json"))) == MOST_ROWS_AT_ONCE + 1
+    records.begin("sampled", params)
+    assert written() == (MOST_ROWS_AT_ONCE, True)
+    assert len(list((tmp_path / "trials").glob("t*/trial.json"))) == MOST_ROWS_AT_ONCE + 1
     clock = 2.0
     records.write_table()
-    assert (written(), records.is_behind) == (MOST_ROWS_AT_ONCE + 1, False)
+    assert written() == (MOST_ROWS_AT_ONCE + 1, False)
     records._next_table_at = 3.0
-    records.begin("sampled", space)
+    records.begin("sampled", params)
     records.write_table(at_once=True)
-    assert (written(), records.is_behind) == (MOST_ROWS_AT_ONCE + 2, False)
+    assert written() == (MOST_ROWS_AT_ONCE + 2, False)
+
+
+def test_an_epoch_reported_again_counts_once(tmp_path: Path):
+    records = open_records(tmp_path, ("val_nll",))
+    trial_id = records.begin("sampled", {"alpha": 0.5, "temperature": 2.0, "beta": 1e-6}).trial_id
+    for epoch, value in ((1, 3.0), (2, 2.0), (1, 3.0), (2, 2.5)):
+        records.add_epoch(trial_id, {"epoch": epoch, "elapsed_s": 2.0, "val_nll": value})
+    trial = records.end(trial_id, "stopped")
+    records.add_epoch(trial_id, {"epoch": 3, "elapsed_s": 2.0, "val_nll": 1.0})
+    assert (trial.epochs_done, trial.seconds, trial.measures["val_nll"]) == (2, 4.0, 2.5)
+    again = open_records(tmp_path, ("val_nll",))
+    assert (again.trials, again.curves) == ({trial_id: trial}, {trial_id: {1: 3.0, 2: 2.5}})
+
+
+def test_a_search_of_an_older_version_goes_on(tmp_path: Path):
+    """Its trials kept CMA-ES's state, and their ids were no numbers."""
+    trials = [make_trial("170572c2", 70.0), make_trial("t0001", 60.0)]
+    write_trials(tmp_path / "trials.csv", trials, PARAMETERS)
+    record = trials[1].to_row() | {"judged": {}, "curve": {"6": 60.0}, "sampler_state": {"cma:generation": 0}}
+    write_json(tmp_path / "trials" / "t0001" / "trial.json", record)
+    records = open_records(tmp_path)
+    assert (list(records.trials.values()), records.next_id) == (trials, "t0002")

@@ -17,40 +17,79 @@ from typing import Any
 import pytest
 
 from byot.config import TrainConfig
-from byot.system.files import read_json, write_json, write_text
+from byot.data import LabelledImages
+from byot.system.files import read_json, write_text
 from byot.system.lock import lock_folder
-from search import driver, tune
+from search import plan as planning
+from search import tune
+from search.driver import open_records
+from search.plan import SearchPlan, load_search_data, make_plan, newest_unfinished
 from search.race import confirm
-from search.records import SearchRecords, save_search
+from search.records import KEPT, save_search
 from search.settings import SearchSettings
-from search.space import DEFAULT_SPACE, space_to_dict
+from search.space import DEFAULT_SPACE
+from search.system import remote
 from search.system.remote import (
     COPY_OF,
-    DRIVER,
+    LEASE,
     Bucket,
-    KeptInBucket,
+    Store,
     TakenOverError,
     copied_from,
     open_bucket,
     try_bucket,
     working_folder,
 )
-from search.system.resources import Slots, check_nodes
+from search.system.resources import Resources, check_nodes
 from tests.helpers import PROJECT
+from tests.made_up import search_record
 from tests.object_store import ObjectStore, credentials, serve
+
+CPUS = Resources(1, 1, 0.0, 1, 0)
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
     for name, value in credentials().items():
         monkeypatch.setenv(name, value)
+    remote._connect.cache_clear()
     with serve() as store:
         yield store
 
 
 @pytest.fixture
-def bucket(store: ObjectStore) -> Bucket:
-    return open_bucket(store.url())
+def bucket(s3: ObjectStore) -> Bucket:
+    return open_bucket(s3.url())
+
+
+@pytest.fixture
+def machine(bucket: Bucket, tmp_path: Path) -> Callable[[str], Store]:
+    """Makes the search's folder on a machine of this name."""
+
+    def make(name: str) -> Store:
+        folder = tmp_path / name / "s"
+        folder.mkdir(parents=True, exist_ok=True)
+        return Store(folder, bucket, KEPT)
+
+    return make
+
+
+@pytest.fixture
+def driver(machine: Callable[[str], Store]) -> Iterator[Store]:
+    """The one that drives the search, and has nothing yet."""
+    store = machine("one")
+    with store.lease() as told:
+        assert told == ""
+        yield store
+
+
+def push(store: Store, name: str, text: str = "") -> None:
+    write_text(store.folder / name, text or name)
+    store.push(store.folder / name)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def refuse_writes(method: str, key: str) -> None:
@@ -58,11 +97,14 @@ def refuse_writes(method: str, key: str) -> None:
         raise ConnectionResetError
 
 
-def refuse_all(method: str, key: str) -> None:
-    raise ConnectionResetError
+def answer(method: str, key: str) -> None:
+    """As it should."""
 
 
-def test_what_is_written_is_read_listed_moved_and_removed(bucket: Bucket):
+# ---------------------------------------------------------------- a bucket
+
+
+def test_what_is_written_is_read_listed_fetched_moved_and_removed(bucket: Bucket, tmp_path: Path):
     big = os.urandom(12 << 20)  # in parts
     bucket.write("a/big", big)
     (bucket / "a").write("b/c d", b"small")
@@ -71,7 +113,7 @@ def test_what_is_written_is_read_listed_moved_and_removed(bucket: Bucket):
     assert (bucket / "a" / "b").read("c d") == b"small"
     assert bucket.read("a/empty") == b""
     assert sorted(bucket.files()) == ["a/b/c d", "a/big", "a/empty"]
-    assert (bucket.folders(), (bucket / "nowhere").files()) == (["a"], [])
+    assert (bucket / "nowhere").files() == []
     bucket.move("a/big", "z")
     bucket.remove("a/empty")
     bucket.remove("a/empty")
@@ -79,14 +121,11 @@ def test_what_is_written_is_read_listed_moved_and_removed(bucket: Bucket):
     with pytest.raises(FileNotFoundError) as error:
         bucket.read("a/empty")
     assert error.value.filename == "s3://bucket/searches/a/empty"
-
-
-def test_a_listing_of_several_pages(bucket: Bucket, tmp_path: Path):
-    names = [f"{number:03}" for number in range(120)]
+    names = [f"{number:03}" for number in range(120)]  # several pages of a listing
     for name in names:
-        bucket.write(name, name.encode())
-    assert sorted(bucket.files()) == names
-    bucket.fetch(names, tmp_path)
+        (bucket / "many").write(name, name.encode())
+    assert sorted((bucket / "many").files()) == names
+    (bucket / "many").fetch([*names, "gone"], tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: name for name in names}
 
 
@@ -94,66 +133,61 @@ def test_a_listing_of_several_pages(bucket: Bucket, tmp_path: Path):
     ("url", "words"),
     [
         ("foo://bucket/x", "must be a folder or the URL of an object store"),
-        ("file:///tmp/a", "must be a folder or the URL of an object store"),
-        ("s3://", "must be like s3://BUCKET/FOLDER"),
+        ("abfs://container@account.dfs.core.windows.net/x", r"object store \(s3, gs, gcs\), not abfs://"),
         ("s3:///x", "must be like s3://BUCKET/FOLDER"),
         ("s3://bucket/../x", "must be like s3://BUCKET/FOLDER"),
         ("s3://bucket/x#y", "must be like s3://BUCKET/FOLDER"),
         ("s3://[bucket/x", "is not a URL"),
         ("s3://a b/x", "Cannot parse URI"),
-        ("s3://name:word@bucket/x", "credentials come from the environment"),
+        ("s3://name:xyzzy@bucket/x", "must have no secret in it"),
+        ("s3://bucket/x?region=us-west-2&secret_key=xyzzy", "must have no secret in it"),
+        ("s3://bucket/x?X-Amz-Security-Token=xyzzy", "must have no secret in it"),
         ("s3://bucket/x?surprise=1", "surprise"),
-        ("abfs://container@account.dfs.core.windows.net/x", r"object store \(s3, gs, gcs\), not abfs://"),
     ],
 )
 def test_urls_of_no_store(url: str, words: str):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         open_bucket(url)
-
-
-@pytest.mark.parametrize("option", ["client_secret", "sig", "SAS", "access_key", "secret_key", "X-Amz-Security-Token"])
-@pytest.mark.parametrize("place", ["s3://bucket/x", "s3://"])
-def test_a_secret_in_a_url_is_refused_and_not_told(option: str, place: str):
-    with pytest.raises(ValueError, match="must have no secret in its query") as error:
-        open_bucket(f"{place}?region=us-west-2&{option}=xyzzy")
     assert "xyzzy" not in str(error.value)
 
 
-def test_a_store_that_refuses(store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
+def test_a_store_that_refuses(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="s3://other/searches cannot be used: there is no such bucket"):
-        open_bucket(store.url(bucket="other"))
+        open_bucket(s3.url(bucket="other"))
     for name, value in credentials("nobody").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="ACCESS_DENIED"):
-        open_bucket(store.url())
-    assert "ACCESS_DENIED" in try_bucket(Bucket(store.url(), "s"))
-    store.stop()
+        open_bucket(s3.url())
+    assert "INVALID_ACCESS_KEY" in try_bucket(Bucket(s3.url(), "s"))
+    s3.stop()
     with pytest.raises(ValueError, match=r"s3://bucket/searches cannot be used: .*connect"):
-        open_bucket(store.url())
+        open_bucket(s3.url())
 
 
-def test_a_process_killed_within_an_upload_leaves_what_was_there(store: ObjectStore, bucket: Bucket):
+def test_a_process_killed_within_an_upload_leaves_what_was_there(s3: ObjectStore, bucket: Bucket):
     bucket.write("x", b"before")
-    code = f"from search.system.remote import Bucket; Bucket({store.url()!r}).write('x', bytes(32 << 20))"
+    code = f"from search.system.remote import Bucket; Bucket({s3.url()!r}).write('x', bytes(32 << 20))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env=os.environ | credentials())
-
-    def kill(method: str, key: str) -> None:
-        if method == "PUT":
-            process.kill()
-
-    store.on_request = kill
+    s3.on_request = lambda method, key: process.kill() if method == "PUT" else None
     assert process.wait(60) == -signal.SIGKILL
     assert bucket.read("x") == b"before"
     assert bucket.files() == ["x"]
 
 
-# ---------------------------------------------------------------- a trial's folder
+# ---------------------------------------------------------------- a worker's side
 
 
-def place_of_trial(bucket: Bucket) -> Bucket:
-    place = bucket / "s" / "trials" / "t0000"
-    place.write("trial.json", b"{}")
-    return place
+@pytest.fixture
+def trial(driver: Store) -> Path:
+    """The folder of a trial that has been proposed."""
+    push(driver, "trials/t0000/trial.json")
+    return driver.folder / "trials" / "t0000"
+
+
+def names_there(driver: Store, folder: Path) -> list[str]:
+    place = driver.place(folder)
+    assert place is not None
+    return sorted(place.files())
 
 
 def write_epoch(folder: Path, epoch: int) -> None:
@@ -165,10 +199,9 @@ def write_epoch(folder: Path, epoch: int) -> None:
         file.write(f"{epoch}\n")
 
 
-def test_a_trial_goes_on_in_another_folder_with_what_it_has_saved(store: ObjectStore, bucket: Bucket):
-    place = place_of_trial(bucket)
-    with working_folder(Path("unused"), place) as (here, save):
-        assert [path.name for path in here.iterdir()] == ["trial.json"]
+def test_a_trial_goes_on_in_another_folder_with_what_it_has_saved(s3: ObjectStore, driver: Store, trial: Path):
+    with working_folder(trial, driver) as (here, save):
+        assert files_in(here) == {"trial.json"}
         for epoch in (1, 2, 3):
             write_epoch(here, epoch)
             save()
@@ -177,248 +210,190 @@ def test_a_trial_goes_on_in_another_folder_with_what_it_has_saved(store: ObjectS
         (here / "checkpoints" / ".epoch-0004.pt.1.tmp").touch()
         save()
     assert not here.exists()
-    written = [key.rpartition("/")[2] for method, key in store.log if method == "PUT" and not key.endswith("/")]
-    assert written == ["trial.json"] + [name for n in (1, 2, 3) for name in (f"epoch-000{n}.pt", "metrics.jsonl")]
-    with working_folder(Path("unused"), place) as (there, save):
+    written = [key.rpartition("/")[2] for method, key in s3.log if method == "PUT" and "/t0000/" in key]
+    in_order = [name for epoch in (1, 2, 3) for name in (f"epoch-000{epoch}.pt", "metrics.jsonl")]
+    assert [name for name in written if name] == ["trial.json", *in_order]
+    with working_folder(trial, driver) as (there, save):
         assert there != here
-        assert sorted(path.name for path in there.rglob("*.*")) == [
-            "epoch-0002.pt",
-            "epoch-0003.pt",
-            "metrics.jsonl",
-            "trial.json",
-        ]
+        last = {"checkpoints/epoch-0002.pt", "checkpoints/epoch-0003.pt"}
+        assert files_in(there) == {*last, "metrics.jsonl", "trial.json"}
         assert (there / "metrics.jsonl").read_text() == "1\n2\n3\n"
 
 
-def test_a_checkpoint_that_cannot_be_put_there_costs_none_that_can_be_read(store: ObjectStore, bucket: Bucket):
-    place = place_of_trial(bucket)
-    with working_folder(Path("unused"), place) as (here, save):
-        for epoch in (1, 2):
-            write_epoch(here, epoch)
-            save()
-        before = sorted(place.files())
-        store.on_request = refuse_writes
-        write_epoch(here, 3)
-        with pytest.raises(OSError, match=r"epoch-0003\.pt"):
-            save()
-    assert sorted(place.files()) == before
-
-
-def test_what_a_killed_worker_leaves_is_removed_and_what_is_at_work_stays(
-    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("accident", ["the store refuses", "the folder is removed", "another driver takes over"])
+def test_what_goes_wrong_costs_nothing_that_was_saved(
+    s3: ObjectStore, driver: Store, trial: Path, machine: Callable[[str], Store], accident: str
 ):
-    place = place_of_trial(bucket)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = (
-        "import os, signal; from pathlib import Path; from search.system.remote import Bucket, working_folder\n"
-        f"with working_folder(Path('unused'), Bucket({place.url!r}, {place.below!r})):\n"
-        " os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    environment = os.environ | credentials() | {"TMPDIR": str(tmp_path)}
-    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment).returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert (left / "run" / "trial.json").exists()
-    with working_folder(Path("unused"), place) as (at_work, _):
-        assert left.exists(), "it may have been made this moment"
-        for folder in (left, at_work.parent):
-            os.utime(folder, (0, 0))
-        with working_folder(Path("unused"), place):
-            assert not left.exists()
-            assert at_work.exists()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_something_else_removes_here_is_not_removed_there(bucket: Bucket):
-    place = place_of_trial(bucket)
-    with working_folder(Path("unused"), place) as (here, save):
+    store = pickle.loads(pickle.dumps(driver))  # as it comes to a worker
+    with ExitStack() as held, working_folder(trial, store) as (here, save):
         for epoch in (1, 2, 3):
             write_epoch(here, epoch)
             save()
-        before = sorted(place.files())
-        shutil.rmtree(here)
-        with pytest.raises(FileNotFoundError, match="something has removed it"):
+        before = names_there(driver, trial)
+        write_epoch(here, 4)
+        if accident == "the store refuses":
+            s3.on_request = refuse_writes
+            words = r"epoch-0004\.pt"
+        elif accident == "the folder is removed":
+            shutil.rmtree(here)
+            words = "something has removed its files"
+        else:
+            held.enter_context(machine("two").lease())
+            words = "goes on with it"
+        with pytest.raises(OSError, match=words):
             save()
-        shutil.rmtree(here.parent)
-    assert sorted(place.files()) == before
+        s3.on_request = answer
+        assert names_there(driver, trial) == before
 
 
-def test_a_worker_of_a_driver_that_was_taken_over_puts_nothing(bucket: Bucket, tmp_path: Path):
-    kept = KeptInBucket(bucket, tmp_path / "one" / "s")
-    kept.folder.mkdir(parents=True)
-    kept.take_over()
-    place = pickle.loads(pickle.dumps(kept.place(kept.folder / "trials" / "t0000")))
-    with working_folder(Path("unused"), place) as (here, save):
-        write_epoch(here, 1)
-        save()
-        before = sorted(place.files())
-        assert before
-        KeptInBucket(bucket, tmp_path / "two" / "s").bucket.write(DRIVER, b"{}")
-        write_epoch(here, 2)
-        with pytest.raises(TakenOverError, match="goes on with this search"):
-            save()
-    assert sorted(place.files()) == before
-
-
-@pytest.mark.filterwarnings("ignore:.* no file can be locked")
-def test_where_nothing_can_be_locked_no_working_folder_is_removed(
-    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_killed_worker_leaves_is_removed_and_what_is_at_work_stays(
+    driver: Store, trial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    place = place_of_trial(bucket)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    code = (
+        "import os, pickle, signal; from pathlib import Path; from search.system.remote import working_folder\n"
+        f"with working_folder(Path({str(trial)!r}), pickle.loads({pickle.dumps(driver)!r})):\n"
+        " os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | credentials() | {"TMPDIR": str(temporary)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment).returncode == -signal.SIGKILL
+    (left,) = temporary.iterdir()
+    assert (left / "run" / "trial.json").exists()
+    with working_folder(trial, driver) as (at_work, _):
+        assert left.exists(), "it may have been made this moment"
+        for folder in (left, at_work.parent):
+            os.utime(folder, (0, 0))
+        with working_folder(trial, driver):
+            assert not left.exists()
+            assert at_work.exists()
+    assert list(temporary.iterdir()) == []
 
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("byot.system.lock.FileLock.acquire", refuse)
-    with working_folder(Path("unused"), place) as (at_work, _):
-        os.utime(at_work.parent, (0, 0))
-        with working_folder(Path("unused"), place):
-            assert (at_work / "trial.json").exists()
-
-
-def test_a_folder_of_its_own_is_left_as_it_is(tmp_path: Path):
-    with working_folder(tmp_path, None) as (here, save):
+def test_without_a_bucket_a_folder_is_left_as_it_is(tmp_path: Path):
+    store = Store(tmp_path)
+    with store.lease() as told, working_folder(tmp_path, store) as (here, save):
         save()
-        assert here == tmp_path
+        store.push(tmp_path / "x")
+        store.pull()
+        store.watch_lease()
+        assert (told, here, store.set_aside()) == ("", tmp_path, "")
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------- the driver's copy
+# ---------------------------------------------------------------- the driver's side
 
 
-@pytest.fixture
-def kept(bucket: Bucket, tmp_path: Path) -> KeptInBucket:
-    (tmp_path / "one" / "s").mkdir(parents=True)
-    made = KeptInBucket(bucket, tmp_path / "one" / "s")
-    assert made.take_over() == ""
-    return made
-
-
-def put(kept: KeptInBucket, name: str, text: str) -> None:
-    write_text(kept.folder / name, text)
-    kept.put(kept.folder / name)
-
-
-def test_a_copy_has_the_records_and_not_the_checkpoints(kept: KeptInBucket, bucket: Bucket, tmp_path: Path):
+def test_a_copy_has_the_records_and_not_the_checkpoints(driver: Store, bucket: Bucket, machine: Callable[[str], Store]):
     for name in ("search.json", "state/search.json", "trials/t0000/trial.json", "confirmation/r/result.json"):
-        put(kept, name, name)
-    place = kept.place(kept.folder / "trials" / "t0000")
-    for name in (
-        "metrics.jsonl",
-        "seed-1/metrics.jsonl",
-        "checkpoints/epoch-0001.pt",
-        "seed-1/checkpoints/epoch-0001.pt",
-    ):
-        place.write(name, b"")
-    bucket.write("s/surprise", b"")
-    bucket.write("s/state/node-1.tmp", b"")
-    bucket.write("s/../../outside", b"")
-    there = tmp_path / "two" / "s"
-    there.mkdir(parents=True)
-    KeptInBucket(bucket, there).fetch()
-    found = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
-    assert found == {
+        push(driver, name)
+    trial = driver.folder / "trials" / "t0000"
+    of_run = ("metrics.jsonl", "seed-1/metrics.jsonl", "checkpoints/e.pt", "seed-1/checkpoints/e.pt")
+    for name in (*(f"trials/t0000/{name}" for name in of_run), "surprise", "state/node-1.tmp", "../../outside"):
+        bucket.write(f"s/{name}", b"")
+    there = machine("two")
+    there.pull()
+    assert files_in(there.folder) == {
         *("search.json", "state/search.json", "confirmation/r/result.json", COPY_OF),
         *(f"trials/t0000/{name}" for name in ("trial.json", "metrics.jsonl", "seed-1/metrics.jsonl")),
     }
-    assert copied_from(there) == "s3://bucket/searches/s"
+    assert copied_from(there.folder) == "s3://bucket/searches/s"
 
-    write_text(there / "trials" / "t0001" / "trial.json", "never put there")
-    write_text(there / "trials" / "t0000" / "trial.json", "nor was this")
-    write_text(there / "mine.txt", "a user's")
-    KeptInBucket(bucket, there).fetch()
-    assert not (there / "trials" / "t0001").exists()
-    assert (there / "trials" / "t0000" / "trial.json").read_text() == "trials/t0000/trial.json"
-    assert (there / "mine.txt").exists()
+    write_text(there.folder / "trials" / "t0001" / "trial.json", "never put there")
+    write_text(there.folder / "trials" / "t0000" / "trial.json", "nor was this")
+    write_text(there.folder / "mine.txt", "a user's")
+    there.pull()
+    assert not (there.folder / "trials" / "t0001").exists()
+    assert (there.folder / "trials" / "t0000" / "trial.json").read_text() == "trials/t0000/trial.json"
+    assert (there.folder / "mine.txt").exists()
 
-    kept.drop_checkpoints(kept.folder / "trials" / "t0000")
-    assert sorted(place.files()) == ["metrics.jsonl", "seed-1/metrics.jsonl", "trial.json"]
-    kept.fetch_run(kept.folder / "trials" / "t0000")
-    assert (kept.folder / "trials" / "t0000" / "seed-1" / "metrics.jsonl").exists()
+    (trial / "checkpoints").mkdir()
+    driver.drop_checkpoints(trial)
+    assert names_there(driver, trial) == ["metrics.jsonl", "seed-1/metrics.jsonl", "trial.json"]
+    driver.pull(trial)
+    assert files_in(trial) == {"metrics.jsonl", "seed-1/metrics.jsonl", "trial.json"}
+    assert not (trial / "checkpoints").exists()
 
 
-def test_no_copy_is_made_over_another_search(kept: KeptInBucket, bucket: Bucket, tmp_path: Path):
-    put(kept, "search.json", "{}")
-    other = tmp_path / "two" / "s"
-    write_json(other / "search.json", {"name": "of this machine"})
+def test_no_copy_is_made_over_another_search(driver: Store, bucket: Bucket, machine: Callable[[str], Store]):
+    push(driver, "search.json")
+    other = machine("two")
+    write_text(other.folder / "search.json", "of this machine")
     with pytest.raises(ValueError, match="is no copy of s3://bucket/searches/s"):
-        KeptInBucket(bucket, other).fetch()
-    assert "of this machine" in (other / "search.json").read_text()
+        other.pull()
+    assert (other.folder / "search.json").read_text() == "of this machine"
     bucket.remove("s/search.json")
-    with pytest.raises(ValueError, match="holds no search any more"):
-        kept.fetch()
-    assert (kept.folder / "search.json").exists()
+    with pytest.raises(ValueError, match=r"has no search\.json any more"):
+        driver.pull()
+    assert (driver.folder / "search.json").exists()
 
 
-def test_the_last_driver_drives(kept: KeptInBucket, bucket: Bucket, tmp_path: Path):
-    put(kept, "search.json", "first")
-    (tmp_path / "two" / "s").mkdir(parents=True)
-    second = KeptInBucket(bucket, tmp_path / "two" / "s")
-    assert f"process {os.getpid()}" in second.take_over()
-    put(second, "search.json", "second")
-    with pytest.raises(TakenOverError, match="goes on with this search"):
-        put(kept, "search.json", "first again")
-    kept.let_go()
-    assert bucket.read("s/search.json") == b"second"
-    put(second, "search.json", "second again")
-    second.let_go()
-    assert DRIVER not in (bucket / "s").files()
-
-
-def test_a_driver_looks_now_and_then_whether_it_still_drives(
-    kept: KeptInBucket, store: ObjectStore, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_last_driver_drives(
+    driver: Store, s3: ObjectStore, bucket: Bucket, machine: Callable[[str], Store], monkeypatch: pytest.MonkeyPatch
 ):
-    kept.look()
-    KeptInBucket(bucket, tmp_path / "two" / "s").take_over()
-    kept.look()  # not yet again
-    monkeypatch.setattr("search.system.remote.LOOK_EVERY_S", 0.0)
-    kept._next_look_at = 0.0
-    asked = store.on_request
-    store.on_request = refuse_all
-    kept.look()
-    store.on_request = asked
-    with pytest.raises(TakenOverError, match="goes on with this search"):
-        kept.look()
+    push(driver, "search.json")
+    driver.watch_lease()
+    with machine("two").lease() as told:
+        assert f"process {os.getpid()}" in told
+        driver.watch_lease()  # not yet again
+        monkeypatch.setattr("search.system.remote.LOOK_EVERY_S", 0.0)
+        driver._next_look_at = 0.0
+
+        def refuse(method: str, key: str) -> None:
+            raise ConnectionResetError
+
+        s3.on_request = refuse
+        driver.watch_lease()
+        s3.on_request = answer
+        for check in (driver.watch_lease, lambda: push(driver, "search.json", "again")):
+            with pytest.raises(TakenOverError, match="goes on with it"):
+                check()
+        assert bucket.read("s/search.json") == b"search.json"
+        with driver.lease():
+            pass
+        assert LEASE not in (bucket / "s").files()
 
 
 def test_a_confirmation_ends_once_another_driver_goes_on_with_it(monkeypatch: pytest.MonkeyPatch):
-    def run_tasks(function: object, take: object, slots: object, stop_asked: Callable[[], int], *_: object) -> Any:
+    def run_tasks(function: object, take: object, resources: object, stop_asked: Callable[[], int], *_: object) -> Any:
         assert stop_asked() == 0
-        kept.look = taken_over
+        store.watch_lease = taken_over
         stop_asked()
         yield
 
     def taken_over() -> None:
-        raise TakenOverError(errno.EBUSY, "the driver elsewhere goes on with this search", "s3://bucket/s")
+        raise TakenOverError(errno.EBUSY, "the driver elsewhere goes on with it", "s3://bucket/s")
 
     saved: list[str] = []
-    kept: Any = SimpleNamespace(look=lambda: None)
-    confirmation: Any = SimpleNamespace(base=TrainConfig(dataset="digits"), kept=kept, save=saved.append)
+    store: Any = SimpleNamespace(watch_lease=lambda: None)
+    base = TrainConfig(dataset="digits")
+    confirmation: Any = SimpleNamespace(base=base, store=store, metric="val_accuracy", save=saved.append)
     monkeypatch.setattr("ray.put", lambda images: images)
     monkeypatch.setattr("search.race.run_tasks", run_tasks)
     with pytest.raises(TakenOverError):
-        confirm(confirmation, Slots(1, 1, 0.0, 1, 0), lambda: 0, None)
+        confirm(confirmation, CPUS, lambda: 0, None)
     assert saved == ["running"]
 
 
-def test_setting_aside_leaves_nothing_and_loses_nothing(kept: KeptInBucket, bucket: Bucket):
-    assert kept.set_aside() == ""
-    put(kept, "search.json", "a")
-    kept.place(kept.folder / "trials" / "t0000").write("checkpoints/epoch-0001.pt", b"b")
-    aside = kept.set_aside()
-    assert (bucket / "s").files() == [DRIVER]
-    name = aside.removeprefix("s3://bucket/searches/")
-    assert name.startswith("replaced/s-")
-    assert sorted((bucket / name).files()) == ["search.json", "trials/t0000/checkpoints/epoch-0001.pt"]
+def test_setting_aside_leaves_nothing_and_loses_nothing(driver: Store, bucket: Bucket):
+    assert driver.set_aside() == ""
+    push(driver, "search.json")
+    bucket.write("s/trials/t0000/checkpoints/epoch-0001.pt", b"b")
+    assert driver.set_aside(leftovers=True) == "", "it is a search"
+    aside = driver.set_aside().removeprefix("s3://bucket/searches/")
+    assert (bucket / "s").files() == [LEASE]
+    assert aside.startswith("replaced/s-")
+    assert sorted((bucket / aside).files()) == ["search.json", "trials/t0000/checkpoints/epoch-0001.pt"]
 
 
-@pytest.mark.parametrize("moved", [0, 1, 3])
+@pytest.mark.parametrize("moved", [1, 3])
 def test_what_was_being_set_aside_is_no_search_and_is_set_aside_by_the_next(
-    kept: KeptInBucket, store: ObjectStore, bucket: Bucket, tmp_path: Path, moved: int
+    driver: Store, s3: ObjectStore, bucket: Bucket, machine: Callable[[str], Store], moved: int
 ):
     names = ["search.json", "state/search.json", "trials/t0000/trial.json", "trials.csv"]
     for name in names:
-        put(kept, name, name)
+        push(driver, name)
     left = moved
 
     def die(method: str, key: str) -> None:
@@ -428,75 +403,50 @@ def test_what_was_being_set_aside_is_no_search_and_is_set_aside_by_the_next(
                 raise ConnectionResetError
             left -= 1
 
-    store.on_request = die
+    s3.on_request = die
     with pytest.raises(OSError, match="replaced"):
-        kept.set_aside()
-    store.on_request = lambda method, key: None
-    second = KeptInBucket(bucket, tmp_path / "two" / "s")
-    second.folder.mkdir(parents=True)
-    for name in ("search.json", "trials.csv"):
-        write_text(second.folder / name, "of the copy that was here before")
-    write_json(second.folder / COPY_OF, {"place": str(second.bucket)})
-    second.fetch()
-    assert [path.name for path in second.folder.iterdir()] == [COPY_OF]
-    assert second.take_over() != ""
-    second.fetch()
-    assert [path.name for path in second.folder.iterdir()] == [COPY_OF]
-    assert (bucket / "s").files() == [DRIVER]
-    (aside,) = (bucket / "replaced").folders()
-    assert sorted((bucket / "replaced" / aside).files()) == sorted(names)
-    put(second, "search.json", "of the new search")
-    with pytest.raises(TakenOverError):
-        kept._finish_setting_aside()
-    assert bucket.read("s/search.json") == b"of the new search"
-
-
-def test_a_node_that_cannot_reach_it_says_so(kept: KeptInBucket, store: ObjectStore, tmp_path: Path):
-    place: Any = kept.bucket
-    assert try_bucket(place) == ""
-    assert (tmp_path / "one" / "s" / COPY_OF).exists()
-    assert place.files() == [DRIVER]
-    store.on_request = refuse_writes
-    assert "AWS Error" in try_bucket(place)
-
-
-class Node:
-    """Ray's client, on one node that answers at once."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            "search.system.resources.nodes_with_room", lambda _: [{"NodeID": "1" * 56, "NodeManagerAddress": "one"}]
-        )
-        monkeypatch.setattr("ray.remote", lambda **_: lambda look: self.task(look))
-        monkeypatch.setattr("ray.wait", lambda tasks, **_: (tasks, []))
-        monkeypatch.setattr("ray.get", lambda task: task)
-
-    def task(self, look: Callable[[Any], str]) -> Any:
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=look))
+        driver.set_aside()
+    s3.on_request = answer
+    second = machine("two")
+    second.pull()
+    assert files_in(second.folder) == set()
+    with second.lease():
+        assert second.set_aside(leftovers=True) != ""
+        assert (bucket / "s").files() == [LEASE]
+        assert sorted(name.partition("/")[2] for name in (bucket / "replaced").files()) == sorted(names)
+        push(second, "search.json", "of the new search")
+        with pytest.raises(TakenOverError):
+            driver.set_aside()
+        assert bucket.read("s/search.json") == b"of the new search"
 
 
 def test_after_looking_at_the_nodes_nothing_is_left(
-    bucket: Bucket, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    driver: Store, s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """So that a command that was refused can be given again."""
-    Node(monkeypatch)
-    bucket.write(f"s/{DRIVER}", b"{}")
-    slots = Slots(1, 1, 0.0, 1, 0)
+    """So that a command that was refused can be given again. Ray has one node, which answers at once."""
+    node = {"NodeID": "1" * 56, "NodeManagerAddress": "one"}
+    monkeypatch.setattr("search.system.resources.nodes_with_room", lambda _: [node])
+    as_task = lambda look: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=look))  # noqa: E731
+    monkeypatch.setattr("ray.remote", lambda **_: as_task)
+    monkeypatch.setattr("ray.wait", lambda tasks, **_: (tasks, []))
+    monkeypatch.setattr("ray.get", lambda task: task)
     folder, goes_on = tmp_path / "s", tmp_path / "t"
     write_text(goes_on / "state" / "search.json", "{}")
-    check_nodes(goes_on, slots)
-    assert [path.name for path in (goes_on / "state").iterdir()] == ["search.json"]
+    check_nodes(Store(goes_on), CPUS)
+    assert files_in(goes_on) == {"state/search.json"}
     with lock_folder(folder):
-        check_nodes(folder, slots)
-        check_nodes(folder, slots, bucket / "s")
-        assert [path.name for path in folder.iterdir()] == [".lock"]
-        store.on_request = refuse_writes
-        with pytest.raises(ValueError, match=r"1 of 1 nodes cannot work on s3://bucket/searches/s: one .*AWS Error"):
-            check_nodes(folder, slots, bucket / "s")
+        check_nodes(Store(folder), CPUS)
+        assert files_in(folder) == {".lock"}
         monkeypatch.setattr("search.system.resources.try_folder", lambda _: "it cannot write there")
         with pytest.raises(ValueError, match=r"1 of 1 nodes cannot work on .* \(it cannot write there"):
-            check_nodes(folder, slots)
+            check_nodes(Store(folder), CPUS)
     assert not folder.exists()
+    check_nodes(driver, CPUS)
+    assert driver.bucket is not None
+    assert driver.bucket.files() == [LEASE]
+    s3.on_request = refuse_writes
+    with pytest.raises(ValueError, match=r"1 of 1 nodes cannot work on s3://bucket/searches/s: one .*AWS Error"):
+        check_nodes(driver, CPUS)
 
 
 # ---------------------------------------------------------------- a command and another driver
@@ -505,150 +455,131 @@ def test_after_looking_at_the_nodes_nothing_is_left(
 class Elsewhere:
     """A search of two trials that a driver on another machine has put into the bucket and still drives."""
 
-    def __init__(self, bucket: Bucket, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self.kept = KeptInBucket(bucket, folder)
-        assert self.kept.take_over() == ""
-        self.bucket: Bucket = self.kept.bucket
+    def __init__(self, store: Store) -> None:
+        self.store = store
         self.base = TrainConfig(dataset="digits", width=4, epochs=2, val_fraction=0.1)
-        self.data = driver.load_search_data(self.base)
+        self.images = load_search_data(self.base)
         self.save(num_samples=2)
         for _ in range(2):
             self.add_trial()
 
-    def save(self, **changed: Any) -> None:
-        settings = SearchSettings(**changed)
-        images = {"num_train_images": len(self.data.train.labels), "num_val_images": len(self.data.val.labels)}
-        record = {"config": self.base.to_dict(), "settings": settings.to_dict(), "space": space_to_dict(DEFAULT_SPACE)}
-        save_search(self.kept.folder, record | images, self.kept)
-
-    def records(self) -> SearchRecords:
-        return SearchRecords(
-            self.kept.folder,
-            parameters=list(DEFAULT_SPACE),
-            metric="val_accuracy",
-            mode="max",
-            epochs=2,
-            seed=0,
-            kept=self.kept,
-        )
+    def save(self, *, num_samples: int, **changed: Any) -> None:
+        train, val = (len(images.labels) for images in self.images)
+        settings = SearchSettings(num_samples=num_samples).to_dict()
+        images = {"num_train_images": train, "num_val_images": val}
+        record = search_record(self.base, status="running", settings=settings, **{**images, **changed})
+        save_search(self.store.folder, record, self.store)
 
     def add_trial(self) -> None:
-        records = self.records()
+        plan = SearchPlan(self.store, self.base, SearchSettings(), DEFAULT_SPACE, *self.images, None)
+        records = open_records(plan)
         records.begin("sampled", {"alpha": 0.5, "temperature": 3.0, "beta": 1e-6})
         records.write_table(at_once=True)
 
 
 @pytest.fixture
-def elsewhere(bucket: Bucket, tmp_path: Path) -> Elsewhere:
-    return Elsewhere(bucket, tmp_path / "elsewhere" / "s")
+def elsewhere(driver: Store) -> Elsewhere:
+    return Elsewhere(driver)
 
 
-class Command:
-    """tune.py up to the moment at which the search would run."""
-
-    def __init__(self, store: ObjectStore, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.flags = ["--name", "s", "--storage-path", store.url(), "--outputs", str(outputs)]
-        self.folder = outputs / "searches" / "s"
-        self.plans: list[driver.SearchPlan] = []
-        monkeypatch.setattr(driver, "run_search", self.run)
-
-    def run(self, plan: driver.SearchPlan, *_: object) -> int:
-        self.plans.append(plan)
-        return 0
-
-    def __call__(self, *flags: object) -> int:
-        arguments = tune.build_parser().parse_args([*self.flags, *map(str, flags)])
-        with ExitStack() as held:
-            return tune.search(arguments, held)
+Command = Callable[..., SearchPlan]
 
 
 @pytest.fixture
-def command(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    return Command(store, tmp_path / "here", monkeypatch)
+def command(s3: ObjectStore, tmp_path: Path) -> Iterator[Command]:
+    """tune.py up to the moment at which the search would run."""
+    with ExitStack() as held:
+
+        def call(*flags: object) -> SearchPlan:
+            always = ["--name", "s", "--storage-path", s3.url(), "--outputs", tmp_path / "here"]
+            with ExitStack() as own:
+                plan = make_plan(tune.build_parser().parse_args([*map(str, always), *map(str, flags)]), own)
+                held.push(own.pop_all())
+            return plan
+
+        yield call
 
 
 def test_what_another_driver_does_as_this_one_starts_is_seen(
     elsewhere: Elsewhere, command: Command, monkeypatch: pytest.MonkeyPatch
 ):
-    load = driver.load_search_data
+    changes: list[Callable[[], None]] = [elsewhere.add_trial]
 
-    def meanwhile(base: TrainConfig) -> driver.SearchData:
-        elsewhere.save(num_samples=3)
-        elsewhere.add_trial()
-        return load(base)
+    def meanwhile(base: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
+        for change in changes:
+            change()
+        return load_search_data(base)
 
-    monkeypatch.setattr(driver, "load_search_data", meanwhile)
-    assert command("--resume") == 0
-    (plan,) = command.plans
-    assert plan.settings.num_samples == 3
-    assert plan.recorded is not None
-    assert plan.recorded["settings"]["num_samples"] == 3
-    assert len(driver.read_records(plan).rows) == 3
+    monkeypatch.setattr(planning, "load_search_data", meanwhile)
+    plan = command("--resume", "--num-samples", 4)
+    assert len(open_records(plan).trials) == 3
     with pytest.raises(TakenOverError):
         elsewhere.add_trial()
 
 
-@pytest.mark.parametrize("wrong", ["images", "space", "number"])
-def test_a_command_that_is_refused_takes_nothing_over(
-    elsewhere: Elsewhere, command: Command, capsys: pytest.CaptureFixture[str], wrong: str
+def test_a_search_that_another_driver_has_changed_meanwhile_is_not_gone_on_with(
+    elsewhere: Elsewhere, command: Command, monkeypatch: pytest.MonkeyPatch
 ):
-    if wrong == "images":
-        record = read_json(elsewhere.kept.folder / "search.json") | {"num_val_images": 7}
-        save_search(elsewhere.kept.folder, record, elsewhere.kept)
-        words = "num_val_images 7"
-    elif wrong == "space":
-        put(elsewhere.kept, "trials.csv", "trial_id,lr,error\n")
-        words = "another search space"
-    else:
-        elsewhere.save(num_samples=1)
-        words = "has 2 trials already"
-    before = elsewhere.bucket.read(DRIVER)
-    with pytest.raises(SystemExit) as refusal:
+    def meanwhile(base: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
+        elsewhere.save(num_samples=3)
+        return load_search_data(base)
+
+    monkeypatch.setattr(planning, "load_search_data", meanwhile)
+    with pytest.raises(ValueError, match="give the command again"):
         command("--resume")
-    assert refusal.value.code == 2
-    assert words in capsys.readouterr().err
-    assert elsewhere.bucket.read(DRIVER) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--resume"], "was started with num_val_images 7"),
+        (["--resume", "--metric", "val_nll"], "was started with --metric val_accuracy"),
+        (["--dataset", "digits", "--epochs", 1], "was started with"),
+        (["--resume", "--name", "x"], "there is no search x in s3://bucket/searches"),
+    ],
+)
+def test_a_command_that_is_refused_takes_nothing_over(
+    elsewhere: Elsewhere, command: Command, flags: list[object], words: str
+):
+    elsewhere.save(num_samples=2, num_val_images=7)
+    before = elsewhere.store._read_lease()
+    with pytest.raises(ValueError, match=words):
+        command(*flags)
+    assert elsewhere.store._read_lease() == before
     elsewhere.add_trial()
 
 
-def test_without_a_bucket_the_newest_search_is_none_of_the_copies(elsewhere: Elsewhere):
-    searches = elsewhere.kept.folder.parent
+def test_without_its_url_a_copy_is_not_gone_on_with(elsewhere: Elsewhere, command: Command):
+    searches = elsewhere.store.folder.parent
+    with pytest.raises(ValueError, match="is a copy of s3://bucket/searches/s: go on with --storage-path"):
+        command("--resume", "--storage-path", searches)
     with pytest.raises(ValueError, match="no unfinished search is in"):
-        tune._find_resumable(searches, None, {})
-    save_search(searches / "mine", {"started_at": "2020", "config": {}})
-    assert tune._find_resumable(searches, None, {}) == searches / "mine"
-    assert tune._find_resumable(searches, "s", {}) == elsewhere.kept.folder
+        newest_unfinished(searches, {}, str(searches))
+    save_search(searches / "mine", search_record(status="running"))
+    assert newest_unfinished(searches, {}, str(searches)) == "mine"
 
 
 def test_of_an_earlier_search_the_bucket_is_asked_only_by_its_name(
-    elsewhere: Elsewhere, store: ObjectStore, tmp_path: Path
+    elsewhere: Elsewhere, s3: ObjectStore, command: Command, tmp_path: Path
 ):
-    def ask(name: str) -> object:
-        settings = SearchSettings(warm_start=name)
-        return tune.find_warm_start(
-            *(tmp_path / "here", tmp_path / "here" / "new", elsewhere.base, settings, DEFAULT_SPACE),
-            is_new=True,
-            bucket=Bucket(store.url()),
-        )
-
     asked: list[str] = []
-    store.on_request = lambda method, key: asked.append(key)
-    for name in ("../s", str(tmp_path / "s"), "a/b"):
+    s3.on_request = lambda method, key: asked.append(key)
+    for name in ("../s", str(tmp_path / "x"), "a/b"):
         with pytest.raises(ValueError, match="there is no search"):
-            ask(name)
-    assert asked == []
+            command("--name", "new", "--dataset", "digits", "--warm-start", name)
+    assert not [key for key in asked if "new/" not in key and key.endswith("search.json")]
     with pytest.raises(ValueError, match="the search s has no trial within this space"):
-        ask("s")
+        command("--name", "new", "--dataset", "digits", "--warm-start", "s")
 
 
 def test_a_fresh_start_takes_over_and_sets_aside(
     elsewhere: Elsewhere, command: Command, capsys: pytest.CaptureFixture[str]
 ):
-    assert command("--fresh", "--dataset", "digits", "--width", 4, "--epochs", 3) == 0
+    plan = command("--fresh", "--dataset", "digits", "--width", 4, "--epochs", 3, "--num-samples", 1)
     assert "s3://bucket/searches/replaced/s-" in capsys.readouterr().out
-    (plan,) = command.plans
     assert (plan.recorded, plan.base.epochs) == (None, 3)
-    assert elsewhere.bucket.files() == []
+    assert plan.store.bucket is not None
+    assert plan.store.bucket.files() == [LEASE]
     with pytest.raises(TakenOverError):
         elsewhere.add_trial()
+    assert read_json(plan.folder / COPY_OF) == {"place": "s3://bucket/searches/s"}

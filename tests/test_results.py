@@ -5,16 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plans import SEARCH_PLANS, TABLE_PLANS, planned_runs, read_record
-from benchmarks.quality.curves import FAMILIES, configurations, curves_path, load_curves
-from benchmarks.readme_tables import README, all_sections, with_tables
+from benchmarks.plans import RESULTS, SEARCH_PLANS, TABLE_PLANS, planned_runs, read_record
+from benchmarks.quality.curves import FAMILIES, FOLDER, configurations, load_all
+from benchmarks.readme_tables import RESULTS_PAGE, make_pages
 from byot.config import TrainConfig
-from byot.search_files import SHIPPED_FOLDER, find_best
+from byot.search_files import SHIPPED_FOLDER, find_best, load_search, ranked, read_trials
 from byot.system.files import read_json
 from byot.system.paths import PROJECT_ROOT
-from search.records import best_row, read_rows
 
-RESULTS = PROJECT_ROOT / "results"
 SPEEDS = ("images_per_s", "reference_images_per_s", "ratio", "share_of_matmul_peak", "memory_ratio")
 
 
@@ -37,20 +35,19 @@ def test_shipped_choice_trains_the_full_network_and_says_how_it_was_found(tmp_pa
 
 @pytest.mark.parametrize("folder", sorted((RESULTS / "searches").iterdir()), ids=lambda folder: folder.name)
 def test_best_of_each_recorded_search_is_the_best_of_its_trials(folder: Path):
-    search, best = read_json(folder / "search.json"), read_json(folder / "best.json")
-    found = best_row(read_rows(folder / "trials.csv"), search["metric"], search["mode"])
-    assert found is not None
-    assert (found["trial_id"], found[search["metric"]]) == (best["trial_id"], best["value"])
+    search, best = load_search(folder), read_json(folder / "best.json")
+    found = ranked(read_trials(folder / "trials.csv"), search.metric)[0]
+    assert (found.trial_id, found.measures[search.metric]) == (best["trial_id"], best["value"])
 
 
-def test_readme_tables_are_made_from_the_records():
-    readme = README.read_text(encoding="utf-8")
-    assert with_tables(readme, all_sections()) == readme, "python benchmarks/readme_tables.py --write makes them anew"
+def test_tables_of_the_pages_are_made_from_the_records():
+    for path, made in make_pages().items():
+        assert path.read_text(encoding="utf-8") == made, "python benchmarks/readme_tables.py --write makes them anew"
 
 
-def test_readme_speeds_stand_in_the_records():
+def test_speeds_stand_in_the_records():
     """Every row of the speed table is a record's."""
-    section = (PROJECT_ROOT / "README.md").read_text().split("## Speed")[1].split("\n## ")[0]
+    section = RESULTS_PAGE.read_text().split("## Speed")[1].split("\n## ")[0]
     told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if "| ResNet" in line]
     known = []
     for path in RESULTS.glob("benchmarks/*thread*.json"):
@@ -65,8 +62,8 @@ def test_readme_speeds_stand_in_the_records():
             assert number == f"{value:.{digits}f}"
 
 
-def test_readme_means_are_those_of_the_records():
-    section = (PROJECT_ROOT / "README.md").read_text().split("## Speed")[1].split("\n## ")[0]
+def test_means_are_those_of_the_records():
+    section = RESULTS_PAGE.read_text().split("## Speed")[1].split("\n## ")[0]
     names = [*(f"test_accuracy_{i}" for i in range(1, 5)), "test_accuracy_ensemble"]
     for told, precision in (("bf16", "bf16"), ("float32", "fp32")):
         (line,) = (line for line in section.splitlines() if line.startswith(f"| {told} |"))
@@ -77,39 +74,36 @@ def test_readme_means_are_those_of_the_records():
         assert [cell.strip() for cell in line.split("|")[2:-1]] == expected
 
 
-@pytest.mark.parametrize("name", SEARCH_PLANS)
-def test_recorded_searches_are_those_of_their_plans(name: str):
-    path = RESULTS / "searches" / name / "search.json"
-    if path.is_file():
-        assert not SEARCH_PLANS[name].base.differing_settings(TrainConfig.from_dict(read_json(path)["config"]))
-
-
-@pytest.mark.parametrize("name", TABLE_PLANS)
-def test_recorded_runs_are_those_of_their_plans(name: str, tmp_path: Path):
-    """A record of another setting raises ValueError, and would not be taken for a finished run."""
-    for run in planned_runs(TABLE_PLANS[name], tmp_path):
-        read_record(RESULTS / "runs" / f"{run.name(name)}.json", run)
+def test_recorded_searches_and_runs_are_those_of_their_plans(tmp_path: Path):
+    """A record of another setting would not be taken for a finished run."""
+    for name, search in SEARCH_PLANS.items():
+        path = RESULTS / "searches" / name / "search.json"
+        if path.is_file():
+            assert not search.base.differing_settings(TrainConfig.from_dict(read_json(path)["config"]))
+    for name, plan in TABLE_PLANS.items():
+        for run in planned_runs(name, plan, tmp_path):
+            read_record(RESULTS, run)
 
 
 def test_recorded_curves_are_those_of_their_families():
     """At least 150 configurations, each trained to its last epoch or until it diverged."""
-    recorded = {name: load_curves(curves_path(name)) for name in FAMILIES if curves_path(name).exists()}
+    recorded = load_all(FAMILIES, FOLDER)
     assert sum(len({curve.number for curve in one.curves}) for one in recorded.values()) >= 150
     for name, one in recorded.items():
         family = FAMILIES[name]
-        assert not family.base.differing_settings(TrainConfig.from_dict(one.header["config"]))
+        assert not family.base.differing_settings(one.config)
         assert one.space == family.space
         params = {number: (role, params) for number, role, params in configurations(family)}
         for curve in one.curves:
             assert params[curve.number] == (curve.role, curve.params)
-            assert 0 <= len(curve.values["val_accuracy"]) <= one.epochs
-        whole = [curve for curve in one.curves if len(curve.values["val_accuracy"]) == one.epochs]
+            assert 0 <= len(curve.values["val_accuracy"]) <= one.config.epochs
+        whole = [curve for curve in one.curves if len(curve.values["val_accuracy"]) == one.config.epochs]
         assert len(whole) > 0.9 * len(one.curves)
 
 
-def test_readme_regrets_are_those_of_the_record():
+def test_regrets_are_those_of_the_record():
     families = read_json(RESULTS / "benchmarks" / "search-quality.json")["families"]
-    section = (PROJECT_ROOT / "README.md").read_text().split("## How good the search is")[1].split("\n## ")[0]
+    section = RESULTS_PAGE.read_text().split("## How good the search is")[1].split("\n## ")[0]
     told = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     assert [row[0].split("`")[1] for row in told] == list(families)
 

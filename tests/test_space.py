@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from byot.config import TrainConfig
+from byot.search_files import Range, space_from_dict, space_to_dict
 from search.settings import SearchSettings, expected_work, grace_epochs
-from search.space import DEFAULT_SPACE, Range, first_points, read_space, space_from_dict, space_to_dict
+from search.space import DEFAULT_SPACE, first_points, read_space
 
 
 def write(folder: Path, text: str) -> Path:
@@ -16,17 +17,10 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_reference_first_then_deep_supervision_as_a_control():
-    reference, control = first_points(DEFAULT_SPACE, TrainConfig())
-    assert reference == ("reference", {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6})
-    assert control.role == "control"
-    assert control.params["alpha"] == control.params["beta"] == 0
-
-
-def test_added_parameters_take_their_default_in_the_first_points():
     space = {**DEFAULT_SPACE, "lr": Range(0.01, 0.5, log=True)}
-    assert [point.params["lr"] for point in first_points(space, TrainConfig(lr=0.05))] == [0.05, 0.05]
-    space = {**DEFAULT_SPACE, "label_smoothing": Range(0.0, 0.2)}
-    assert [point.params["label_smoothing"] for point in first_points(space, TrainConfig())] == [0, 0]
+    reference, control = first_points(space, TrainConfig(lr=0.05))
+    assert reference == ("reference", {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6, "lr": 0.05})
+    assert control == ("control", {"alpha": 0.0, "temperature": 3.0, "beta": 0.0, "lr": 0.05})
 
 
 def test_file_changes_one_range_adds_another_and_leaves_the_rest(tmp_path: Path):
@@ -48,9 +42,9 @@ def test_file_changes_one_range_adds_another_and_leaves_the_rest(tmp_path: Path)
         ("[alpha]\nlow = 0\nhigh = 2", "between 0 and 1"),
         ("[temperature]\nlow = 0\nhigh = 2", "above 0"),
         ("[beta]\nlow = 0\nhigh = 1e-3\nlog = true", "above 0"),
-        ("[beta]\nlow = 'a'\nhigh = 1", "numbers"),
-        ("[beta]\nlow = nan\nhigh = 1", "numbers"),
-        ("[beta]\nlow = true\nhigh = 1", "numbers"),
+        ("[beta]\nlow = 'a'\nhigh = 1", "low must be a number"),
+        ("[beta]\nlow = nan\nhigh = 1", "low must be a number"),
+        ("[beta]\nlow = true\nhigh = 1", "low must be a number"),
         ("[beta]\nlow = 1e-8\nhigh = 1\nlog = 'yes'", "log"),
         ("[lr]\nlow = 0\nhigh = 1", "lr"),
     ],
@@ -59,29 +53,8 @@ def test_bad_files_are_told_in_one_sentence(tmp_path: Path, text: str, word: str
     with pytest.raises(ValueError, match=word) as caught:
         read_space(write(tmp_path, text))
     assert "\n" not in str(caught.value)
-
-
-def test_missing_file(tmp_path: Path):
     with pytest.raises(ValueError, match="cannot be read"):
         read_space(tmp_path / "none.toml")
-
-
-@pytest.mark.parametrize(
-    ("settings", "word"),
-    [
-        ({"num_samples": 0}, "num_samples"),
-        ({"max_concurrent": 0}, "max_concurrent"),
-        ({"cpus_per_trial": 0}, "cpus_per_trial"),
-        ({"gpus_per_trial": -1.0}, "gpus_per_trial"),
-        ({"gpus_per_trial": 1.5}, "gpus_per_trial"),
-        ({"gpus_per_trial": float("nan")}, "gpus_per_trial"),
-        ({"time_budget": "soon"}, "time_budget"),
-        ({"time_budget": "0m"}, "time_budget"),
-    ],
-)
-def test_search_settings_out_of_range(settings: dict, word: str):
-    with pytest.raises(ValueError, match=word):
-        SearchSettings(**settings)
 
 
 def test_time_budgets_and_modes():

@@ -18,13 +18,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from byot import step, trainer
+from byot import trainer
 from byot.config import Acceleration, TrainConfig
 from byot.data import LabelledImages, load_images
 from byot.metrics import EpochMetrics
-from byot.step import RecordingError, TrainingStep, choose_mode
-from byot.system.distributed import ALONE, Processes
-from byot.trainer import Trainer
+from byot.optimizer import Optimizer
+from byot.system import cuda_graph
+from byot.system.cuda_graph import RecordingError
+from byot.system.distributed import Processes
+from byot.system.stopping import OutOfMemoryError
+from byot.trainer import Trainer, records_graphs
+from tests.helpers import random_pixels
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 DIGITS = TrainConfig(dataset="digits", width=4, epochs=2, lr=1e-3, batch_size=50, device="cpu", precision="fp32")
@@ -33,19 +37,16 @@ CIFAR = DIGITS.with_settings(dataset="cifar100", epochs=3, batch_size=4)
 
 
 def digits(number: int) -> LabelledImages:
-    images, labels = load_images("digits", None, "train")
-    return LabelledImages(images[:number], labels[:number])
+    return LabelledImages(*(part[:number] for part in load_images("digits", None, "train")))
 
 
 def random_images(number: int) -> LabelledImages:
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
-    return LabelledImages(pixels, generator.integers(0, 100, number))
+    return LabelledImages(random_pixels(number), np.random.default_rng(0).integers(0, 100, number))
 
 
 # ---------------------------------------------------------------- a graph played on a CPU
 
-PLAYED_WARMUP_STEPS = 2  # of 5, to save time: nothing here chooses algorithms
+WARMUP_CALLS = 2  # of 5, to save time: nothing here chooses algorithms
 
 
 class Recorder(TorchDispatchMode):
@@ -120,33 +121,30 @@ class NoStream:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[PlayedGraph]:
-    """Every mode but 'none' plays graphs, and those that were recorded are in the list."""
-    recorded: list[PlayedGraph] = []
+def graphs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[PlayedGraph]:
+    """Every mode but 'none' plays graphs, which are in the list. With an error as parameter, recording ends in it."""
+    begun: list[PlayedGraph] = []
 
     @contextlib.contextmanager
     def capture(graph: PlayedGraph, **_: Any) -> Iterator[None]:
+        begun.append(graph)
         with graph.recorder:
             yield
         graph.recorder.undo()
-        recorded.append(graph)
+        if error := getattr(request, "param", None):
+            raise error
 
-    pretend_cuda(monkeypatch, capture)
-    return recorded
+    def records(acceleration: Acceleration, *_: Any) -> bool:
+        return acceleration != "none"
 
-
-def pretend_cuda(monkeypatch: pytest.MonkeyPatch, capture: Any) -> None:
-    def choose(acceleration: Acceleration, *_: Any) -> step.Mode:
-        return "eager" if acceleration == "none" else "graph"
-
-    monkeypatch.setattr(step, "WARMUP_STEPS", PLAYED_WARMUP_STEPS)
-    monkeypatch.setattr(step, "choose_mode", choose)
-    monkeypatch.setattr(trainer, "choose_mode", choose)
+    monkeypatch.setattr(cuda_graph, "WARMUP_CALLS", WARMUP_CALLS)
+    monkeypatch.setattr(trainer, "records_graphs", records)
     monkeypatch.setattr(torch.cuda, "Stream", NoStream)
     monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PlayedGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    return begun
 
 
 def train(config: TrainConfig, data: LabelledImages) -> tuple[list[EpochMetrics], dict[str, Tensor]]:
@@ -187,42 +185,43 @@ def test_a_played_graph_trains_as_eager_steps_do(graphs: list[PlayedGraph], sett
     assert [host_read for graph in graphs for host_read in graph.recorder.host_reads] == []
     assert [graph.recorder.size() for graph in graphs] == ([16, 24, 32] if config.recipe == "modern" else [32])
     full_steps = len(data.labels) // config.batch_size * config.epochs
-    assert sum(graph.num_replays for graph in graphs) == full_steps - PLAYED_WARMUP_STEPS * len(graphs)
+    assert sum(graph.num_replays for graph in graphs) == full_steps - WARMUP_CALLS * len(graphs)
     assert min(graph.num_replays for graph in graphs) >= 3
 
 
 def test_a_host_read_is_found(graphs: list[PlayedGraph], monkeypatch: pytest.MonkeyPatch) -> None:
-    train_step = TrainingStep.train_step
+    train_step = Trainer.train_step
 
-    def read(self: TrainingStep, *args: Any) -> None:
+    def read(self: Trainer, *args: Any) -> None:
         train_step(self, *args)
-        self.sums._sums[0].item()
-        self._mean[self._mean > 0]
+        mean, _ = self._mean_and_std
+        mean[0].item()
+        mean[mean > 0]
 
-    monkeypatch.setattr(TrainingStep, "train_step", read)
+    monkeypatch.setattr(Trainer, "train_step", read)
     train(FEW_DIGITS, digits(20))
     (graph,) = graphs
     assert graph.recorder.host_reads == ["aten._local_scalar_dense.default", "aten.index.Tensor"]
 
 
 def test_what_lies_outside_of_the_graph_is_found(graphs: list[PlayedGraph], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A learning rate that is a number stays in the graph what it was when the graph was recorded."""
+    """A learning rate that is read as a number stays in the graph what it was when the graph was recorded."""
     data = digits(40)
     _, weights = train(FEW_DIGITS.with_settings(acceleration="none"), data)
-    start = TrainingStep.__init__
-
-    def with_a_number(self: TrainingStep, *args: Any, **kwargs: Any) -> None:
-        start(self, *args, **kwargs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr
-
     assert equal(train(FEW_DIGITS, data)[1], weights)
-    monkeypatch.setattr(TrainingStep, "__init__", with_a_number)
+    step = Optimizer.step
+
+    def with_a_number(self: Optimizer) -> None:
+        lr, self.lr = self.lr, torch.tensor(float(self.lr))
+        step(self)
+        self.lr = lr
+
+    monkeypatch.setattr(Optimizer, "step", with_a_number)
     assert not equal(train(FEW_DIGITS, data)[1], weights)
 
 
 def test_a_restored_state_is_recorded_anew(graphs: list[PlayedGraph]) -> None:
-    """A graph has the optimiser's buffers of before in it."""
+    """A graph has the momentum of before in it."""
     trained = Trainer(FEW_DIGITS, digits(40))
     epochs = iter(trained)
     next(epochs)
@@ -236,42 +235,39 @@ def test_a_restored_state_is_recorded_anew(graphs: list[PlayedGraph]) -> None:
 
 # ---------------------------------------------------------------- a graph that cannot be recorded
 
-
-@pytest.fixture
-def attempts(monkeypatch: pytest.MonkeyPatch) -> list[PlayedGraph]:
-    """Every mode but 'none' tries to record graphs, in the list, and fails at the end of the step."""
-    tried: list[PlayedGraph] = []
-
-    @contextlib.contextmanager
-    def capture(graph: PlayedGraph, **_: Any) -> Iterator[None]:
-        tried.append(graph)
-        with graph.recorder:
-            yield
-        graph.recorder.undo()
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    pretend_cuda(monkeypatch, capture)
-    return tried
+REFUSED = RuntimeError("operation not permitted when stream is capturing")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_without_a_graph_training_goes_on_eagerly(attempts: list[PlayedGraph]) -> None:
+@pytest.mark.parametrize("graphs", [REFUSED, OUT_OF_MEMORY], indirect=True)
+def test_without_a_graph_training_goes_on_eagerly(graphs: list[PlayedGraph]) -> None:
     """It is told once, and not tried again at the resolutions that follow."""
     data = random_images(14)
     expected, weights = train(CIFAR.with_settings(acceleration="none"), data)
-    with pytest.warns(UserWarning, match=r"\(operation not permitted.*\): training goes on without a graph") as told:
+    with pytest.warns(
+        UserWarning, match="cannot be recorded as a CUDA graph here .*: training goes on without"
+    ) as told:
         found, other_weights = train(CIFAR, data)
-    assert len(told) == 1
+    assert (len(told), len(graphs)) == (1, 1)
     assert found == expected
     assert equal(other_weights, weights)
-    assert len(attempts) == 1
 
 
-def test_a_graph_that_was_asked_for_and_fails_is_an_error(attempts: list[PlayedGraph]) -> None:
+@pytest.mark.parametrize(
+    ("graphs", "error", "words"),
+    [
+        (REFUSED, RecordingError, r"cannot be recorded as a CUDA graph here \(operation not permitted"),
+        (OUT_OF_MEMORY, OutOfMemoryError, "a smaller --batch-size or --width would help"),
+    ],
+    indirect=["graphs"],
+)
+def test_a_graph_that_was_asked_for_and_fails_is_an_error(
+    graphs: list[PlayedGraph], error: type[Exception], words: str
+) -> None:
     trained = Trainer(FEW_DIGITS.with_settings(acceleration="graph"), digits(40))
-    with pytest.raises(RecordingError, match=r"cannot be recorded as a CUDA graph here \(operation not permitted"):
+    with pytest.raises(error, match=words):
         next(iter(trained))
-    assert trained.step == PLAYED_WARMUP_STEPS
-    assert len(attempts) == 1
+    assert (trained.step, len(graphs)) == (WARMUP_CALLS, 1)
 
 
 # ---------------------------------------------------------------- modes
@@ -309,34 +305,34 @@ def test_a_recorded_step_is_an_eager_one(config: TrainConfig, size: int, mode: A
     eager, recorded = (Trainer(config.with_settings(device="cuda", acceleration=a), data) for a in ("none", mode))
     expected, found = list(eager), list(recorded)
     assert [m.loss for m in found] == pytest.approx([m.loss for m in expected], rel=1e-2)
-    assert recorded._training_step is not None
-    assert recorded._training_step._recorded is not None
-    last_size, recorded_step = recorded._training_step._recorded
+    assert recorded._recorded is not None
+    last_size, recorded_step = recorded._recorded
     assert last_size == size
     assert recorded_step._graph is not None
 
 
 @pytest.mark.parametrize(
-    ("acceleration", "device", "num_processes", "mode"),
+    ("acceleration", "device", "num_processes", "records"),
     [
-        ("auto", CUDA, 1, "graph"),
-        ("auto", CUDA, 2, "eager"),
-        ("auto", CPU, 1, "eager"),
-        ("auto", MPS, 1, "eager"),
-        ("none", CUDA, 1, "eager"),
-        ("graph", CUDA, 1, "graph"),
-        ("compile", CUDA, 1, "compile"),
-        ("compile", CPU, 2, "compile"),
+        ("auto", CUDA, 1, True),
+        ("auto", CUDA, 2, False),
+        ("auto", CPU, 1, False),
+        ("auto", MPS, 1, False),
+        ("none", CUDA, 1, False),
+        ("graph", CUDA, 1, True),
+        ("graph", CUDA, 2, "is for one process"),
+        ("graph", CPU, 1, "needs a CUDA device, not cpu"),
+        ("compile", CUDA, 1, True),
+        ("compile", CUDA, 2, False),
+        ("compile", CPU, 1, False),
     ],
 )
-def test_modes(acceleration: Acceleration, device: torch.device, num_processes: int, mode: str) -> None:
-    assert choose_mode(acceleration, device, Processes(0, num_processes)) == mode
-
-
-def test_a_graph_is_not_to_be_had_everywhere() -> None:
-    with pytest.raises(ValueError, match="needs a CUDA device, not cpu"):
-        choose_mode("graph", CPU, ALONE)
-    with pytest.raises(ValueError, match="is for one process"):
-        choose_mode("graph", CUDA, Processes(0, 2))
-    with pytest.raises(ValueError, match="needs a CUDA device, not cpu"):
-        Trainer(DIGITS.with_settings(acceleration="graph"), digits(100))
+def test_where_steps_are_recorded(
+    acceleration: Acceleration, device: torch.device, num_processes: int, records: bool | str
+) -> None:
+    processes = Processes(0, num_processes)
+    if isinstance(records, bool):
+        assert records_graphs(acceleration, device, processes) == records
+    else:
+        with pytest.raises(ValueError, match=records):
+            records_graphs(acceleration, device, processes)

@@ -20,139 +20,94 @@ import pytest
 from rich.console import Console
 
 from byot.config import TrainConfig
-from search.records import MEASURES, SearchRecords
+from byot.search_files import MEASURES
+from search.records import SearchRecords
 from search.settings import expected_work, expected_work_left, grace_epochs
 from search.space import DEFAULT_SPACE, first_points
-from search.table import (
-    NUM_MEASURED,
-    EpochRate,
-    LiveTable,
-    SearchView,
-    TrialView,
-    estimate_left_s,
-    format_duration,
-    render,
-    view_search,
-)
+from search.table import NUM_MEASURED, LiveTable, estimate_left_s, render
 from tests.helpers import FakeTerminal, command_environment, command_line
 
-HEIGHT = 24
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 SMALL = ("--dataset", "digits", "--width", 4, "--epochs", 3, "--num-samples", 4, "--name", "small")
+TIMES = {"time": "1:02:34", "left": "about 22 min", "epochs/s": "1.43"}
+PARAMS = {"alpha": 0.12345, "temperature": 9.8765, "beta": 1.2345e-05, "lr": 0.0123456, "weight_decay": 0.000123456}
 
 
-def make_view(num_running: int = 2, parameters: tuple[str, ...] = ("alpha", "temperature", "beta")) -> SearchView:
-    params = (0.12345, 9.8765, 1.2345e-05, 0.0123456, 0.000123456)[: len(parameters)]
-    running = [TrialView(f"t{i:04}", "sampled", i % 30, 40.25 + i, params) for i in range(10, 10 + num_running)]
-    return SearchView(
-        name="resnet18-w16-digits-e30",
-        metric="val_accuracy",
-        parameters=parameters,
-        epochs=30,
-        num_samples=64,
-        num_stopped=5,
-        num_completed=2,
-        num_failed=1,
-        running=tuple(running),
-        best=TrialView("t0000", "reference", 30, 92.361, params),
-        elapsed_s=3754.2,
-        left_s=1333.0,
-        epochs_per_s=1.4321,
-        stopping=False,
+def make_records(folder: Path, *, metric: str = "val_accuracy", params: int = 3, epochs: int = 30) -> SearchRecords:
+    return SearchRecords(
+        folder / "resnet18", parameters=list(PARAMS)[:params], metrics=(metric,), epochs=epochs, seed=0
     )
 
 
-BEGINNING = make_view(0)._replace(
-    num_stopped=0, num_completed=0, num_failed=0, best=None, elapsed_s=0.4, left_s=None, epochs_per_s=None
-)
+def begin(records: SearchRecords, epochs: int, value: float = 50.0, *, role="sampled", seconds: float = 1.0) -> str:
+    """Begin a trial and let it do its first epochs; returns its id."""
+    trial_id = records.begin(role, {name: PARAMS[name] for name in records.parameters}).trial_id
+    for epoch in range(1, epochs + 1):
+        records.add_epoch(trial_id, {**dict.fromkeys(MEASURES, value), "epoch": epoch, "elapsed_s": seconds})
+    return trial_id
 
 
-def lines_of(view: SearchView, width: int) -> list[str]:
-    console = Console(width=width, height=HEIGHT, color_system=None)
+@pytest.fixture
+def records(tmp_path: Path) -> SearchRecords:
+    """One trial of each kind; of the two that run only t0004 does at the moment."""
+    records = make_records(tmp_path)
+    records.end(begin(records, 30, 92.361, role="reference"), "completed")
+    records.end(begin(records, 3), "stopped")
+    records.end(begin(records, 1), "failed")
+    begin(records, 10, 50.25, role="control")
+    begin(records, 11, 51.25)
+    return records
+
+
+def lines_of(records: SearchRecords, width: int, running: tuple[str, ...] = ("t0004",), **options) -> list[str]:
+    console = Console(width=width, color_system=None)
     with console.capture() as capture:
-        console.print(render(view, width, HEIGHT))
+        console.print(render(records, list(running), TIMES, width, num_samples=64, **options))
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
-def test_all_that_is_known_is_shown():
-    assert lines_of(make_view(), 80) == [
+def test_all_that_is_known_is_shown(records: SearchRecords):
+    assert lines_of(records, 100, ("t0003", "t0004")) == [
         "",
-        "resnet18-w16-digits-e30  8 of 64 trials have ended",
-        "running 2  stopped 5  completed 2  failed 1  to come 54",
+        "resnet18  3 of 64 trials have ended",
+        "running 2  stopped 1  completed 1  failed 1  to come 59",
         "time 1:02:34  left about 22 min  epochs/s 1.43",
         "",
-        "         trial  role       epoch  accuracy  alpha  temperature      beta",
-        "best     t0000  reference  30/30     92.36  0.123         9.88  1.23e-05",
-        "",
-        "running  t0010  sampled    10/30     50.25  0.123         9.88  1.23e-05",
-        "         t0011  sampled    11/30     51.25  0.123         9.88  1.23e-05",
+        "                trial  epoch  accuracy  alpha  temperature      beta",
+        "best reference  t0000  30/30     92.36  0.123         9.88  1.23e-05",
+        "control         t0003  10/30     50.25  0.123         9.88  1.23e-05",
+        "                t0004  11/30     51.25  0.123         9.88  1.23e-05",
     ]
+    waiting = lines_of(records, 80, stopping=True)
+    assert waiting[1].endswith("have ended  stopping")
+    assert waiting[2].endswith("to come 60"), "t0003 waits"
+    assert "t0003" not in "\n".join(waiting)
 
 
-def test_what_is_not_known_yet_is_a_dash():
-    lines = lines_of(BEGINNING, 80)
-    assert "running 0  stopped 0  completed 0  failed 0  to come 64" in lines
-    assert "time 0:00:00  left -  epochs/s -" in lines
-    assert lines[-1].split() == ["best", *"-------"]
-    first = TrialView("t0000", "reference", 0, None, (0.1, 3.0, 1e-6))
-    assert lines_of(BEGINNING._replace(running=(first,)), 80)[-1].split()[3:] == ["0/30", "-", "0.1", "3", "1e-06"]
+def test_what_is_not_known_yet(tmp_path: Path):
+    records = make_records(tmp_path)
+    assert lines_of(records, 80, ())[-1].split() == ["trial", "epoch", "accuracy", "alpha", "temperature", "beta"]
+    begin(records, 0)
+    assert lines_of(records, 80, ("t0000",))[-1].split()[:3] == ["t0000", "0/30", "-"]
 
 
-def test_a_search_that_stops_says_so():
-    assert "stopping" in "\n".join(lines_of(make_view()._replace(stopping=True), 80))
-
-
-@pytest.mark.parametrize("num_parameters", [3, 5])
+@pytest.mark.parametrize("params", [3, 5])
 @pytest.mark.parametrize("metric", ["val_nll", "val_accuracy", "val_accuracy_ensemble"])
-@pytest.mark.parametrize("params", [(0.12345, 9.8765, 1.2345e-05, 0.0123456, 0.000123456), (0.1, 3, 1e-6, 0.1, 5e-4)])
-def test_no_width_loses_a_number(num_parameters: int, metric: str, params: tuple[float, ...]):
-    names = ("alpha", "temperature", "beta", "lr", "weight_decay")[:num_parameters]
-    view = make_view(parameters=names)
-    trial = view.running[0]._replace(params=params[:num_parameters])
-    view = view._replace(metric=metric, running=(trial,), best=None)
-    numbers = ["running", "t0010", "10/30", "50.25", *(f"{value:.3g}" for value in trial.params)]
+def test_no_width_loses_a_number(tmp_path: Path, params: int, metric: str):
+    records = make_records(tmp_path, metric=metric, params=params)
+    begin(records, 10, 0.5025)
+    value = "0.5025" if metric == "val_nll" else "0.50"
+    numbers = ["t0000", "10/30", value, *(f"{value:.3g}" for value in list(PARAMS.values())[:params])]
     for width in range(60, 130):
-        lines = lines_of(view, width)
+        lines = lines_of(records, width, ("t0000",))
         assert max(map(len, lines)) <= width
         text = "\n".join(lines)
         assert text.isascii()
-        table = text[text.index("trial  ") if "trial  " in text else text.index("trial ") :]
-        words = re.split(r"[\s=]+", table)
-        assert [word for word in words if word in numbers][: len(numbers)] == numbers, text
+        assert [word for word in re.split(r"[\s=]+", text) if word in numbers] == numbers, text
+    assert max(map(len, lines_of(records, 30, ("t0000",)))) <= 30
 
 
-def test_where_it_is_narrow_the_role_goes_first():
-    assert "reference" in "\n".join(lines_of(make_view(), 80))
-    narrow = lines_of(make_view(), 60)
-    assert "reference" not in "\n".join(narrow)
-    assert narrow[6] == "best     t0000  30/30     92.36  0.123        9.88  1.23e-05"
-    names = ("alpha", "temperature", "beta", "lr", "weight_decay")
-    assert "alpha=0.123 temperature=9.88" in "\n".join(lines_of(make_view(parameters=names), 60))
-    assert max(map(len, lines_of(make_view(parameters=names), 30))) <= 30
-
-
-def test_more_trials_than_lines():
-    lines = lines_of(make_view(40), 80)
-    assert len(lines) < HEIGHT
-    assert "92.36" in "\n".join(lines)
-    shown = sum("sampled" in line for line in lines)
-    assert lines[-1] == f"{40 - shown} more"
-    assert "more" not in "\n".join(lines_of(make_view(3), 80))
-
-
-# ---------------------------------------------------------------- the speed and the time left
-
-
-def test_speed_is_of_all_trials_over_the_last_epochs():
-    rate = EpochRate(100.0)
-    assert rate.per_second(150.0, 2) is None
-    for at in (110.0, 110.0, 120.0, 120.0):
-        rate.add(at)
-    assert rate.per_second(120.0, 2) == rate.per_second(130.0, 2) == 0.2
-    assert rate.per_second(220.0, 2) == (4 + 2) / 120, "late epochs tell"
-    for i in range(2 * NUM_MEASURED):
-        rate.add(120.0 + i)
-    assert rate.per_second(120.0 + 2 * NUM_MEASURED, 2) == pytest.approx(1.0)
+# ---------------------------------------------------------------- the time left
 
 
 def expect_slowly(done: int, epochs: int, rungs: list[int]) -> float:
@@ -162,25 +117,11 @@ def expect_slowly(done: int, epochs: int, rungs: list[int]) -> float:
 
 @pytest.mark.parametrize(("epochs", "rungs"), [(1, []), (2, []), (6, [2]), (30, [3, 9, 27]), (200, [20, 60, 180])])
 def test_epochs_that_asha_leaves(epochs: int, rungs: list[int]):
+    grace = grace_epochs(epochs)
     for done in range(epochs + 1):
-        assert expected_work_left(done, epochs, grace_epochs(epochs)) == pytest.approx(
-            expect_slowly(done, epochs, rungs)
-        )
-    assert expected_work_left(epochs, epochs, grace_epochs(epochs)) == 0
-    assert expected_work(7, epochs, grace_epochs(epochs)) == pytest.approx(
-        2 * epochs + 5 * expect_slowly(0, epochs, rungs)
-    )
-
-
-def make_records(folder: Path, epochs: int = 30) -> SearchRecords:
-    return SearchRecords(
-        folder, parameters=list(DEFAULT_SPACE), metric="val_accuracy", mode="max", epochs=epochs, seed=0
-    )
-
-
-def add_epochs(records: SearchRecords, trial_id: str, num_epochs: int, seconds: float = 1.0) -> None:
-    for epoch in range(1, num_epochs + 1):
-        records.add_epoch(trial_id, {**dict.fromkeys(MEASURES, 50.0), "epoch": epoch, "elapsed_s": seconds})
+        assert expected_work_left(done, epochs, grace) == pytest.approx(expect_slowly(done, epochs, rungs))
+    assert expected_work_left(epochs, epochs, grace) == 0
+    assert expected_work(7, epochs, grace) == pytest.approx(2 * epochs + 5 * expect_slowly(0, epochs, rungs))
 
 
 def test_time_left_falls_from_what_is_expected_of_all_to_nothing(tmp_path: Path):
@@ -188,15 +129,14 @@ def test_time_left_falls_from_what_is_expected_of_all_to_nothing(tmp_path: Path)
     left = [estimate_left_s(records, 4, 2.0)]
     assert left[0] == pytest.approx(expected_work(4, 30, 3) / 2.0)
     assert estimate_left_s(records, 4, 2.0, stops_early=False) == 4 * 30 / 2.0
-    for role, params in first_points(DEFAULT_SPACE, TrainConfig()):
-        add_epochs(records, records.begin(role, params)["trial_id"], 30)
+    for role, _ in first_points(DEFAULT_SPACE, TrainConfig()):
+        begin(records, 30, role=role)
         left.append(estimate_left_s(records, 4, 2.0))
     assert left[-1] == pytest.approx(2 * expected_work_left(0, 30, 3) / 2.0)
     for trial_id in ("t0000", "t0001"):
         records.end(trial_id, "completed")
     for _ in range(2):
-        trial_id = records.begin("sampled", dict.fromkeys(DEFAULT_SPACE, 1.0))["trial_id"]
-        add_epochs(records, trial_id, 2)
+        trial_id = begin(records, 2)
         left.append(estimate_left_s(records, 4, 2.0))
         records.end(trial_id, "stopped")
     left.append(estimate_left_s(records, 4, 2.0))
@@ -206,38 +146,8 @@ def test_time_left_falls_from_what_is_expected_of_all_to_nothing(tmp_path: Path)
 
 def test_the_last_trial_takes_its_own_time_however_quick_all_were_together(tmp_path: Path):
     records = make_records(tmp_path)
-    records.begin("reference", dict.fromkeys(DEFAULT_SPACE, 1.0))
-    add_epochs(records, "t0000", 10, seconds=4.0)
+    begin(records, 10, role="reference", seconds=4.0)
     assert estimate_left_s(records, 1, work_per_s=8.0) == 20 * 4.0
-
-
-def test_a_view_counts_every_trial_once(tmp_path: Path):
-    records = make_records(tmp_path, epochs=3)
-    for status in ("completed", "stopped", "failed", "running", "running"):
-        trial_id = records.begin("sampled", dict.fromkeys(DEFAULT_SPACE, 1.0))["trial_id"]
-        add_epochs(records, trial_id, 3 if status == "completed" else 2)
-        if status != "running":
-            records.end(trial_id, status)
-    view = view_search(
-        records,
-        ["t0004"],
-        num_samples=9,
-        stops_early=True,
-        elapsed_s=5.0,
-        epochs_per_s=0.01,
-        budget_s=60.0,
-        stopping=False,
-    )
-    assert (view.num_completed, view.num_stopped, view.num_failed) == (1, 1, 1)
-    assert [trial.trial_id for trial in view.running] == ["t0004"]
-    assert view.best == TrialView("t0000", "sampled", 3, 50.0, (1.0, 1.0, 1.0))
-    assert view.left_s == 60.0, "then the search stops"
-    assert "to come 5" in "\n".join(lines_of(view, 80)), "t0003 waits"
-
-
-def test_durations():
-    told = [format_duration(seconds) for seconds in (3.4, 100, 7200, 3 * 86400)]
-    assert told == ["3 s", "2 min", "2.0 h", "3.0 days"]
 
 
 # ---------------------------------------------------------------- the terminal
@@ -249,24 +159,57 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
     monkeypatch.setattr(sys, "__stdout__", fake)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "24")
     return fake
 
 
-def test_lines_stay_and_the_table_goes(terminal: FakeTerminal):
+def show(live: LiveTable, records: SearchRecords, running: tuple[str, ...] = ("t0004",), **options) -> None:
+    live.show(records, list(running), num_samples=64, stops_early=True, **options)
+
+
+def test_speed_and_time_left_are_those_of_the_last_epochs(
+    terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch
+):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with LiveTable() as live:
-        live.show(make_view())
+        show(live, records)
+        assert "left -  epochs/s -" in re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+        for seconds in [1000.0] * 5 + [2.0] * NUM_MEASURED:
+            clock[0] += seconds
+            live.add_epoch(1.0)
+        clock[0] += 3.0
+        show(live, records, deadline=clock[0] + 61.0)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+    assert "time 1:26:43  left about 61 s  epochs/s 0.5" in shown, "the search stops before it has done all"
+
+
+def test_lines_stay_and_the_table_goes(terminal: FakeTerminal, records: SearchRecords):
+    with LiveTable() as live:
+        show(live, records)
         live.say("first [bold] :smile:")
-        live.show(make_view(3))
+        show(live, records, ("t0003", "t0004"))
     live.say("last")
     assert terminal.getvalue().startswith(HIDE_CURSOR)
-    assert terminal.getvalue().rindex(SHOW_CURSOR) > terminal.getvalue().rindex("t0012")
+    assert terminal.getvalue().rindex(SHOW_CURSOR) > terminal.getvalue().rindex("t0004")
     assert screen_after(terminal.getvalue()) == ["first [bold] :smile:", "last"]
 
 
-def test_the_table_goes_when_the_search_fails(terminal: FakeTerminal):
+def test_more_trials_than_lines(terminal: FakeTerminal, records: SearchRecords):
+    running = tuple(begin(records, 1) for _ in range(40))
+    with LiveTable() as live:
+        show(live, records, running)
+    shown = terminal.getvalue()
+    assert shown.count("\n") <= 24
+    assert all(words in shown for words in ("92.36", running[0], "...")), "the best, the first of the others"
+    assert running[-1] not in shown
+    assert screen_after(terminal.getvalue()) == []
+
+
+def test_the_table_goes_when_the_search_fails(terminal: FakeTerminal, records: SearchRecords):
     def fail() -> None:
         with LiveTable() as live:
-            live.show(make_view())
+            show(live, records)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -275,35 +218,41 @@ def test_the_table_goes_when_the_search_fails(terminal: FakeTerminal):
     assert screen_after(terminal.getvalue()) == []
 
 
-def test_a_dumb_terminal_gets_plain_lines(terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch):
+def test_a_dumb_terminal_gets_plain_lines(
+    terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("TERM", "dumb")
     with LiveTable() as live:
         assert not live.is_due()
-        live.show(make_view())
+        show(live, records)
         live.say("line")
     assert terminal.getvalue() == "line\n"
 
 
-def test_no_color_is_respected(terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch):
+def test_no_color_is_respected(terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NO_COLOR", "1")
     with LiveTable() as live:
-        live.show(make_view())
+        show(live, records)
     assert not re.search(r"\x1b\[[0-9;]*[34]\d(;[0-9;]*)?m", terminal.getvalue())
 
 
-def test_forced_colours_make_no_terminal_of_a_pipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_forced_colours_make_no_terminal_of_a_pipe(
+    records: SearchRecords, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setenv("FORCE_COLOR", "1")
     with open(tmp_path / "pipe", "w+") as pipe:
         monkeypatch.setattr(sys, "__stdout__", pipe)
         with LiveTable() as live:
-            live.show(make_view())
+            show(live, records)
             live.say("line")
     assert (tmp_path / "pipe").read_text() == "line\n"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), BrokenPipeError(errno.EPIPE, "Broken")])
 @pytest.mark.parametrize("gone_before", ["start", "table", "line", "end"])
-def test_a_terminal_that_goes_away_is_no_trouble(terminal: FakeTerminal, error: OSError, gone_before: str):
+def test_a_terminal_that_goes_away_is_no_trouble(
+    terminal: FakeTerminal, records: SearchRecords, error: OSError, gone_before: str
+):
     def now(moment: str) -> None:
         if moment == gone_before:
             terminal.error = error
@@ -311,7 +260,7 @@ def test_a_terminal_that_goes_away_is_no_trouble(terminal: FakeTerminal, error: 
     now("start")
     with LiveTable() as live:
         now("table")
-        live.show(make_view())
+        show(live, records)
         now("line")
         live.say("line")
         now("end")
@@ -324,12 +273,12 @@ def test_ray_can_pickle_it(terminal: FakeTerminal):
 
 
 def test_it_is_drawn_at_most_once_in_a_while_but_after_each_line(
-    terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+    terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("search.table.REFRESH_S", 3600.0)
     with LiveTable() as live:
         assert live.is_due()
-        live.show(make_view())
+        show(live, records)
         assert not live.is_due()
         live.say("line")
         assert live.is_due()
@@ -386,7 +335,7 @@ def test_a_search_on_a_terminal(tmp_path: Path):
     code, output = run_on_terminal(tmp_path)
     assert code == 0, output
     assert "trials have ended" in output
-    assert re.search(r"running.*t000\d.*/3", output)
+    assert re.search(r"t000\d +\d/3", output)
     left = screen_after(output)
     text = "\n".join(left)
     assert "trials have ended" not in text, "the table is gone"

@@ -1,26 +1,22 @@
-"""What search methods are compared on: made-up learning curves and recorded ones, both at no cost.
+"""Provides what search methods are compared on: made-up learning curves and recorded ones, both at no cost.
 
 A family answers a configuration with a whole learning curve, and knows how good the configuration truly is.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import qmc
 
-from benchmarks.quality.curves import Curve, curves_path, load_curves
-from byot.config import TrainConfig, comparable_after
+from benchmarks.quality.curves import FAMILIES, Curve, curves_path, load_curves
+from byot.config import comparable_after
+from byot.search_files import Range, Role, Space
 from search.settings import grace_epochs
-from search.space import DEFAULT_SPACE, Range, Role, Space
-
-SyntheticName = Literal["acc", "peak", "loss"]
-RecordedName = Literal["digits", "cifar100-10", "modern-e4", "modern-e8", "modern-e24", "reference-e40"]
-SYNTHETIC, RECORDED = get_args(SyntheticName), get_args(RecordedName)
+from search.space import DEFAULT_SPACE
 
 SYNTHETIC_EPOCHS = 27
 SYNTHETIC_SPACE: Space = {
@@ -30,6 +26,8 @@ SYNTHETIC_SPACE: Space = {
 }
 NOISE = 0.006  # standard deviation of one value of a synthetic curve
 NUM_LOOKED_AT = 2**14  # configurations from which the best of a synthetic family is climbed to
+NUM_NEIGHBOURS = 4  # recorded configurations whose curves make a proposal's
+Shape = Callable[[np.ndarray, np.ndarray | int], np.ndarray]  # of a place [..., 4] in the unit cube, and an epoch
 
 
 class Run(NamedTuple):
@@ -50,34 +48,27 @@ class Family(NamedTuple):
     grace: int  # epochs before our searches may stop a trial
 
 
-class Shape(Protocol):
-    def __call__(self, place: np.ndarray, epoch: np.ndarray | int) -> np.ndarray: ...
-
-
 def load_family(name: str, curves_folder: Path) -> Family:
-    """Raises FileNotFoundError where a recorded family was not recorded."""
-    if name in SYNTHETIC:
-        return synthetic_family(SHAPES[name])
-    return recorded_family(curves_path(name, curves_folder))
+    """Make the family of this name. Raises FileNotFoundError where a recorded family was not recorded."""
+    return synthetic_family(SHAPES[name]) if name in SHAPES else recorded_family(curves_path(name, curves_folder))
 
 
 def to_unit_cube(params: dict[str, float], space: Space) -> np.ndarray:
-    """The place of a configuration, each parameter from 0 to 1; one below its range, as a beta of 0, is at 0."""
+    """Scale each parameter to its place from 0 to 1; one below its range, as a beta of 0, is at 0."""
 
-    def scaled(value: float, bounds: Range) -> float:
-        low, high, value = bounds.low, bounds.high, max(value, bounds.low)
-        if bounds.log:
-            low, high, value = math.log(low), math.log(high), math.log(value)
-        return (value - low) / (high - low)
+    def share(value: float, bounds: Range) -> float:
+        scale = math.log if bounds.log else float
+        low, high = scale(bounds.low), scale(bounds.high)
+        return (scale(max(value, bounds.low)) - low) / (high - low)
 
-    return np.array([scaled(params[name], bounds) for name, bounds in space.items()])
+    return np.array([share(params[name], bounds) for name, bounds in space.items()])
 
 
 # ---------------------------------------------------------------- synthetic
 
 
 def _final(place: np.ndarray) -> np.ndarray:
-    """The final quality of places [..., 4]: a tilted bowl whose bottom is in the middle of no axis."""
+    """Compute the final quality: a tilted bowl whose bottom is in the middle of no axis."""
     a, t, b, lr = np.moveaxis(place, -1, 0)
     return (
         0.9
@@ -90,32 +81,32 @@ def _final(place: np.ndarray) -> np.ndarray:
 
 
 def accuracy(place: np.ndarray, epoch: np.ndarray | int) -> np.ndarray:
-    """Rises to the end; a high learning rate learns early, so that curves cross."""
+    """Rise to the end; a high learning rate learns early, so that curves cross."""
     a, _, _, lr = np.moveaxis(place, -1, 0)
     return _final(place) * (1 - 0.85 * np.exp(-epoch / (1.5 + 7 * (1 - lr) ** 2 + 2 * a)))
 
 
 def early_peak(place: np.ndarray, epoch: np.ndarray | int) -> np.ndarray:
-    """A high learning rate shines at the second epoch and falls back: the early values mislead."""
+    """Let a high learning rate shine at the second epoch and fall back: the early values mislead."""
     lr = place[..., 3]
     bump = 0.55 * np.maximum(0.0, lr - 0.2) * np.exp(-(((epoch - 2) / 3.5) ** 2))
     return _final(place) * (1 - 0.6 * np.exp(-epoch / (2 + 4 * (1 - lr)))) + bump
 
 
 def negative_loss(place: np.ndarray, epoch: np.ndarray | int) -> np.ndarray:
-    """A loss that falls and then rises again, the more the less hints regularise."""
+    """Let a loss fall and then rise again, the more the less hints regularise."""
     beta = place[..., 2]
     return -(1 - _final(place)) * (0.55 + 1.2 * np.exp(-epoch / 2.5) + 0.03 * epoch * (1.4 - beta))
 
 
 SHAPES: dict[str, Shape] = {"acc": accuracy, "peak": early_peak, "loss": negative_loss}
+SYNTHETIC, RECORDED = tuple(SHAPES), tuple(name for name, family in FAMILIES.items() if family.num_configurations)
 
 
-def synthetic_family(shape: Shape, noise: float = NOISE) -> Family:
+def synthetic_family(shape: Shape) -> Family:
     def train(role: Role, params: dict[str, float], rng: np.random.Generator) -> Run:
         curve = shape(to_unit_cube(params, SYNTHETIC_SPACE), np.arange(1, SYNTHETIC_EPOCHS + 1))
-        noisy = curve + noise * rng.standard_normal(SYNTHETIC_EPOCHS)
-        return Run(noisy.tolist(), float(curve[-1]))
+        return Run((curve + NOISE * rng.standard_normal(SYNTHETIC_EPOCHS)).tolist(), float(curve[-1]))
 
     size, grace = len(SYNTHETIC_SPACE), grace_epochs(SYNTHETIC_EPOCHS)  # there is no learning rate to drop
     places = qmc.Sobol(size, seed=0).random(NUM_LOOKED_AT)
@@ -129,65 +120,45 @@ def synthetic_family(shape: Shape, noise: float = NOISE) -> Family:
 # ---------------------------------------------------------------- recorded
 
 
-NUM_NEIGHBOURS = 4
-
-
-class Recorded(NamedTuple):
-    """A configuration that was trained, once for each seed."""
-
-    runs: list[list[float]]  # val_accuracy by epoch
-    truth: float
-
-
 def recorded_family(path: Path) -> Family:
-    """A proposal takes a mean of the curves trained around it, of each configuration one of its seeds at random.
+    """Answer a proposal with the mean of the curves trained around it.
 
-    That is of the four nearest in the unit cube of the space, weighted by the inverse of their squared distance: the
-    curve of a single one, the answer for its whole cell, would make the search a lottery for the best cell. Where the
-    nearest diverged, so does the proposal. The settings that a search tries first have curves of their own. A
-    configuration's truth is the mean of its last values over the seeds; a run that diverged counts as 0 % there.
+    These are the four nearest in the unit cube of the space, one seed of each drawn at random, weighted by the inverse
+    of their squared distance. With the nearest alone a search would be a lottery for the best cell. Where the nearest
+    diverged, so does the proposal. The settings that a search tries first have curves of their own. A configuration's
+    truth is the mean of its last values over the seeds; a run that diverged counts as 0 % there.
     """
     recorded = load_curves(path)
-    by_number: dict[int, list[Curve]] = {}
-    for curve in recorded.curves:
-        by_number.setdefault(curve.number, []).append(curve)
-    found: dict[Role, list[Recorded]] = {"sampled": [], "reference": [], "control": []}
-    places = []
-    for same in by_number.values():
+    space, epochs = recorded.space, recorded.config.epochs
+
+    found: dict[Role, list[list[Curve]]] = {"sampled": [], "reference": [], "control": []}
+    for same in recorded.by_number().values():
+        found[same[0].role].append(same)
+    places = np.array([to_unit_cube(same[0].params, space) for same in found["sampled"]])
+
+    def truth_of(same: list[Curve]) -> float:
         runs = [curve.values["val_accuracy"] for curve in same]
-        truth = float(np.mean([run[-1] if len(run) == recorded.epochs else 0.0 for run in runs]))
-        found[same[0].role].append(Recorded(runs, truth))
-        if same[0].role == "sampled":
-            places.append(to_unit_cube(same[0].params, recorded.space))
-    train = partial(_replay, found=found, places=np.array(places), space=recorded.space, epochs=recorded.epochs)
+        return float(np.mean([run[-1] if len(run) == epochs else 0.0 for run in runs]))
+
+    def draw(same: list[Curve], rng: np.random.Generator) -> list[float]:
+        return same[rng.integers(len(same))].values["val_accuracy"]
+
+    def train(role: Role, params: dict[str, float], rng: np.random.Generator) -> Run:
+        if role != "sampled":
+            (first,) = found[role]
+            return Run(draw(first, rng), truth_of(first))
+        squared = ((places - to_unit_cube(params, space)) ** 2).sum(axis=1)
+        nearest = np.argsort(squared, kind="stable")[:NUM_NEIGHBOURS]
+        around, weights = [found["sampled"][number] for number in nearest], 1 / (squared[nearest] + 1e-9)
+        runs = [draw(same, rng) for same in around]
+        truth = float(weights / weights.sum() @ np.array([truth_of(same) for same in around]))
+        whole = [len(run) == epochs for run in runs]
+        if not whole[0]:
+            return Run(runs[0], truth)
+        curves = np.array([run for run, is_whole in zip(runs, whole, strict=True) if is_whole])
+        return Run((weights[whole] / weights[whole].sum() @ curves).tolist(), truth)
+
     # The control is another method: it is no answer to a search.
-    best = max(one.truth for role in ("sampled", "reference") for one in found[role])
-    typical = float(np.mean([one.truth for one in found["sampled"]]))
-    grace = grace_epochs(recorded.epochs, comparable_after(TrainConfig.from_dict(recorded.header["config"])))
-    return Family(recorded.space, recorded.epochs, train, best, typical, grace)
-
-
-def _replay(
-    role: Role,
-    params: dict[str, float],
-    rng: np.random.Generator,
-    *,
-    found: dict[Role, list[Recorded]],
-    places: np.ndarray,
-    space: Space,
-    epochs: int,
-) -> Run:
-    if role != "sampled":
-        (recorded,) = found[role]
-        return Run(recorded.runs[rng.integers(len(recorded.runs))], recorded.truth)
-    squared = ((places - to_unit_cube(params, space)) ** 2).sum(axis=1)
-    around = [found["sampled"][number] for number in np.argsort(squared, kind="stable")[:NUM_NEIGHBOURS]]
-    weights = 1 / (np.sort(squared)[:NUM_NEIGHBOURS] + 1e-9)
-    runs = [recorded.runs[rng.integers(len(recorded.runs))] for recorded in around]
-    truth = float(weights / weights.sum() @ np.array([recorded.truth for recorded in around]))
-    whole = [len(run) == epochs for run in runs]
-    if not whole[0]:
-        return Run(runs[0], truth)
-    curves = np.array([run for run, is_whole in zip(runs, whole, strict=True) if is_whole])
-    shares = weights[whole] / weights[whole].sum()
-    return Run((shares @ curves).tolist(), truth)
+    best = max(truth_of(same) for same in found["sampled"] + found["reference"])
+    typical = float(np.mean([truth_of(same) for same in found["sampled"]]))
+    return Family(space, epochs, train, best, typical, grace_epochs(epochs, comparable_after(recorded.config)))

@@ -1,4 +1,4 @@
-"""How good a configuration search methods find, against the epochs they spend: regret, with nothing trained.
+"""Measures the regret of search methods against the epochs they spend; nothing is trained.
 
   python benchmarks/quality/search_quality.py                                   all families, 30 seeds
   python benchmarks/quality/search_quality.py --families acc peak loss --output FILE --figure FILE
@@ -8,62 +8,48 @@ time whose trials take their epochs from families.py: made-up curves, and record
 are replaced, by the same that write nothing to disk.
 
 Every method has the same budget of epochs. What it has found is, of the trials that reached their last epoch, the one
-whose last value was best; its regret is how much better the best configuration of the family truly is. Before any
+whose last value was best; its regret is how much better the family's best configuration truly is. Before any
 trial is complete it is that of a random configuration. Intervals are 95 % by Student's t over the seeds.
 """
 
-import argparse
 import heapq
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import optuna
-import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
-from scipy.stats import t as student
 
 from analysis.figures import BLUE, GREEN, GREY, ORANGE, STYLE, WIDTH
+from benchmarks import common
+from benchmarks.common import Estimate, estimate, half_width
 from benchmarks.quality.curves import FOLDER, curves_path
 from benchmarks.quality.families import RECORDED, SYNTHETIC, Family, load_family
-from benchmarks.quality.pool import make_pool
 from byot.config import TrainConfig
-from byot.system.files import write_json
+from byot.console import text_table
+from byot.search_files import DIVERGED, Role, Status, TrialRecord
 from byot.system.flags import Parser, one_sentence_errors
-from byot.system.paths import absolute_path
-from byot.system.provenance import provenance
-from search.records import DIVERGED, Row, SearchRecords, Status
-from search.space import Role, first_points
+from search.records import SearchRecords
+from search.space import first_points
 from search.study import BudgetAwareSearch, RecordedAsha, make_distributions
 
-Name = Literal["ours", "shipped", "stock", "tpe", "random_asha", "random"]
-LABELS: dict[Name, str] = {
-    "ours": "ours",
-    "shipped": "ours, with the first points",
-    "stock": "Ray's OptunaSearch + ASHA",
-    "tpe": "OptunaSearch, nothing stopped",
-    "random_asha": "random + Ray's ASHA",
-    "random": "random, nothing stopped",
-}
-COLOURS: dict[Name, str] = {
-    "ours": BLUE,
-    "shipped": "#39a0c4",
-    "stock": ORANGE,
-    "tpe": GREEN,
-    "random_asha": "#8460b0",
-    "random": GREY,
+METHODS = {  # name -> what tables call it, its colour
+    "ours": ("ours", BLUE),
+    "shipped": ("ours, with the first points", "#39a0c4"),
+    "stock": ("Ray's OptunaSearch + ASHA", ORANGE),
+    "tpe": ("OptunaSearch, nothing stopped", GREEN),
+    "random_asha": ("random + Ray's ASHA", "#8460b0"),
+    "random": ("random, nothing stopped", GREY),
 }
 METRIC = "val_accuracy"
-MODE: Literal["max"] = "max"
 NUM_WORKERS = 4
 NUM_WHOLE_TRIALS = 60  # the budget: the epochs of so many
 JITTER = 0.1  # an epoch takes from 1 to so much longer
@@ -93,24 +79,10 @@ class Method(Protocol):
 class RecordsInMemory(SearchRecords):
     """A search's records that leave nothing on disk: a replay begins thousands of trials."""
 
-    def __init__(self, family: Family, seed: int) -> None:
-        parameters = list(family.space)
-        nowhere = Path(os.devnull)  # no file can be below it
-        epochs, grace = family.epochs, family.grace
-        super().__init__(
-            nowhere, parameters=parameters, metric=METRIC, mode=MODE, epochs=epochs, grace=grace, seed=seed
-        )
-
-    def _read_rows(self) -> list[Row]:
-        return []
-
-    def _write_trial(self, row: Row) -> None:
+    def _write_trial(self, trial: TrialRecord) -> None:
         pass
 
     def write_table(self, *, at_once: bool = False) -> None:
-        pass
-
-    def write_best(self) -> None:
         pass
 
 
@@ -118,13 +90,15 @@ class Ours:
     """BudgetAwareSearch and RecordedAsha, told of each epoch and each end as search/callback.py tells them."""
 
     def __init__(self, family: Family, seed: int, *, first: bool) -> None:
-        self.records = RecordsInMemory(family, seed)
+        parameters, nowhere = list(family.space), Path(os.devnull)  # no file can be below it
+        self.records = RecordsInMemory(
+            nowhere, parameters=parameters, metrics=(METRIC,), epochs=family.epochs, grace=family.grace, seed=seed
+        )
         points = first_points(family.space, TrainConfig(recipe="reference")) if first else []
         self.searcher = BudgetAwareSearch(
             self.records, family.space, first=points, num_samples=4 * NUM_WHOLE_TRIALS, seed=seed
         )
-        self.scheduler = RecordedAsha(self.records, mode=MODE)
-        self.epochs = family.epochs
+        self.scheduler = RecordedAsha(self.records)
 
     def begin(self) -> Proposal:
         return Proposal(**self.searcher.suggest("Ray's id"))
@@ -137,13 +111,10 @@ class Ours:
             self.records.add_epoch(trial.trial_id, result)
         if decision == TrialScheduler.CONTINUE:
             return True
-        status: Status = "completed"
-        if trial.trial_id in self.scheduler.stopped:
-            status = "stopped"
-        elif not math.isfinite(value):
-            status = "failed"
-        error = f"{DIVERGED}the loss became nan" if status == "failed" else ""
-        self.searcher.tell(self.records.end(trial.trial_id, status, error))
+        diverged = not math.isfinite(value)
+        stopped = trial.trial_id in self.scheduler.stopped
+        status: Status = "failed" if diverged else "stopped" if stopped else "completed"
+        self.records.end(trial.trial_id, status, DIVERGED if diverged else "")
         return False
 
 
@@ -156,10 +127,10 @@ class Stock:
 
     def __init__(self, family: Family, seed: int, *, random: bool, stops: bool) -> None:
         sampler = {"sampler": optuna.samplers.RandomSampler(seed=seed)} if random else {"seed": seed}
-        self.searcher = OptunaSearch(make_distributions(family.space), metric=METRIC, mode=MODE, **sampler)
+        self.searcher = OptunaSearch(make_distributions(family.space), metric=METRIC, mode="max", **sampler)
         self.scheduler: TrialScheduler = FIFOScheduler()
         if stops:
-            self.scheduler = AsyncHyperBandScheduler(time_attr="epoch", metric=METRIC, mode=MODE, max_t=family.epochs)
+            self.scheduler = AsyncHyperBandScheduler(time_attr="epoch", metric=METRIC, mode="max", max_t=family.epochs)
         self.epochs = family.epochs
         self.num_begun = 0
 
@@ -168,12 +139,12 @@ class Stock:
         self.num_begun += 1
         params = self.searcher.suggest(trial_id)
         assert params is not None
-        self.scheduler.on_trial_add(CONTROLLER, _ray_trial(trial_id))
+        self.scheduler.on_trial_add(CONTROLLER, self._ray_trial(trial_id))
         return Proposal(trial_id, "sampled", params)
 
     def report(self, trial: Proposal, epoch: int, value: float) -> bool:
         result = {"epoch": epoch, "training_iteration": epoch, METRIC: value}
-        ray_trial = _ray_trial(trial.trial_id)
+        ray_trial = self._ray_trial(trial.trial_id)
         decision = self.scheduler.on_trial_result(CONTROLLER, ray_trial, result)
         if decision != TrialScheduler.STOP:
             self.searcher.on_trial_result(trial.trial_id, result)
@@ -183,12 +154,12 @@ class Stock:
         self.searcher.on_trial_complete(trial.trial_id, result=result)
         return False
 
+    @staticmethod
+    def _ray_trial(trial_id: str) -> Any:
+        return SimpleNamespace(trial_id=trial_id)  # all that the schedulers look at
 
-def _ray_trial(trial_id: str) -> Any:
-    return SimpleNamespace(trial_id=trial_id)  # all that the schedulers look at
 
-
-def make_method(name: Name, family: Family, seed: int) -> Method:
+def make_method(name: str, family: Family, seed: int) -> Ours | Stock:
     if name in ("ours", "shipped"):
         return Ours(family, seed, first=name == "shipped")
     return Stock(family, seed, random=name.startswith("random"), stops=name in ("stock", "random_asha"))
@@ -232,112 +203,78 @@ def simulate(method: Method, family: Family, *, budget: int, seed: int) -> Outco
         else:
             if epoch == family.epochs and math.isfinite(value):
                 num_completed += 1
-                if value > best_value and trial.role != "control":  # another method, as in search/records.py
+                if value > best_value and trial.role != "control":  # another method
                     best_value, best_regret = value, family.best - run.truth
             begin(time)
         regret[spent] = best_regret
     return Outcome(regret, num_begun, num_completed)
 
 
-class Task(NamedTuple):
-    """One search to be simulated."""
-
-    family: str
-    method: Name
-    seed: int
-    curves_folder: Path
-
-
-def run_task(task: Task) -> Outcome:
+def run_search(name: str, method: str, seed: int, curves_folder: Path) -> tuple[str, int, Outcome]:
+    """Simulate a search in the family of this name."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger(OptunaSearch.__module__).setLevel(logging.ERROR)  # it warns of every NaN
-    family = _family(task.family, task.curves_folder)
+    family = _family(name, curves_folder)
     budget = NUM_WHOLE_TRIALS * family.epochs
-    return simulate(make_method(task.method, family, task.seed), family, budget=budget, seed=task.seed)
+    return method, seed, simulate(make_method(method, family, seed), family, budget=budget, seed=seed)
 
 
 _family = cache(load_family)
 
 
-def run_tasks(tasks: list[Task], processes: int) -> Iterator[Outcome]:
-    if processes == 1:
-        yield from map(run_task, tasks)
-        return
-    with make_pool(processes) as pool:
-        yield from pool.map(run_task, tasks)
-
-
 # ---------------------------------------------------------------- statistics
 
 
-class Estimate(NamedTuple):
-    """A mean over seeds and half the width of its 95 % confidence interval."""
-
-    mean: float
-    half: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g} ± {self.half:.2g}"
-
-
-def half_width(values: np.ndarray) -> np.ndarray:
-    """Of the 95 % confidence interval of the mean along the first axis, by Student's t."""
-    n = len(values)
-    return np.asarray(student.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n))
-
-
-def estimate(values: np.ndarray) -> Estimate:
-    return Estimate(float(values.mean()), float(half_width(values)))
-
-
 def first_reached(regret: np.ndarray, level: float) -> int | None:
-    """Epochs spent when a curve is first at the level or below it; None if it never is."""
+    """Count the epochs spent when a curve is first at the level or below it; None if it never is."""
     reached = np.flatnonzero(regret <= level)
     return int(reached[0]) + 1 if len(reached) else None
 
 
-def summarise(outcomes: dict[Name, list[Outcome]], epochs: int) -> dict[str, Any]:
-    """A family's part of the record: every method's regret on a grid of whole trials, and what the table shows."""
+def summarise(outcomes: dict[str, list[Outcome]], epochs: int) -> dict[str, Any]:
+    """Make a family's part of the record: each method's regret on a grid of whole trials, and the table's figures."""
     regrets = {name: np.stack([outcome.regret for outcome in found]) for name, found in outcomes.items()}
     budget = regrets["random"].shape[1]
     level = float(regrets["random"][:, -1].mean())
     grid = np.arange(epochs, budget + 1, epochs)
     rows = {}
     for name, regret in regrets.items():
-        shown = regret[:, grid - 1]
+        shown, final = regret[:, grid - 1], regret[:, -1]
         reached = first_reached(regret.mean(axis=0), level)
         rows[name] = {
-            "final": estimate(regret[:, -1])._asdict(),
-            "minus_stock": estimate(regret[:, -1] - regrets["stock"][:, -1])._asdict(),
+            "final": estimate(final)._asdict(),
+            "minus_stock": estimate(final - regrets["stock"][:, -1])._asdict(),
             "reaches_random_at": reached,
             "share_of_budget": None if reached is None else reached / budget,
             "trials_begun": float(np.mean([outcome.num_begun for outcome in outcomes[name]])),
             "trials_completed": float(np.mean([outcome.num_completed for outcome in outcomes[name]])),
             "regret": shown.mean(axis=0).tolist(),
             "half_width": half_width(shown).tolist(),
-            "final_by_seed": regret[:, -1].tolist(),
+            "final_by_seed": final.tolist(),
         }
     return {"epochs_a_trial": epochs, "budget": budget, "grid": grid.tolist(), "methods": rows}
 
 
 def to_text(name: str, found: dict[str, Any]) -> str:
-    lines = [
-        f"{name}: {found['budget']} epochs, trials of {found['epochs_a_trial']}",
-        f"  {'':30}{'final regret':>20}{'minus stock':>22}{'random is met at':>20}{'begun':>7}{'whole':>7}",
-    ]
+    rows = []
     for method, row in found["methods"].items():
+        final, minus = (Estimate(**row[of]) for of in ("final", "minus_stock"))
         reached = row["reaches_random_at"]
-        met = "never" if reached is None else f"{reached} ({row['share_of_budget']:.2f})"
-        minus = "" if method == "stock" else str(Estimate(**row["minus_stock"]))
-        lines.append(
-            f"  {LABELS[method]:30}{Estimate(**row['final'])!s:>20}{minus:>22}{met:>20}"
-            f"{row['trials_begun']:>7.0f}{row['trials_completed']:>7.0f}"
+        rows.append(
+            [
+                f"  {METHODS[method][0]}",
+                *(f"{one.mean:.4g} ± {one.half:.2g}" for one in (final, minus)),
+                "never" if reached is None else f"{reached} ({row['share_of_budget']:.2f})",
+                *(f"{row[count]:.0f}" for count in ("trials_begun", "trials_completed")),
+            ]
         )
-    return "\n".join(lines)
+    header = ["", "final regret", "minus stock", "random is met at", "begun", "whole"]
+    title = f"{name}: {found['budget']} epochs, trials of {found['epochs_a_trial']}"
+    return f"{title}\n{text_table(header, rows)}"
 
 
 def draw(families: dict[str, dict[str, Any]]) -> Figure:
-    """A panel for each family: mean regret against epochs spent, in bands of 95 % confidence."""
+    """Draw a panel for each family: mean regret against epochs spent, in bands of 95 % confidence."""
     columns = min(3, len(families))
     num_rows = math.ceil(len(families) / columns)
     with rc_context(STYLE):
@@ -347,81 +284,57 @@ def draw(families: dict[str, dict[str, Any]]) -> Figure:
             grid = np.array(found["grid"])
             for method, row in found["methods"].items():
                 mean, half = np.array(row["regret"]), np.array(row["half_width"])
-                axes.plot(grid, mean, color=COLOURS[method], linewidth=1.4, label=LABELS[method])
+                label, colour = METHODS[method]
+                axes.plot(grid, mean, color=colour, linewidth=1.4, label=label)
                 # On a logarithmic axis a band that reaches 0 would have no end.
                 low = np.maximum(mean - half, 0.05 * mean)
-                axes.fill_between(grid, low, mean + half, color=COLOURS[method], alpha=0.15, linewidth=0)
-            axes.set_yscale("log")
+                axes.fill_between(grid, low, mean + half, color=colour, alpha=0.15, linewidth=0)
+            axes.set(yscale="log", xlabel="epochs spent", xlim=(0, found["budget"]))
             axes.set_title(name, fontsize=9)
-            axes.set_xlabel("epochs spent")
-            axes.set_xlim(0, found["budget"])
         for axes in panels[len(families) :]:
             axes.set_axis_off()
         panels[0].set_ylabel("regret")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=3)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
 
 
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="search_quality.py", description=__doc__)
-    everything = (*SYNTHETIC, *RECORDED)
-    parser.add_argument("--families", nargs="+", choices=everything, help="[all, of the recorded those that are there]")
-    parser.add_argument("--seeds", type=int, default=30, help="searches of each method in each family [30]")
-    parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here [0]")
-    parser.add_argument("--processes", type=int, default=1, help="at once [1]")
-    parser.add_argument("--curves", metavar="DIR", default=str(FOLDER), help="recorded curves [results/curves]")
-    parser.add_argument("--output", metavar="FILE", help="write the record here as JSON")
-    parser.add_argument("--figure", metavar="FILE", help="draw the figure here, PNG or SVG by its name")
-    return parser
-
-
-def check(arguments: argparse.Namespace) -> None:
-    if arguments.seeds < 2:
-        raise ValueError(f"--seeds must be at least 2 for an interval, not {arguments.seeds}")
-    if arguments.first_seed < 0:
-        raise ValueError(f"--first-seed must be 0 or more, not {arguments.first_seed}")
-    if not 1 <= arguments.processes <= (os.cpu_count() or 1):
-        raise ValueError(f"--processes must be from 1 to {os.cpu_count()}, the CPUs here, not {arguments.processes}")
-    if arguments.figure and Path(arguments.figure).suffix not in (".png", ".svg"):
-        raise ValueError(f"--figure must end in .png or .svg, unlike {arguments.figure}")
-
-
-def compare(families: Iterable[str], seeds: range, processes: int, curves_folder: Path) -> dict[str, dict[str, Any]]:
-    """The record of each family; prints its table as soon as it is there."""
-    names: tuple[Name, ...] = get_args(Name)
-    families = list(dict.fromkeys(families))
-    tasks = [Task(family, name, seed, curves_folder) for family in families for name in names for seed in seeds]
-    outcomes = run_tasks(tasks, processes)
-    record = {}
-    for family in families:
-        found = {name: [next(outcomes) for _ in seeds] for name in names}
-        record[family] = summarise(found, _family(family, curves_folder).epochs)
-        print(to_text(family, record[family]), flush=True)
-    return record
+def compare(family: str, seeds: range, processes: int, curves_folder: Path) -> dict[str, Any]:
+    """Compare all methods in a family and make its record."""
+    jobs = [(family, method, seed, curves_folder) for method in METHODS for seed in seeds]
+    found = {(method, seed): outcome for method, seed, outcome in common.run_all(run_search, jobs, processes)}
+    outcomes = {method: [found[method, seed] for seed in seeds] for method in METHODS}
+    return summarise(outcomes, _family(family, curves_folder).epochs)
 
 
 def main() -> None:
-    arguments = build_parser().parse_args()
+    parser = Parser(prog="search_quality.py", description=__doc__)
+    everything = (*SYNTHETIC, *RECORDED)
+    parser.add_argument("--families", nargs="+", choices=everything, help="[all, of the recorded those that are there]")
+    parser.add_argument("--seeds", type=common.number(2), default=30, help="searches of each method [30]")
+    parser.add_argument("--first-seed", type=common.number(0), default=0, help="seeds are counted from here [0]")
+    parser.add_argument("--workers", type=common.num_workers, default=1, help="searches at once [1]")
+    parser.add_argument("--curves", type=common.path, metavar="DIR", default=FOLDER, help="[results/curves]")
+    parser.add_argument("--output", type=common.file_to_write, metavar="FILE", help="write the record here as JSON")
+    parser.add_argument("--figure", type=common.picture, metavar="FILE", help="draw the figure here, PNG or SVG")
+    arguments = parser.parse_args()
     with one_sentence_errors("search_quality.py"):
-        check(arguments)
-        curves_folder = absolute_path(arguments.curves)
-        recorded = [name for name in RECORDED if curves_path(name, curves_folder).exists()]
-        names = arguments.families or [*SYNTHETIC, *recorded]
+        recorded = [name for name in RECORDED if curves_path(name, arguments.curves).exists()]
+        names = dict.fromkeys(arguments.families or [*SYNTHETIC, *recorded])
         for name in names:
-            _family(name, curves_folder)
+            _family(name, arguments.curves)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    record = compare(names, seeds, arguments.processes, curves_folder)
+    families = {}
+    for name in names:
+        families[name] = compare(name, seeds, arguments.workers, arguments.curves)
+        print(to_text(name, families[name]), flush=True)
     if arguments.figure:
-        path = absolute_path(arguments.figure)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw(record).savefig(path, dpi=150)
-    if arguments.output:
-        settings = {"seeds": [seeds.start, seeds.stop - 1], "workers": NUM_WORKERS, "labels": LABELS}
-        write_json(absolute_path(arguments.output), {**settings, "families": record, **provenance(torch.device("cpu"))})
+        common.save_figure(draw(families), arguments.figure)
+    labels = {name: label for name, (label, _) in METHODS.items()}
+    settings = {"seeds": [seeds.start, seeds.stop - 1], "workers": NUM_WORKERS, "labels": labels}
+    common.save_record(arguments.output, {**settings, "families": families})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much a short run tells of a long one: rank correlations of the same configurations, recorded by curves.py.
+"""Measures how much a short run tells of a long one, by rank correlations of what `curves.py transfer` recorded.
 
   python benchmarks/quality/transfer.py                                  of what is recorded so far in results/curves
   python benchmarks/quality/transfer.py --output FILE
@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import rankdata
 
-from benchmarks.quality.curves import FOLDER, TRANSFER, Curves, curves_path, load_curves
-from byot.config import TrainConfig, work_after
-from byot.system.files import write_json
+from benchmarks import common
+from benchmarks.quality.curves import FOLDER, TRANSFER, Curves, load_all
+from byot.config import work_after
+from byot.console import text_table
 from byot.system.flags import Parser, one_sentence_errors
-from byot.system.paths import absolute_path, check_writable_file
-from byot.system.provenance import provenance
 
 RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
 LONG = ("modern-e24", "reference-e40")
@@ -31,29 +29,25 @@ Values = dict[int, list[float]]  # number of the configuration -> accuracy, one 
 
 
 def values_after(recorded: Curves, epoch: int) -> Values:
-    found: Values = {}
-    for curve in recorded.curves:
-        accuracies = curve.values["val_accuracy"]
-        found.setdefault(curve.number, []).append(accuracies[epoch - 1] if epoch <= len(accuracies) else 0.0)
-    return found
+    return {
+        number: [dict(enumerate(curve.values["val_accuracy"], start=1)).get(epoch, 0.0) for curve in same]
+        for number, same in recorded.by_number().items()
+    }
 
 
 def spread(values: Values) -> dict[str, float | None]:
-    """Standard deviations in points: between configurations, and between seeds of one, pooled over those with several.
-
-    None where there is none such.
-    """
-    means = [np.mean(same) for same in values.values()]
+    """Compute standard deviations in points, between configurations and between seeds of one; None where unknown."""
     several = [same for same in values.values() if len(same) > 1]
     squares = sum(float(np.var(same)) * len(same) for same in several)
+    between = float(np.std([np.mean(same) for same in values.values()], ddof=1)) if len(values) > 1 else None
     return {
-        "sd_between_configurations": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+        "sd_between_configurations": between,
         "sd_between_seeds": math.sqrt(squares / sum(len(same) - 1 for same in several)) if several else None,
     }
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's along the last axis, ties at their mean rank; NaN where all values of one are equal."""
+    """Compute Spearman's along the last axis, ties at their mean rank; NaN where all values of one are equal."""
     a, b = (rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2 for x in (a, b))
     scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
     return np.divide((a * b).sum(-1), scale, out=np.full(scale.shape, np.nan), where=scale > 0)
@@ -65,35 +59,30 @@ def within_better_half(short: np.ndarray, long: np.ndarray) -> np.ndarray:
 
 
 def agreement(short: Values, long: Values) -> dict[str, Any]:
-    """Both rank correlations over the configurations that both have, each with its interval."""
+    """Compute both rank correlations over the configurations that both have, each with its interval."""
     both = sorted(set(short) & set(long))
     means = [np.array([np.mean(values[number]) for number in both]) for values in (short, long)]
     drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(len(both), size=(RESAMPLES, len(both)))
     found: dict[str, Any] = {"configurations": len(both)}
     for name, correlate in (("all", rank_correlation), ("better_half", within_better_half)):
-        resampled = correlate(*(x[drawn] for x in means))
-        low, high = np.quantile(resampled[np.isfinite(resampled)], (0.025, 0.975)).tolist()
+        low, high = np.nanquantile(correlate(*(x[drawn] for x in means)), (0.025, 0.975)).tolist()
         found[name] = {"rank_correlation": float(correlate(*means)), "low": low, "high": high}
     return found
 
 
 def compare(folder: Path) -> dict[str, dict[str, Any]]:
-    """For each long run one row for each that is shorter in arithmetic, and one for the long run cut off there."""
-    names = [f"{recipe}-e{epochs}" for recipe, epochs in TRANSFER]
-    recorded = {name: load_curves(path) for name in names if (path := curves_path(name, folder)).exists()}
-    configs = {name: TrainConfig.from_dict(one.header["config"]) for name, one in recorded.items()}
-    work = {name: work_after(config, config.epochs) for name, config in configs.items()}
+    """Compare each long run with each that is shorter in arithmetic, and with itself cut off there."""
+    recorded = load_all(TRANSFER, folder)
+    work = {name: work_after(one.config, one.config.epochs) for name, one in recorded.items()}
     found = {}
-    for long in LONG:
-        if long not in recorded:
-            continue
-        whole = values_after(recorded[long], configs[long].epochs)
-        rows = []
+    for long in filter(recorded.__contains__, LONG):
+        config = recorded[long].config
+        whole, rows = values_after(recorded[long], config.epochs), []
         for short in recorded:
-            own = values_after(recorded[short], configs[short].epochs)
+            own = values_after(recorded[short], recorded[short].config.epochs)
             if work[short] >= work[long] or len(set(own) & set(whole)) < LEAST:
                 continue
-            cut_at = min(range(1, configs[long].epochs), key=lambda n: abs(work_after(configs[long], n) - work[short]))
+            cut_at = min(range(1, config.epochs), key=lambda n: abs(work_after(config, n) - work[short]))
             cut = {n: same for n, same in values_after(recorded[long], cut_at).items() if n in own}
             for ended, values in ((short, own), (f"{long} cut at epoch {cut_at}", cut)):
                 arithmetic = {"short": short, "arithmetic": work[short] / work[long]}
@@ -102,46 +91,42 @@ def compare(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def to_text(found: dict[str, dict[str, Any]]) -> str:
+def to_text(long: str, found: dict[str, Any]) -> str:
     def sd(value: float | None) -> str:
         return "unknown" if value is None else f"{value:.2f}"
 
-    def interval(of: dict[str, float]) -> str:
-        return f"{of['rank_correlation']:.2f} [{of['low']:.2f}, {of['high']:.2f}]"
-
-    lines = []
-    for long, one in found.items():
-        lines.append(
-            f"{long}: {one['configurations']} configurations; sd in points between them "
-            f"{sd(one['sd_between_configurations'])}, between seeds {sd(one['sd_between_seeds'])}"
-        )
-        head = f"  {'rank correlation with it of':31}{'its arithmetic':>14}{'n':>4}{'all':>22}{'better half':>22}"
-        lines.append(f"{head}{'sd of seeds':>13}")
-        for row in one["rows"]:
-            lines.append(
-                f"  {row['ended']:31}{row['arithmetic']:>14.0%}{row['configurations']:>4}{interval(row['all']):>22}"
-                f"{interval(row['better_half']):>22}{sd(row['sd_between_seeds']):>13}"
-            )
-    return "\n".join(lines)
+    title = (
+        f"{long}: {found['configurations']} configurations; sd in points between them "
+        f"{sd(found['sd_between_configurations'])}, between seeds {sd(found['sd_between_seeds'])}"
+    )
+    rows = [
+        [
+            f"  {row['ended']}",
+            f"{row['arithmetic']:.0%}",
+            str(row["configurations"]),
+            *("{rank_correlation:.2f} [{low:.2f}, {high:.2f}]".format(**row[of]) for of in ("all", "better_half")),
+            sd(row["sd_between_seeds"]),
+        ]
+        for row in found["rows"]
+    ]
+    header = ["  rank correlation with it of", "its arithmetic", "n", "all", "better half", "sd of seeds"]
+    return f"{title}\n{text_table(header, rows)}"
 
 
 def main() -> None:
     parser = Parser(prog="transfer.py", description=__doc__)
-    parser.add_argument("--curves", metavar="DIR", default=str(FOLDER), help="recorded curves [results/curves]")
-    parser.add_argument("--output", metavar="FILE", help="write the record here as JSON")
+    parser.add_argument("--curves", type=common.path, metavar="DIR", default=FOLDER, help="[results/curves]")
+    parser.add_argument("--output", type=common.file_to_write, metavar="FILE", help="write the record here as JSON")
     arguments = parser.parse_args()
     with one_sentence_errors("transfer.py"):
-        folder = absolute_path(arguments.curves)
-        output = None if arguments.output is None else check_writable_file(arguments.output)
-        found = compare(folder)
+        found = compare(arguments.curves)
         if not any(one["rows"] for one in found.values()):
-            raise ValueError(f"{folder} has no long and short runs of {LEAST} configurations yet: run curves.py first")
-    print(to_text(found))
-    if output is not None:
-        write_json(
-            output,
-            {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED, "families": found, **provenance(torch.device("cpu"))},
-        )
+            raise ValueError(
+                f"{arguments.curves} has no long and short runs of {LEAST} configurations yet: run curves.py first"
+            )
+    for long, one in found.items():
+        print(to_text(long, one))
+    common.save_record(arguments.output, {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED, "families": found})
 
 
 if __name__ == "__main__":

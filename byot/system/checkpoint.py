@@ -9,7 +9,6 @@ import hashlib
 import io
 import re
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ KEEP = 2  # checkpoints kept in a run's folder: the last one and the one before,
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists and dicts of them) so that `path` is never half written."""
+    """Write a state of tensors, numbers, strings, and lists and dicts of them, so that `path` is never half written."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     archive = buffer.getbuffer()
@@ -34,22 +33,15 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running any code it may carry.
 
-    Raises ValueError if it is damaged; OSError and MemoryError say nothing of it, the next time it may be read.
+    Raises ValueError if it is damaged. OSError and MemoryError are transient and propagate.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no checkpoint {path}") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
+    data = path.read_bytes()
     archive = data[: -COMMENT_LENGTH - 2] + NO_COMMENT
     if data[-COMMENT_LENGTH - 2 :] != _comment(archive):
         raise ValueError(f"the checkpoint {path} is damaged, or was not written by this project")
     try:
-        with zipfile.ZipFile(io.BytesIO(archive)) as records:  # torch.save compresses nothing: one that grows is a trap
-            grows = sum(record.file_size for record in records.infolist()) > len(archive)
-        state = None if grows else torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except Exception as error:  # reading what was crafted raises whatever it was crafted to raise
+        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for what is no plain data
         if is_out_of_memory(error):
             raise
         raise ValueError(f"the checkpoint {path} holds other than plain data and is not loaded") from error
@@ -63,24 +55,24 @@ def _comment(archive: bytes | memoryview) -> bytes:
 
 
 def checkpoint_path(folder: Path, epoch: int, step: int = 0) -> Path:
-    """Where the state after so many epochs and steps of the next one is kept."""
+    """Name the file of the state after so many epochs, and so many steps of the next one."""
     return folder / (f"epoch-{epoch:04d}-step-{step:06d}.pt" if step else f"epoch-{epoch:04d}.pt")
 
 
 def checkpoint_position(path: Path) -> tuple[int, int]:
-    """The epochs and steps in a checkpoint's name; (-1, 0) for a name that has none."""
+    """Read the epochs and steps from a checkpoint's name; (-1, 0) for a name that has none."""
     match = re.fullmatch(r"epoch-(\d+)(?:-step-(\d+))?", path.stem, re.ASCII)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first. Files that somebody named otherwise are none."""
+    """List the checkpoints in a folder, newest first, without files that somebody named otherwise."""
     found = [path for path in folder.glob("epoch-*.pt") if checkpoint_position(path) >= (0, 0)]
     return sorted(found, key=checkpoint_position, reverse=True)
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, or None where there is none. Warns of each damaged one it passes over."""
+    """Load the newest checkpoint that is whole; None where there is none. Warns of each damaged one."""
     for path in list_checkpoints(folder):
         try:
             return path, load_checkpoint(path)
@@ -89,15 +81,15 @@ def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def pass_over_newer(folder: Path, epoch: int, step: int) -> None:
-    """Rename to left-… the checkpoints of later positions: damaged ones, and those that a run going back will redo."""
+def set_aside_newer(folder: Path, epoch: int, step: int) -> None:
+    """Rename to left-… the checkpoints of later epochs and steps: a run that goes on from here makes them again."""
     for path in list_checkpoints(folder):
         if checkpoint_position(path) > (epoch, step):
             path.rename(path.with_name(f"left-{path.name}"))
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch or Python found too little memory, on whatever device."""
+    """Tell whether torch or Python ran out of memory, on whatever device."""
     said = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and ("can't allocate memory" in said or "not enough memory" in said)
@@ -105,7 +97,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def remove_old_checkpoints(folder: Path) -> None:
-    """Remove all but the last two, and what processes killed while writing have left."""
+    """Remove all checkpoints but the last two, and the temporary files of processes that were killed."""
     for path in list_checkpoints(folder)[KEEP:]:
         path.unlink(missing_ok=True)
     remove_leftovers(folder)

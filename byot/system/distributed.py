@@ -1,4 +1,4 @@
-"""Several processes that train one network: each takes its part of every batch, on a device of its own.
+"""Several processes that train one network: each takes its shard of every batch, on a device of its own.
 
 torchrun starts them and tells each its rank. Together they do what one process would: the same batches, the same
 augmentation, the loss of the whole batch, and, unless told otherwise, batch normalisation over the whole batch.
@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import import_module
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the group as a default argument. Imported after the group is made, as DistributedDataParallel does,
+# they would keep it and its threads alive, and those can abort the process when the interpreter ends.
+import torch.distributed.nn
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
@@ -29,56 +32,44 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
-    def part(self, rows: Tensor) -> Tensor:
-        """This process's share of the rows of a batch: neighbours, no two processes differing by more than one."""
+    def shard(self, rows: Tensor) -> Tensor:
+        """Give this process's rows of a batch: neighbours, as many as any other process has, or one more or less."""
         return rows[len(rows) * self.rank // self.count : len(rows) * (self.rank + 1) // self.count]
 
-    def add_up(self, sums: Tensor) -> Tensor:
-        """The sum over all processes."""
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Add up the values of all processes."""
         if self.count > 1:
-            sums = sums.clone()
-            dist.all_reduce(sums)
-        return sums
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
 
-    def greatest(self, value: int, device: torch.device) -> int:
-        """The greatest of all processes' values."""
+    def all_reduce_max(self, value: int) -> int:
+        """Find the greatest of all processes' values."""
         if self.count == 1:
             return value
-        found = torch.tensor(value, device=device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return int(found)
+        greatest = torch.tensor(value)
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+        return int(greatest)
 
-    def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's statistics: each may have those of its own part of the batches."""
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
+        self.all_reduce_max(0)
+
+    def broadcast(self, value: Any) -> Any:
+        """Give every process what the first one has; the others' value is ignored."""
+        box = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Give every process the first one's statistics: each may have those of its own shards of the batches."""
         if self.count > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
-
-    def from_first(self, value: Any) -> Any:
-        """What the first process has; the others' value is ignored. Ends those if the first has ended."""
-        if self.count == 1:
-            return value
-        box = [value]
-        try:
-            dist.broadcast_object_list(box, src=0)
-        except RuntimeError:
-            if self.is_first:
-                raise
-            raise SystemExit(1) from None  # the first has said why
-        return box[0]
-
-    @contextmanager
-    def ending_with_first(self) -> Iterator[None]:
-        """Within, end this process without a word once another is gone: the first has said why, or is told to end."""
-        try:
-            yield
-        except RuntimeError as error:  # of torch.distributed, which has no class of its own for it
-            if self.is_first or "by peer" not in str(error):
-                raise
-            raise SystemExit(1) from None
 
 
 ALONE = Processes()
@@ -88,7 +79,8 @@ ALONE = Processes()
 def joined_processes(device: str = "auto") -> Iterator[Processes]:
     """Meet the other processes that torchrun started, if it did.
 
-    Raises ValueError if the device is, or may be, a GPU and there is none for each.
+    Within, a process ends without a word once the first is gone, which has said why or was told to end. Raises
+    ValueError if the device is, or may be, a GPU and there is none for each.
     """
     count, rank, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
@@ -104,39 +96,32 @@ def joined_processes(device: str = "auto") -> Iterator[Processes]:
                 "--nproc-per-node must be at most that"
             )
         torch.cuda.set_device(local_rank)
-    # Its functions have the group as a default argument. Imported later, by DistributedDataParallel, they would keep it
-    # and its threads alive, and those can abort the process when the interpreter ends.
-    import_module("torch.distributed.nn")
-
     # gloo beside nccl: what is no tensor is exchanged on the CPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT)
     try:
         yield Processes(rank, count)
+    except RuntimeError as error:  # of torch.distributed, which has no class of its own for it
+        if rank == 0 or "by peer" not in str(error):
+            raise
+        raise SystemExit(1) from None
     finally:
         dist.destroy_process_group()
 
 
 def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
-    """Let every batch normalisation take its statistics from all processes' parts of the batch."""
+    """Let every batch normalisation take its statistics from all processes' shards of the batch."""
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, CpuSyncBatchNorm2d.like(child))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = CpuSyncBatchNorm2d  # which has the same parameters and buffers
 
 
 class CpuSyncBatchNorm2d(nn.BatchNorm2d):
-    """What nn.SyncBatchNorm, which is for GPUs alone, would do on a CPU; the same parameters as nn.BatchNorm2d."""
+    """Does on a CPU what nn.SyncBatchNorm, which is for GPUs alone, does there."""
 
-    @classmethod
-    def like(cls, other: nn.BatchNorm2d) -> Self:
-        made = cls(other.num_features, other.eps, other.momentum)
-        made.load_state_dict(other.state_dict())
-        return made.train(other.training)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W], this process's part
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W], this process's shard
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
@@ -162,12 +147,10 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        total = x.clone()
+        total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        return SumOverProcesses.forward(ctx, gradients[0])

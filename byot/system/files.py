@@ -36,23 +36,23 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Move a folder that is to be made anew to replaced/NAME-TIME beside it; nothing is ever deleted."""
+    """Move a folder that is to be made anew to replaced/NAME-TIME beside it, and return that. Nothing is deleted."""
     aside = folder.parent / "replaced" / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     aside.parent.mkdir(exist_ok=True)
     return folder.rename(aside)
 
 
 @contextmanager
-def errors_in(path: Path) -> Iterator[None]:
-    """Put the name of the file before what is wrong in it."""
+def errors_in(place: Path | str) -> Iterator[None]:
+    """Put the name of the file, or of the place in it, before what is wrong there."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
 
 
 def describe_refusal(error: OSError, place: Path | str) -> str:
-    """What the system refused: the file that the error names, else `place`, and why."""
+    """Say what the system refused: the file that the error names, else `place`, and why."""
     return f"{error.filename or place} cannot be read or written ({error.strerror})"
 
 
@@ -89,7 +89,7 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; none if there is no file. A last line torn by a crash is left out."""
+    """Read the records of a .jsonl file, none if there is no file. Damaged lines are left out."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             records.append(json.loads(line))
-        except (ValueError, RecursionError):  # torn: the process died while writing it
+        except (ValueError, RecursionError):  # torn by a crash in the middle of writing
             continue
     return [record for record in records if isinstance(record, dict)]
 

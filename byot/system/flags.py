@@ -5,17 +5,21 @@ settings of a search or of an earlier run.
 """
 
 import argparse
+import atexit
+import os
 import signal
 import sys
-import types
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from types import MappingProxyType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from types import MappingProxyType, NoneType, TracebackType
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-# A full or broken disk is none of these: that is not the command line's fault.
+from byot.system.files import describe_refusal
+
+# Errors of the system that are the command line's fault; a full or broken disk is not.
 REFUSED = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
@@ -30,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(message: str) -> str:
-    """The message with line breaks, and all else that a terminal would obey and not print, written as escapes."""
+    """Write line breaks, and all else that a terminal would obey and not print, as escapes."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
 
 
@@ -47,16 +51,15 @@ def add_settings(
 ) -> None:
     """Add one flag for each field of a dataclass whose fields carry `metadata={"help": …}`.
 
-    `defaults` are told in the help in place of the dataclass's own where the command has others.
+    `defaults` are shown in the help in place of the dataclass's own, where the command has others.
     """
-    hints = get_type_hints(settings_class)
     group = parser.add_argument_group("settings")
     for f in fields(settings_class):
         if f.name in omit:
             continue
-        kind = hints[f.name]
-        if get_origin(kind) in (Union, types.UnionType):  # `str | None`: the flag takes the str
-            kind = next(a for a in get_args(kind) if a is not type(None))
+        kind: Any = f.type
+        if NoneType in get_args(kind):  # `str | None`: the flag takes the str
+            kind = next(other for other in get_args(kind) if other is not NoneType)
         several = get_origin(kind) is tuple  # `tuple[str, ...]`: the flag takes one or more
         if several:
             kind = get_args(kind)[0]
@@ -77,20 +80,21 @@ def add_settings(
 
 
 def given_settings(arguments: argparse.Namespace, settings_class: Any) -> dict[str, Any]:
-    """The settings named on the command line, and only those."""
+    """Collect the settings named on the command line, and only those."""
     names = {f.name for f in fields(settings_class)}
     return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 @contextmanager
 def one_sentence_errors(program: str) -> Iterator[None]:
-    """Turn what a user got wrong (ValueError) into one sentence on standard error and exit code 2.
+    """Turn what a user got wrong into one sentence on standard error and exit code 2.
 
-    So too what the system refuses: a folder that may not be read, a file where a folder is to be.
-    Wrapped around the reading of arguments and inputs only: a ValueError later on is a defect and keeps its traceback.
-    Ctrl-C meanwhile ends the program at once; nothing has been begun.
-    A warning meanwhile, as of a damaged checkpoint that is passed over, is a line for a person as well.
+    That is a ValueError, or what the system refuses: a folder that may not be read, a file where a folder is to be.
+    Wrap it around the reading of arguments and inputs only: a later ValueError is a defect and keeps its traceback.
+    Ctrl-C ends the program at once, as nothing has begun. Warnings are printed as one line each. From here on, the
+    program also ends quietly once the reader of its output, such as `head`, has gone.
     """
+    _end_quietly_without_reader()
 
     def as_one_line(message: Warning | str, *_: Any, **__: Any) -> str:
         return f"{program}: {one_line(str(message))}\n"
@@ -104,10 +108,30 @@ def one_sentence_errors(program: str) -> Iterator[None]:
     except ValueError as error:
         message = str(error)
     except REFUSED as error:
-        message = f"{error.filename} cannot be read or written ({error.strerror})"
+        message = describe_refusal(error, "a file")
     else:
         return
     finally:
         warnings.formatwarning = formatted
     print(f"{program}: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@cache
+def _end_quietly_without_reader() -> None:
+    """Let neither a print nor the interpreter's last flush complain of a pipe that nobody reads any more."""
+
+    def reader_is_gone(text: str = "") -> bool:
+        try:
+            print(text, end="", flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
+        return False
+
+    def on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not (kind is BrokenPipeError and reader_is_gone("\n")):  # any text will do
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = on_error
+    atexit.register(reader_is_gone)

@@ -1,9 +1,9 @@
-"""Batch normalisation, the addition of a residual and ReLU as one operation, where that is at hand.
+"""Does batch normalisation, the addition of a residual and ReLU as one operation.
 
-In training on a CPU in bfloat16 a narrow ResNet spends a fifth of its time in these three, which PyTorch does one after
-another, each reading and writing all of the images. norm_relu.c does them in two passes forward and two backward. It is
-compiled by the machine's own C compiler when it is first needed, which takes a second, and kept in the cache folder;
-without a compiler, and everywhere else, PyTorch's operations are used.
+In training on a CPU in bfloat16 a narrow ResNet spends a fifth of its time in these three. PyTorch does one after
+another and reads and writes all of the images in each; norm_relu.c needs two passes forward and two backward. The
+machine's own C compiler compiles it when it is first needed, which takes a second, into the cache folder. Without a
+compiler, and everywhere but on a CPU in bfloat16, PyTorch's operations are used.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ POINTER, COUNT, DOUBLE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, 
 
 
 def norm_relu(norm: AnyBatchNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual), [B, C, H, W]."""
+    """Compute relu(norm(x) + residual), [B, C, H, W]."""
     if _can_fuse(norm, x, residual) and load_library() is not None:
         y: Tensor = FusedNormRelu.apply(x, residual, norm.weight, norm.bias, norm)
         return y
@@ -61,20 +61,13 @@ class FusedNormRelu(torch.autograd.Function):
     """The operation with its gradient; keeps its input and output alone. Updates the running statistics."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, norm: AnyBatchNorm
-    ) -> Tensor:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        assert norm.momentum is not None
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, norm: Any) -> Tensor:
         channels, threads = x.shape[1], torch.get_num_threads()
         pixels = x.numel() // channels
         y = torch.empty_like(x)
         mean, rstd, variance = torch.empty(3, channels).unbind()
         sums = torch.empty(threads * 2 * channels, dtype=torch.float64)
-        library = load_library()
-        assert library is not None
+        library: Any = load_library()
         library.norm_relu_forward(
             *map(_address, (x, residual, weight, bias, y, mean, rstd, variance, sums)),
             pixels,
@@ -98,8 +91,7 @@ class FusedNormRelu(torch.autograd.Function):
         dresidual = torch.empty_like(x) if ctx.has_residual else None
         dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
         sums = torch.empty(threads * 2 * channels, dtype=torch.float64)
-        library = load_library()
-        assert library is not None
+        library: Any = load_library()
         library.norm_relu_backward(
             *map(_address, (dy, y, x, weight, mean, rstd, dx, dresidual, dweight, dbias, sums)),
             x.numel() // channels,
@@ -115,7 +107,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """The compiled source; None where it cannot be had, or $BYOT_FUSED is 0."""
+    """Load the compiled source; None where it cannot be had, or $BYOT_FUSED is 0."""
     if os.environ.get("BYOT_FUSED") == "0":
         return None
     try:
@@ -134,7 +126,7 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _compiled() -> Path:
-    """The library for this source, these flags and this processor; made where there is none yet.
+    """Find the library for this source, these flags and this processor, or compile it.
 
     Raises OSError or SubprocessError where that does not work.
     """
@@ -158,7 +150,7 @@ def _compiled() -> Path:
 
 
 def _processor() -> str:
-    """What tells processors apart whose instructions differ: what is compiled for one may not run on another."""
+    """Describe the processor: what is compiled for one may not run on another with other instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,15 +1,15 @@
-"""One process at a time in a folder: the lock is the operating system's and ends with the process that holds it."""
+"""A folder's lock, for one process at a time. It is the operating system's and ends with the process that holds it."""
 
 import errno
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 LOCK_FILE = ".lock"
-WORKER_WAIT_S = 120.0  # for a worker of a search that was killed, until it has noticed
+WORKER_WAIT_S = 120.0  # until a worker of a killed search has noticed and ended
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # some network file systems have none
 
 
@@ -19,10 +19,10 @@ class LockedError(ValueError):
 
 @contextmanager
 def lock_folder(folder: Path, wait_s: float = 0, *, has_to_lock: bool = False) -> Iterator[None]:
-    """Make the folder if it is missing and hold its lock. Of one in which nothing was then written nothing is left.
+    """Hold the lock of a folder, which is made if it is missing. An unused new folder is removed.
 
-    Raises LockedError if another process still holds the lock after `wait_s` seconds. Where no file can be locked it
-    only warns, or raises OSError if it has to lock.
+    Raises LockedError if another process still holds the lock after `wait_s` seconds. On a file system without locks
+    it warns and goes on, or raises OSError if it has to lock.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,10 +38,9 @@ def lock_folder(folder: Path, wait_s: float = 0, *, has_to_lock: bool = False) -
     try:
         yield
     finally:
-        if made and folder.exists() and [path.name for path in folder.iterdir()] in ([LOCK_FILE], []):
+        if made and folder.exists() and {path.name for path in folder.iterdir()} <= {LOCK_FILE}:
             (folder / LOCK_FILE).unlink(missing_ok=True)
-            for path in made:
-                if any(path.iterdir()):
-                    break
-                path.rmdir()
+            with suppress(OSError):  # another process has written to a folder above meanwhile
+                for path in made:
+                    path.rmdir()
         lock.release()

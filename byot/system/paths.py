@@ -1,4 +1,4 @@
-"""Where the project keeps things, and what a path or a name typed by a person may be. Standard library only."""
+"""Where the project keeps its files, and checks of paths and names that a person typed."""
 
 import os
 import re
@@ -18,9 +18,9 @@ def check_name(name: str) -> str:
 
 
 def absolute_path(given: str | Path) -> Path:
-    """A path as typed, made absolute: Ray's workers run in other folders.
+    """Make a path as typed absolute: Ray's workers run in other folders. There need be nothing at it yet.
 
-    Raises ValueError for what can be no path here, be there a file or not: empty, an unknown ~user, a name too long.
+    Raises ValueError for what can be no path here: empty text, an unknown ~user, a name that is too long.
     """
     text = str(given)
     if not text:
@@ -33,14 +33,14 @@ def absolute_path(given: str | Path) -> Path:
     except RuntimeError as error:
         raise ValueError(f"{text} names the home of a user who is not known here") from error
     except (FileNotFoundError, NotADirectoryError):
-        pass  # it may be made yet; who reads it tells that it is not there
+        pass  # it may be made later; whoever reads it says that it is not there
     except OSError as error:
         raise ValueError(f"{text} cannot be read or written ({error.strerror})") from error
     return path
 
 
 def outputs_folder(given: str | None) -> Path:
-    """Where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in the project's root.
+    """Find where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in the project's root.
 
     Raises ValueError where nothing can be written.
     """
@@ -52,9 +52,9 @@ def default_outputs() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where is kept what is slow to make and may be deleted: $BYOT_CACHE, else data/cache in the project's root.
+    """Find the folder of files that are slow to make and may be deleted.
 
-    Where the project lies so that it cannot be written to, it is the user's own cache.
+    It is $BYOT_CACHE, else data/cache in the project's root, else, where that cannot be written, the user's own cache.
     """
     if given := os.environ.get("BYOT_CACHE"):
         return absolute_path(given)
@@ -65,7 +65,7 @@ def cache_folder() -> Path:
 
 
 def check_writable(given: str | Path) -> Path:
-    """The folder's absolute path. Raises ValueError unless it is a folder to write to, or one that can be made."""
+    """Make a folder's path absolute. Raises ValueError unless it can be written to, or be made."""
     folder = absolute_path(given)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
@@ -74,7 +74,7 @@ def check_writable(given: str | Path) -> Path:
 
 
 def check_writable_file(given: str | Path) -> Path:
-    """The absolute path of a file to be written. Raises ValueError where that cannot be, or a folder is there."""
+    """Make the path of a file to be written absolute. Raises ValueError where it cannot be written."""
     path = absolute_path(given)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a file to write to")

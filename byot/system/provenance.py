@@ -15,31 +15,21 @@ PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy", "pandas")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Commit, versions and hardware as a plain dict for a record."""
+    """Collect commit, versions and hardware as a plain dict for a record."""
     return {"commit": find_commit(), "versions": find_versions(), "hardware": describe_hardware(device)}
 
 
 def find_commit() -> str | None:
-    """The checked-out commit, with `-dirty` behind it if tracked files were changed.
+    """Find the checked-out commit, with `-dirty` behind it if tracked files were changed.
 
-    Outside a checkout what $BYOT_COMMIT says: a copy of the files knows no commit. None where that is not set.
+    A copy of the files knows no commit: outside a checkout it is $BYOT_COMMIT, or None.
     """
-
-    def git(*arguments: str) -> str | None:
-        try:
-            answer = subprocess.run(
-                ["git", "-C", str(PROJECT_ROOT), *arguments], capture_output=True, text=True, check=False, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):  # no git here
-            return None
-        return answer.stdout.strip() if answer.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if not commit:
-        return os.environ.get("BYOT_COMMIT") or None
-    if git("status", "--porcelain", "--untracked-files=no"):
-        commit += "-dirty"
-    return commit
+    command = ("git", "-C", str(PROJECT_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
+        found = ""
+    return found or os.environ.get("BYOT_COMMIT") or None
 
 
 def find_versions() -> dict[str, str]:

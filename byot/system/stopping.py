@@ -1,4 +1,4 @@
-"""Why training stops before its last epoch. Ctrl-C and SIGTERM are requests: the step at hand is finished and saved."""
+"""Why training stops before its last epoch: a signal (the step at hand is still finished and saved) or an error."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class OutOfMemoryError(TrainingError):
 
 @contextmanager
 def catch_stop_signals() -> Iterator[Callable[[], int]]:
-    """Within, the first signal to stop is only noted, and a second one acts as ever.
+    """Note the first signal to stop instead of obeying it; a second one acts as ever.
 
     Yields a function that returns the signal's number, 0 as long as there was none.
     """

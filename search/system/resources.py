@@ -1,10 +1,11 @@
-"""The machine or cluster on which trials and runs are done: how it is shared among them, and Ray started on it."""
+"""Shares a machine or cluster among trials and runs, and starts Ray on it."""
 
 import json
 import logging
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 
 from byot.system.files import remove_leftovers, write_text
 from byot.trainer import choose_device
-from search.system.remote import Bucket, try_bucket
+from search.system.remote import Store, try_bucket
 
 # Read by Ray when it is imported or started.
 RAY_ENVIRONMENT = {
@@ -28,7 +29,6 @@ RAY_ENVIRONMENT = {
 
 
 START_ATTEMPTS = 3
-CONNECT_TIMEOUT_S = 5
 LOOK_TIMEOUT_S = 120  # for a node to start a worker, which imports torch, on a busy machine
 TOKEN_ADVICE = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
 
@@ -37,15 +37,15 @@ class RayStartError(RuntimeError):
     """Ray did not start, or no cluster is where one was said to be."""
 
 
-class Share(NamedTuple):
-    """What each trial or run asks for; None leaves the choice to `share`."""
+class ResourceRequest(NamedTuple):
+    """What each trial or run asks for; None leaves the choice to `resolve`."""
 
     cpus: int | None = None
     gpus: float | None = None
     max_concurrent: int | None = None
 
 
-class Slots(NamedTuple):
+class Resources(NamedTuple):
     """What each trial or run gets and how many go on at once."""
 
     max_concurrent: int
@@ -55,13 +55,13 @@ class Slots(NamedTuple):
     num_gpus: int
 
 
-def share(asked: Share, num_cpus: int, num_gpus: int, where: str) -> Slots:
-    """One GPU each where there is one, one CPU thread each, as many at once as have room.
+def resolve(request: ResourceRequest, num_cpus: int, num_gpus: int, where: str) -> Resources:
+    """Give each one GPU where there is one, and one CPU thread, unless it asks for others; as many as have room.
 
     Raises ValueError if one asks for more than there is.
     """
-    cpus = asked.cpus or 1
-    gpus = asked.gpus if asked.gpus is not None else float(min(1, num_gpus))
+    cpus = request.cpus or 1
+    gpus = round_down(float(min(1, num_gpus)) if request.gpus is None else request.gpus)
     if gpus > num_gpus:
         raise ValueError(f"{gpus:g} GPUs each are asked for, but {where} has {num_gpus}")
     if cpus > num_cpus:
@@ -69,26 +69,44 @@ def share(asked: Share, num_cpus: int, num_gpus: int, where: str) -> Slots:
     room = num_cpus // cpus
     if gpus > 0:
         room = min(room, int(num_gpus / gpus) if gpus >= 1 else num_gpus * int(1 / gpus))
-    return Slots(min(asked.max_concurrent or room, room), cpus, gpus, num_cpus, num_gpus)
+    return Resources(min(request.max_concurrent or room, room), cpus, gpus, num_cpus, num_gpus)
 
 
-def count_cpus() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def round_down(gpus: float) -> float:
+    """Round a part of a GPU down to what Ray counts in, 1/10,000: of thirds rounded up only two would fit."""
+    return max(1, int(gpus * 10_000)) / 10_000 if 0 < gpus < 1 else gpus
 
 
-def share_machine(asked: Share, device: str) -> Slots:
-    """Share this machine. Raises ValueError for more than it has, or for a device it lacks."""
-    num_cpus = count_cpus()
-    num_gpus = torch.cuda.device_count() if choose_device(device).type == "cuda" else 0
-    return share(asked, num_cpus, num_gpus, "this machine")
+def this_machine(device: str) -> tuple[int, int, str]:
+    """Count the CPUs that this process may use and, where the device is one, the GPUs, as `resolve` takes them."""
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return num_cpus, torch.cuda.device_count() if choose_device(device).type == "cuda" else 0, "this machine"
 
 
-def start_ray(slots: Slots | None, address: str | None = None) -> None:
-    """Start Ray quietly on this machine, or join the cluster at `address`.
+def joined_cluster() -> tuple[int, int, str]:
+    """Count the CPUs and GPUs of the cluster that has been joined, as `resolve` takes them."""
+    import ray
 
-    Tries again where Ray does not come up within its fixed 30 seconds, as on a busy machine it may not. Raises
-    RayStartError when it does not at all.
+    found = ray.cluster_resources()
+    return int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster"
+
+
+@contextmanager
+def running_ray(resources: Resources | None, address: str | None = None) -> Iterator[None]:
+    """Start Ray quietly, or join the cluster at `address`, and shut it down at the end. Raises RayStartError."""
+    start_ray(resources, address)
+    import ray  # with its settings in the environment
+
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start_ray(resources: Resources | None, address: str | None = None) -> None:
+    """Start Ray quietly on this machine, or join the cluster at `address`. Raises RayStartError.
+
+    Tries again where Ray does not come up within its fixed 30 seconds, as on a busy machine it may not.
     """
     if address is not None and "://" in address:
         raise RayStartError(f"{address} is not the address of a cluster's head; from outside use `ray job submit`")
@@ -100,45 +118,29 @@ def start_ray(slots: Slots | None, address: str | None = None) -> None:
         try:
             ray.init(
                 address=address or "local",  # without it Ray would join whatever cluster it finds on this machine
-                num_cpus=slots.num_cpus if slots else None,
-                num_gpus=slots.num_gpus if slots else None,
+                num_cpus=resources.num_cpus if resources else None,
+                num_gpus=resources.num_gpus if resources else None,
                 include_dashboard=False if address is None else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env=None if address is None else environment_of_workers(),
             )
             return
-        except AuthenticationError as error:
-            raise RayStartError(f"there is no token here for a Ray cluster: {TOKEN_ADVICE}") from error
-        except ConnectionError as error:
-            place = str(error).rpartition(" at ")[2]  # also where `auto` found it
-            if _listens(place):  # Ray says of a refused token no more than of a cluster that is not there
-                raise RayStartError(
-                    f"{place} answers but lets nobody in; if its Ray cluster wants a token: {TOKEN_ADVICE}"
-                ) from error
-            raise RayStartError(f"no Ray cluster answers at {address}") from error
+        except (AuthenticationError, ConnectionError) as error:  # a refused token looks as if there were no cluster
+            raise RayStartError(
+                f"no Ray cluster lets us in at {address}; if one is there, it wants a token: {TOKEN_ADVICE}"
+            ) from error
         except Exception as error:  # Ray has no class of its own for a start that timed out
-            if "timed out" not in str(error).lower():
-                if address is None:
-                    raise
-                # Another version of Ray or Python there, a machine that is no node: no defect of ours.
+            timed_out = "timed out" in str(error).lower()
+            if address is None and not timed_out:
+                raise
+            # In a cluster also another version of Ray or Python, or a machine that is no node: no defect of ours.
+            if not timed_out or attempt == START_ATTEMPTS:
                 raise RayStartError(" ".join(str(error).split())) from error
-            if attempt == START_ATTEMPTS:
-                raise RayStartError(str(error)) from error
-
-
-def _listens(place: str) -> bool:
-    """Whether anything listens at HOST:PORT."""
-    host, _, port = place.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError, OverflowError):
-        return False
-    return True
 
 
 def environment_of_workers() -> dict[str, Any]:
-    """Ray's runtime environment for a cluster's workers: this project's code and Ray's settings.
+    """Return Ray's runtime environment for a cluster's workers: this project's code and Ray's settings.
 
     Nodes need the requirements, not the project: the two packages that trials import travel, whether they lie in a
     checkout or are installed. A working_dir would be the whole checkout but for what one thinks of excluding, and is
@@ -160,35 +162,35 @@ def environment_of_workers() -> dict[str, Any]:
 # ---------------------------------------------------------------- a cluster's nodes
 
 
-def nodes_with_room(slots: Slots) -> list[dict[str, Any]]:
-    """The nodes of the cluster that has been joined on which a trial can run, as Ray describes them."""
+def nodes_with_room(resources: Resources) -> list[dict[str, Any]]:
+    """Return the nodes of the joined cluster on which a trial can run, as Ray describes them."""
     import ray
 
-    asked = {"CPU": slots.cpus, "GPU": slots.gpus}
+    asked = {"CPU": resources.cpus, "GPU": resources.gpus}
     alive = [node for node in ray.nodes() if node["Alive"]]
     return [node for node in alive if all(node["Resources"].get(name, 0) >= n for name, n in asked.items())]
 
 
-def check_nodes(folder: Path, slots: Slots, bucket: Bucket | None = None) -> None:
-    """Let every node on which a trial can run write to the search's folder and read what the driver writes there.
+def check_nodes(store: Store, resources: Resources) -> None:
+    """Raise ValueError unless every node on which a trial can run can write where the search is kept.
 
-    Where it is kept in a bucket, to that. Raises ValueError for a node that does not see it or cannot run the code, or
-    if there is no node with room.
+    That is its bucket; without one its folder, in which a node must see what the driver has written there. So too for a
+    node that cannot run the code, or if there is no node with room.
     """
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes_with_room(slots)}
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes_with_room(resources)}
     if not nodes:
         raise ValueError(
-            f"no node of the cluster has the {slots.cpus} CPUs and {slots.gpus:g} GPUs that a trial asks for"
+            f"no node of the cluster has the {resources.cpus} CPUs and {resources.gpus:g} GPUs that a trial asks for"
         )
-    sign = folder / "state" / f".{os.getpid()}.tmp"  # a name of those that are cleared away when a search goes on
-    if bucket is None:
+    sign = store.folder / "state" / f".{os.getpid()}.tmp"  # a name of those that are cleared away later
+    if store.bucket is None:
         write_text(sign, "")
-    look = ray.remote(num_cpus=0, max_retries=0)(try_folder if bucket is None else try_bucket)
-    place: Any = sign if bucket is None else bucket
+    place: Any = store.bucket or sign
+    look = ray.remote(num_cpus=0, max_retries=0)(try_folder if store.bucket is None else try_bucket)
     try:
         on_node = {
             look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(place): node
@@ -205,15 +207,15 @@ def check_nodes(folder: Path, slots: Slots, bucket: Bucket | None = None) -> Non
         remove_leftovers(sign.parent)
         with suppress(OSError):  # a search that goes on has more in it
             sign.parent.rmdir()
-    still_there = {node["NodeID"] for node in nodes_with_room(slots)}  # one that is lost meanwhile is no trouble
+    still_there = {node["NodeID"] for node in nodes_with_room(resources)}  # one that is lost meanwhile is no trouble
     told = [f"{nodes[node]} ({trouble})" for node, trouble in troubles.items() if trouble and node in still_there]
     if told:
-        where = bucket or f"{folder}, which must be a folder that all share"
+        where = store.bucket or f"{store.folder}, which must be a folder that all share"
         raise ValueError(f"{len(told)} of {len(nodes)} nodes cannot work on {where}: {', '.join(told)}")
 
 
 def try_folder(sign: Path) -> str:
-    """What is wrong, seen from here, with the folder that holds the driver's sign; nothing if that is empty."""
+    """Return what is wrong, seen from here, with the folder that holds the driver's sign; nothing if nothing is."""
     if not sign.is_file():
         return "it does not see the folder" if not sign.parent.is_dir() else "it sees another folder of that name"
     try:
@@ -223,10 +225,10 @@ def try_folder(sign: Path) -> str:
     return ""
 
 
-def describe_nodes(slots: Slots) -> dict[str, Any]:
-    """What a record says of the cluster's hardware: how many nodes can run trials, and on what trials are run."""
-    nodes = nodes_with_room(slots)
+def describe_nodes(resources: Resources) -> dict[str, Any]:
+    """Describe the cluster's hardware for a record: how many nodes can run trials, and on what trials are run."""
+    nodes = nodes_with_room(resources)
     kinds = {
         name.partition(":")[2] for node in nodes for name in node["Resources"] if name.startswith("accelerator_type:")
     }
-    return {"nodes": len(nodes), "device": (", ".join(sorted(kinds)) or "cuda") if slots.gpus else "cpu"}
+    return {"nodes": len(nodes), "device": (", ".join(sorted(kinds)) or "cuda") if resources.gpus else "cpu"}

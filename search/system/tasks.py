@@ -1,12 +1,15 @@
-"""Work done by Ray a few pieces at a time, each in its own process, until there is no more or one is asked to stop."""
+"""Lets Ray do work a few pieces at a time, each in its own process, until there is no more or it is asked to stop."""
 
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from byot.runs import StopAsked
 from byot.system.stopping import StoppedError
-from search.system.resources import Slots
+from search.system.resources import RayStartError, Resources
 
 LOOK_UP_S = 0.5  # between two looks at whether to stop
 MAX_RETRIES = 2  # of a piece whose worker died; what it does has to go on from a checkpoint of its own
@@ -32,7 +35,7 @@ class Done(NamedTuple, Generic[Key]):
 def run_tasks(
     function: Callable[..., Any],
     take: Callable[[], Task[Key] | None],
-    slots: Slots,
+    resources: Resources,
     stop_asked: StopAsked = lambda: 0,
     deadline: float | None = None,
 ) -> Iterator[Done[Key]]:
@@ -44,10 +47,10 @@ def run_tasks(
     """
     import ray
 
-    remote = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus, max_retries=MAX_RETRIES)(function)
+    remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=MAX_RETRIES)(function)
     running: dict[Any, Key] = {}
     while deadline is None or time.monotonic() < deadline:
-        while len(running) < slots.max_concurrent and (task := take()) is not None:
+        while len(running) < resources.max_concurrent and (task := take()) is not None:
             running[remote.remote(*task.arguments)] = task.key
         if not running:
             return
@@ -62,3 +65,17 @@ def run_tasks(
                 cause = getattr(error, "cause", None) or error
                 reason = str(cause).strip().partition("\n")[0]
                 yield Done(key, None, f"{type(cause).__name__}: {reason}")
+
+
+@contextmanager
+def told_if_stopped(program: str, go_on: str) -> Iterator[None]:
+    """Say how to go on where a signal ends what is within, or Ray does not start, and exit with the code for that."""
+    try:
+        yield
+    except (KeyboardInterrupt, StoppedError) as stopped:
+        print(f"\nstopped; go on with: {go_on}", file=sys.stderr)
+        number = stopped.signal_number if isinstance(stopped, StoppedError) else signal.SIGINT
+        raise SystemExit(128 + number) from None
+    except RayStartError as error:
+        print(f"{program}: Ray did not start ({error}); try again with: {go_on}", file=sys.stderr)
+        raise SystemExit(1) from None

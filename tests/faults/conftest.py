@@ -1,4 +1,4 @@
-"""How often each fault is tried: a few times in `make test`, as often as the README's table says in `make faults`."""
+"""Tries each fault a few times, in `make faults` (BYOT_FAULTS=long) as often as docs/reliability.md says."""
 
 import os
 import random
@@ -18,7 +18,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def moments() -> random.Random:
-    """Random moments at which to strike, others at each run; the seed is printed with a failure."""
+    """Draws the moments at which a test strikes, others at each run; a failing test prints the seed."""
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"moments from random.Random({seed})")
     return random.Random(seed)

@@ -1,49 +1,32 @@
-"""Runs a script whose process kills itself inside the writing of a file: FILE-PATTERN COUNT STAGE SCRIPT ARGUMENTS…
+"""Runs a script that kills itself while it writes a file: FILE-PATTERN COUNT STAGE SCRIPT ARGUMENTS…
 
-STAGE is `half`, when half of the content is written, `written`, before it is renamed, or `renamed`, just after. COUNT
-says in the how manieth such write.
+It dies in the COUNTth write of a file whose name matches. STAGE says what it leaves: `half` of the content under the
+temporary name, the whole there (`written`), or the file under its own name (`renamed`).
 """
 
-import fnmatch
 import os
 import runpy
 import signal
 import sys
 from pathlib import Path
 
-import byot.system.checkpoint
-import byot.system.files
-
 
 def main() -> None:
     pattern, count, stage, script, *arguments = sys.argv[1:]
-    writes = 0
-    rename, write_whole = os.replace, byot.system.files.write_whole
+    rename, num_writes = os.replace, 0
 
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def rename_or_die(source: Path, target: Path) -> None:
+        nonlocal num_writes
+        num_writes += Path(target).match(pattern)
+        dies = num_writes == int(count) and Path(target).match(pattern)
+        if dies and stage == "half":
+            os.truncate(source, Path(source).stat().st_size // 2)
+        if not dies or stage == "renamed":
+            rename(source, target)
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def striking(path: Path, *parts: bytes | memoryview) -> None:
-        nonlocal writes
-        writes += fnmatch.fnmatch(path.name, pattern)
-        if writes < int(count) or not fnmatch.fnmatch(path.name, pattern):
-            return write_whole(path, *parts)
-        if stage == "half":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = b"".join(parts)
-            path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(content[: len(content) // 2])
-            die()
-
-        def dying_rename(source: Path, target: Path) -> None:
-            if stage == "renamed":
-                rename(source, target)
-            die()
-
-        os.replace = dying_rename  # type: ignore[assignment]
-        return write_whole(path, *parts)
-
-    byot.system.files.write_whole = striking
-    byot.system.checkpoint.write_whole = striking
+    os.replace = rename_or_die  # type: ignore[assignment]
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")

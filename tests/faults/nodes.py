@@ -1,4 +1,4 @@
-"""Ray clusters of several nodes on one machine."""
+"""Starts Ray clusters of several nodes on one machine."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,19 +9,19 @@ ATTEMPTS = 3
 
 
 def start_cluster(num_nodes: int) -> Cluster:
-    """A head that runs no trials, and so many nodes with room for one each."""
-    cluster = patiently(Cluster, initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    """Start a head that runs no trials, and this many nodes with room for one trial each."""
+    cluster = _start(Cluster, initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(num_nodes):
         add_node(cluster)
     return cluster
 
 
 def add_node(cluster: Cluster, **settings: Any) -> None:
-    patiently(cluster.add_node, num_cpus=1, **settings)
+    _start(cluster.add_node, num_cpus=1, **settings)
 
 
-def patiently(start: Callable[..., Any], **settings: Any) -> Any:
-    """Start it again where it does not come up within Ray's fixed 30 seconds."""
+def _start(start: Callable[..., Any], **settings: Any) -> Any:
+    """Start a node, again where it does not come up within Ray's fixed 30 seconds."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return start(**settings)

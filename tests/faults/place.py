@@ -1,4 +1,9 @@
-"""A place to be wrong in: an empty folder with a finished search, no network, and no work that could start."""
+"""Makes a place to be wrong in: a finished search and run, some images, no network, and no work that could start.
+
+In the current folder of every test lie `folder`, empty; `file`, a text; `images`, a data set; `space.toml`;
+`checkpoint.pt` of a run on digits after one epoch of two; `cifar.pt` of one on CIFAR-100; and outputs/ with the search
+`done` and the run `mine`.
+"""
 
 import shutil
 import socket
@@ -23,6 +28,7 @@ import search.tune
 from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images
 from byot.system.checkpoint import save_checkpoint
+from byot.system.files import write_json
 from byot.system.lock import LOCK_FILE
 from byot.system.paths import PROJECT_ROOT
 from byot.trainer import Trainer
@@ -30,11 +36,13 @@ from tests.faults.tally import TALLY
 from tests.helpers import Refuse, assert_one_sentence, call_main, picture_of, random_pixels, write_parquet
 
 FAULTS = {"test_command_lines": "a bad command line", "test_hostile_files": "a damaged or hostile file to read"}
+SPACE = "[alpha]\nlow = 0.0\nhigh = 0.5\n\n[lr]\nlow = 0.01\nhigh = 0.5\nlog = true\n"
+MEASURES = tuple(f"test_{m}_{end}" for m in ("accuracy", "nll", "ece") for end in (1, 2, 3, 4, "ensemble"))
 
 
 @pytest.fixture(scope="session")
 def programs() -> dict[str, Any]:
-    """The module of each command."""
+    """Give the module of each command."""
     return {
         "train.py": byot.train,
         "evaluate.py": byot.evaluate,
@@ -46,34 +54,30 @@ def programs() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def trained() -> dict[str, Any]:
-    """The state of a small run on digits after one step in one epoch of two."""
-    config = TrainConfig(dataset="digits", width=1, epochs=2, batch_size=64, device="cpu")
-    data = load_images("digits", None, "train")
-    trainer = Trainer(config, data._replace(images=data.images[:64], labels=data.labels[:64]))
-    next(iter(trainer))
-    return trainer.state_dict()
-
-
-@pytest.fixture(scope="session")
-def belongings(tmp_path_factory: pytest.TempPathFactory, trained: dict[str, Any]) -> Path:
-    """What lies in the current folder of every test here."""
+def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make, once, what lies in the current folder of every test here."""
     folder = tmp_path_factory.mktemp("belongings")
-    save_checkpoint(folder / "checkpoint.pt", trained)
+    digits = load_images("digits", None, "train")
+    config = TrainConfig(dataset="digits", width=1, epochs=2, batch_size=64, device="cpu")
+    trainer = Trainer(config, digits._replace(images=digits.images[:64], labels=digits.labels[:64]))
+    next(iter(trainer))
+    save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
     cifar = LabelledImages(random_pixels(2), np.arange(2))
     save_checkpoint(folder / "cifar.pt", Trainer(TrainConfig(width=1, device="cpu"), cifar).state_dict())
     for split in ("train", "test"):
         write_parquet(folder / "images" / f"{split}.parquet", 2)
     (folder / "folder").mkdir()
     (folder / "file").write_text("neither TOML nor JSON {", encoding="utf-8")
-    shipped = PROJECT_ROOT / "results" / "searches" / "cifar100-w16"
-    shutil.copytree(shipped, folder / "outputs" / "searches" / "done")
+    (folder / "space.toml").write_text(SPACE)
+    write_json(folder / "outputs/runs/mine/config.json", TrainConfig(dataset="digits").to_dict())
+    write_json(folder / "outputs/runs/mine/result.json", dict.fromkeys(("num_test_images", "elapsed_s", *MEASURES), 1))
+    shutil.copytree(PROJECT_ROOT / "results/searches/cifar100-w16", folder / "outputs/searches/done")
     return folder
 
 
 @pytest.fixture
 def place(tmp_path: Path, belongings: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, its outputs/ beside it; whatever would start work fails the test at once."""
+    """Fill the current folder; whatever would start work fails the test at once."""
     shutil.copytree(belongings, tmp_path, dirs_exist_ok=True)
 
     def work(*_: Any, **__: Any) -> None:
@@ -82,7 +86,7 @@ def place(tmp_path: Path, belongings: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def no_network(*_: Any, **__: Any) -> None:
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
-    monkeypatch.setattr(byot.runs, "finish_run", work)
+    monkeypatch.setattr(byot.runs, "train_and_test", work)
     monkeypatch.setattr(search.driver, "run_search", work)
     monkeypatch.setattr(search.system.resources, "start_ray", work)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
@@ -111,8 +115,7 @@ def refuse(
             before = picture(place)
             code, out, err = call_main(programs[program], program, arguments, monkeypatch, capsys)
             assert (code, out) == (2, ""), err
-            assert_one_sentence(err, *words)
-            assert err.startswith(f"{program}: ")
+            assert_one_sentence(err, f"{program}: ", *words)
             assert err[:-1].isprintable(), "nothing a terminal would obey"
             assert picture(place) == before, "something was written"
 
@@ -120,5 +123,5 @@ def refuse(
 
 
 def picture(folder: Path) -> dict[str, str]:
-    """What lies in a folder but for locks: those stay, empty, in a folder that was there before."""
+    """Picture a folder but for locks: those stay, empty, in a folder that was there before."""
     return {path: content for path, content in picture_of(folder).items() if Path(path).name != LOCK_FILE}

@@ -1,18 +1,18 @@
-"""A small search to be disturbed: started, waited for, and checked to be whole at the end."""
+"""Starts a small search to be disturbed, waits for its work, and checks that it is whole at the end."""
 
 import os
-import random
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from byot.search_files import read_trials
 from byot.system.files import read_json, read_json_lines
-from search.records import Row, read_rows
 from search.settings import REDUCTION_FACTOR, grace_epochs
 from tests.helpers import command_environment, command_line, run_command
 
@@ -29,19 +29,18 @@ class Search:
         self.outputs = outputs
         self.folder = outputs / "searches" / "s"
         self.flags = (*FLAGS, *flags, "--name", "s", "--outputs", outputs)
-        self.ended_before: dict[str, Row] = {}
+        self.ended_before: dict[str, dict[str, Any]] = {}
 
     def start(self) -> subprocess.Popen[bytes]:
+        command = command_line("search/tune.py", *self.flags)
         with open(self.outputs / "driver.log", "ab") as log:
-            return subprocess.Popen(
-                command_line("search/tune.py", *self.flags),
-                cwd=self.outputs,
-                env=command_environment(),
-                stdout=log,
-                stderr=log,
-            )
+            return subprocess.Popen(command, cwd=self.outputs, env=command_environment(), stdout=log, stderr=log)
 
-    def ended(self) -> dict[str, Row]:
+    def log(self) -> str:
+        return (self.outputs / "driver.log").read_text()
+
+    def ended(self) -> dict[str, dict[str, Any]]:
+        """Read the rows of the trials that have ended, by trial."""
         rows = {}
         for path in self.folder.glob("trials/t*/trial.json"):
             row = {name: cell for name, cell in read_json(path).items() if name not in ("judged", "curve")}
@@ -52,17 +51,12 @@ class Search:
     def num_epochs(self) -> int:
         return sum(len(read_json_lines(path)) for path in self.folder.glob("trials/t*/metrics.jsonl"))
 
-    def wait_for_work(self, process: subprocess.Popen[bytes], limit_s: float = 120) -> None:
-        """Until a trial has done an epoch in this process' time."""
-        before, deadline = self.num_epochs(), time.monotonic() + limit_s
+    def wait_for_work(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until a trial has done one more epoch, or the process has ended."""
+        before, deadline = self.num_epochs(), time.monotonic() + 600
         while self.num_epochs() <= before and process.poll() is None:
-            assert time.monotonic() < deadline, (self.outputs / "driver.log").read_text()
+            assert time.monotonic() < deadline, self.log()
             time.sleep(0.02)
-
-    def kill_driver(self, process: subprocess.Popen[bytes]) -> None:
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "it had ended before it could be killed"
-        self.note_ended()
 
     def note_ended(self) -> None:
         """Remember the trials that have ended: their rows must never change again."""
@@ -72,35 +66,30 @@ class Search:
         self.ended_before = now_ended
 
     def finish(self) -> None:
-        result = run_command([*self.flags], cwd=self.outputs, script="search/tune.py")
+        result = run_command(self.flags, cwd=self.outputs, script="search/tune.py")
         assert result.returncode == 0, result.stdout + result.stderr
         self.check_whole()
 
-    def check_whole(self, num_samples: int = NUM_SAMPLES) -> None:
-        """All that was asked for is there once, nothing that had ended was lost or changed, and all records agree."""
+    def check_whole(self) -> None:
+        """Check that all trials are there once, none that had ended was lost or changed, and all records agree."""
         self.note_ended()
-        rows = {row["trial_id"]: row for row in read_rows(self.folder / "trials.csv")}
-        assert len(rows) == num_samples == len(list((self.folder / "trials").iterdir()))
-        assert rows == self.ended_before
-        assert {row["status"] for row in rows.values()} <= {"completed", "stopped"}
-        assert sorted(row["role"] for row in rows.values())[:2] == ["control", "reference"]
+        trials = {trial.trial_id: trial for trial in read_trials(self.folder / "trials.csv")}
+        assert len(trials) == NUM_SAMPLES == len(list((self.folder / "trials").iterdir()))
+        assert {trial_id: trial.to_row() for trial_id, trial in trials.items()} == self.ended_before
+        assert {trial.status for trial in trials.values()} <= {"completed", "stopped"}
+        assert sorted(trial.role for trial in trials.values())[:2] == ["control", "reference"]
         assert read_json(self.folder / "search.json")["status"] == "finished"
         rungs = [grace_epochs(EPOCHS) * REDUCTION_FACTOR**k for k in range(3)]
-        for trial_id, row in rows.items():
+        for trial_id, trial in trials.items():
             lines = read_json_lines(self.folder / "trials" / trial_id / "metrics.jsonl")
-            assert [line["epoch"] for line in lines] == list(range(1, row["epochs_done"] + 1))
-            assert lines[-1]["val_accuracy"] == row["val_accuracy"]
-            assert row["epochs_done"] == EPOCHS if row["status"] == "completed" else row["epochs_done"] in rungs
-        best = max((r for r in rows.values() if r["status"] == "completed" and r["role"] != "control"), key=value_of)
-        assert read_json(self.folder / "best.json")["value"] == best["val_accuracy"]
+            assert [line["epoch"] for line in lines] == list(range(1, trial.epochs_done + 1))
+            assert lines[-1]["val_accuracy"] == trial.measures["val_accuracy"]
+            assert trial.epochs_done in ([EPOCHS] if trial.status == "completed" else rungs)
+        whole = [row for row in self.ended_before.values() if row["status"] == "completed" and row["role"] != "control"]
+        assert read_json(self.folder / "best.json")["value"] == max(row["val_accuracy"] for row in whole)
         mirrored = load_mirror(self.folder)
-        assert sorted(trial.user_attrs["trial_id"] for trial in mirrored) == sorted(rows)
+        assert sorted(trial.user_attrs["trial_id"] for trial in mirrored) == sorted(trials)
         assert all(trial.state.is_finished() for trial in mirrored)
-
-
-def value_of(row: Row) -> float:
-    value: float = row["val_accuracy"]
-    return value
 
 
 def load_mirror(folder: Path) -> list[optuna.trial.FrozenTrial]:
@@ -109,33 +98,19 @@ def load_mirror(folder: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name=study, storage=storage).trials
 
 
-def strike_moment(search: Search, process: subprocess.Popen[bytes], moments: random.Random) -> None:
-    """Wait until a random moment: mostly while trials run, now and then while all starts."""
-    if moments.random() < 0.2:
-        time.sleep(moments.uniform(0, 10))
-    else:
-        search.wait_for_work(process)
-        time.sleep(moments.uniform(0, 2))
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """The processes below one, with their command lines."""
+def trial_workers(pid: int) -> list[int]:
+    """Find the Ray workers below a driver that run trials."""
     parents, names = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            names[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            names[int(path.name)] = (path / "cmdline").read_bytes()
         except OSError:  # gone meanwhile
             continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {child: names[child] for child in found - {pid} if child in names}
-
-
-def trial_workers(pid: int) -> list[int]:
-    """The Ray workers below a driver that run trials."""
-    return [child for child, name in descendants(pid).items() if name.startswith("ray::ImplicitFunc")]
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return [child for child in below if names.get(child, b"").startswith(b"ray::ImplicitFunc")]
 
 
 def kill_quietly(pid: int) -> None:

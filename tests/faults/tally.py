@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Tally:
-    """Tried and lost attempts by fault."""
+    """Attempts tried and lost, by fault."""
 
     def __init__(self) -> None:
         self.tried: Counter[str] = Counter()
@@ -14,7 +14,7 @@ class Tally:
 
     @contextmanager
     def attempt(self, fault: str, times: int = 1) -> Iterator[None]:
-        """One attempt at a fault, or several whose end is judged together; an exception means that it was lost."""
+        """Count one attempt, or several that are judged together. They are lost if an exception is raised within."""
         self.tried[fault] += times
         try:
             yield
@@ -26,8 +26,7 @@ class Tally:
         width = max(map(len, self.tried))
         lines = [f"{'fault':<{width}}  tried  survived  lost"]
         for fault, tried in self.tried.items():
-            lost = self.lost[fault]
-            lines.append(f"{fault:<{width}}  {tried:>5}  {tried - lost:>8}  {lost:>4}")
+            lines.append(f"{fault:<{width}}  {tried:>5}  {tried - self.lost[fault]:>8}  {self.lost[fault]:>4}")
         return "\n".join(lines)
 
 

@@ -1,10 +1,11 @@
-"""A search on a cluster: its nodes are given the code, all of them work, and one without the folder is named."""
+"""Searches on a cluster: its nodes are given the code, all of them work, and a lost one costs nothing."""
 
 import json
 import os
+import random
 import shutil
 import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,20 @@ from typing import Any
 import pytest
 
 from byot.config import TrainConfig
+from search.system.remote import Store
 from search.system.resources import RAY_ENVIRONMENT, environment_of_workers, try_folder
 from search.trial import UNWRITABLE, TrialSetup, run_trial
-from tests.faults.nodes import start_cluster
+from tests.faults.conftest import LONG
+from tests.faults.nodes import add_node, start_cluster
 from tests.faults.searches import Search
-from tests.helpers import PROJECT, assert_one_sentence, command_environment, command_line, run_command
+from tests.faults.tally import TALLY
+from tests.helpers import PROJECT, assert_one_sentence, run_command
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+slow = pytest.mark.slow
+pytestmark = pytest.mark.timeout(1800)
 
-NUM_NODES = 3
+NUM_NODES = 2
+NODE_KILLS = 5 if LONG else 1
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where `ray job submit` tells a driver its runtime environment
 # Added to the code that is sent, and to no other: what imports it says where it runs and where it lies.
 WITNESS = """
@@ -33,7 +39,7 @@ if _ray.is_initialized() and _ray.get_runtime_context().worker.mode == _ray.WORK
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head that runs no trials, and three nodes with room for one each."""
+    """A head that runs no trials, and two nodes with room for one each."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}).items():
             patch.setenv(name, os.environ.get(name, value))
@@ -42,7 +48,8 @@ def cluster() -> Iterator[Any]:
         made.shutdown()
 
 
-def test_three_nodes_run_code_that_they_do_not_have(tmp_path: Path, cluster: Any) -> None:
+@slow
+def test_all_nodes_run_code_that_they_do_not_have(tmp_path: Path, cluster: Any) -> None:
     project, seen = tmp_path / "project", tmp_path / "seen"
     for package in ("byot", "search"):
         shutil.copytree(PROJECT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -50,14 +57,8 @@ def test_three_nodes_run_code_that_they_do_not_have(tmp_path: Path, cluster: Any
     with open(project / "search" / "trial.py", "a") as file:
         file.write(WITNESS.replace("{seen}", str(seen)))
     search = Search(tmp_path / "outputs", "--address", cluster.address)
-    done = subprocess.run(
-        [sys.executable, str(project / "search" / "tune.py"), *map(str, search.flags)],
-        cwd=search.outputs,
-        env=command_environment(PYTHONPATH=str(project)),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    script = str(project / "search" / "tune.py")
+    done = run_command(search.flags, cwd=search.outputs, script=script, PYTHONPATH=str(project))
     assert done.returncode == 0, done.stdout + done.stderr
     search.check_whole()
     witnesses = {path.name.split("-")[0]: Path(path.read_text()) for path in seen.iterdir()}
@@ -65,27 +66,36 @@ def test_three_nodes_run_code_that_they_do_not_have(tmp_path: Path, cluster: Any
     assert all("py_modules_files" in place.parts for place in witnesses.values()), witnesses
 
 
+@slow
 def test_a_folder_of_the_driver_alone(tmp_path: Path, cluster: Any) -> None:
     """As part of a job that has set what the search would set too."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("a process can have no mounts of its own here")
     search = Search(tmp_path / "outputs", "--address", cluster.address)
-    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"']
-    done = subprocess.run(
-        [*hidden, str(search.outputs), *command_line("search/tune.py", *search.flags)],
-        env=command_environment(
-            **{JOB_CONFIG: json.dumps({"runtime_env": {"env_vars": RAY_ENVIRONMENT}, "metadata": {}})}
-        ),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(search.outputs)]
+    job = {JOB_CONFIG: json.dumps({"runtime_env": {"env_vars": RAY_ENVIRONMENT}, "metadata": {}})}
+    done = run_command(search.flags, cwd=tmp_path, script="search/tune.py", before=hidden, **job)
     assert done.returncode == 2, done.stdout + done.stderr
     address = cluster.address.partition(":")[0]
-    assert_one_sentence(
-        done.stderr, f"3 of 3 nodes cannot work on {search.folder}", f"{address} (it does not see the folder)"
-    )
+    named = f"{NUM_NODES} of {NUM_NODES} nodes cannot work on {search.folder}"
+    assert_one_sentence(done.stderr, named, f"{address} (it does not see the folder)")
     assert not list(search.outputs.iterdir())
+
+
+@slow
+def test_lost_nodes(tmp_path: Path, cluster: Any, moments: random.Random) -> None:
+    """The trial on a lost node goes on from its checkpoint elsewhere."""
+    search = Search(tmp_path / "outputs", "--address", cluster.address)
+    process = search.start()
+    with TALLY.attempt("kill -9 of a node of two", NODE_KILLS):
+        for _ in range(NODE_KILLS):
+            search.wait_for_work(process)
+            time.sleep(moments.uniform(0, 1))
+            assert process.poll() is None, search.log()
+            cluster.remove_node(moments.choice(sorted(cluster.worker_nodes, key=id)), allow_graceful=False)
+            add_node(cluster)
+        assert process.wait(timeout=600) == 0, search.log()
+        search.check_whole()
 
 
 def test_what_a_node_says_of_a_folder(tmp_path: Path) -> None:
@@ -100,7 +110,7 @@ def test_what_a_node_says_of_a_folder(tmp_path: Path) -> None:
 def test_a_trial_makes_no_folder_where_its_own_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr("search.trial.tune.report", reports.append)
-    setup = TrialSetup(TrainConfig(dataset="digits"), tmp_path / "trials", "val_accuracy", threads=1, timed=None)
+    setup = TrialSetup(TrainConfig(dataset="digits"), Store(tmp_path), "val_accuracy", threads=1, timed=None)
     no_images: Any = None
     run_trial({"trial_id": "t0000", "params": {}}, setup=setup, train=no_images, val=no_images)
     (report,) = reports
@@ -122,10 +132,13 @@ def test_a_job_has_the_first_word_on_its_environment(monkeypatch: pytest.MonkeyP
     assert set(with_job["env_vars"]) == set(RAY_ENVIRONMENT) - {name}
 
 
-def test_no_token_for_a_cluster_is_one_sentence(tmp_path: Path) -> None:
-    flags = ["--dataset", "digits", "--outputs", tmp_path, "--address"]
-    for address, word in (("10.0.0.1:6379", "RAY_AUTH_TOKEN"), ("ray://10.0.0.1:10001", "ray job submit")):
-        variables = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
-        done = run_command([*flags, address], cwd=tmp_path, script="search/tune.py", **variables)
-        assert done.returncode == 1, done.stdout + done.stderr
-        assert_one_sentence(done.stderr, "Ray did not start", word)
+@slow
+@pytest.mark.parametrize(
+    ("address", "word"), [("10.0.0.1:6379", "RAY_AUTH_TOKEN"), ("ray://10.0.0.1:10001", "ray job submit")]
+)
+def test_no_token_for_a_cluster_is_one_sentence(tmp_path: Path, address: str, word: str) -> None:
+    flags = ["--dataset", "digits", "--outputs", tmp_path, "--address", address]
+    variables = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    done = run_command(flags, cwd=tmp_path, script="search/tune.py", **variables)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert_one_sentence(done.stderr, "Ray did not start", word)

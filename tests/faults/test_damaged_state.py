@@ -3,16 +3,16 @@
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from search.mirror import OptunaMirror
-from search.records import SearchRecords, load_search
+from byot.search_files import load_search
+from search.records import SearchRecords
 from search.space import DEFAULT_SPACE
+from search.study import OptunaMirror
 from tests.faults.conftest import LONG
-from tests.faults.searches import EPOCHS, Search, load_mirror
+from tests.faults.searches import EPOCHS, NUM_SAMPLES, Search, load_mirror
 from tests.faults.tally import TALLY
 from tests.helpers import run_command
 
@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 PLACES = range(10)
 RESUMED = PLACES if LONG else PLACES[5:6]
 long_only = pytest.mark.skipif(not LONG, reason="another way to what the others show; in `make faults`")
+TRIALS = ("trials/t*/trial.json", "trials/t*/metrics.jsonl")
+FILES = ("search.json", "state/search.json", "trials.csv", "best.json", "optuna.log", *TRIALS)
 
 
 @pytest.fixture(scope="module")
@@ -46,30 +48,14 @@ def copy(half: Search, tmp_path: Path) -> Search:
     return search
 
 
-def truncate(path: Path, place: int) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) * place // len(PLACES)])
+def truncate(place: int, *paths: Path) -> None:
+    for path in paths:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) * place // len(PLACES)])
 
 
 def open_records(folder: Path) -> SearchRecords:
-    return SearchRecords(
-        folder, parameters=list(DEFAULT_SPACE), metric="val_accuracy", mode="max", epochs=EPOCHS, seed=0
-    )
-
-
-def trial_files(name: str) -> Callable[[Search], list[Path]]:
-    return lambda search: sorted(search.folder.glob(f"trials/t*/{name}"))
-
-
-FILES: dict[str, Callable[[Search], list[Path]]] = {
-    "search.json": lambda search: [search.folder / "search.json"],
-    "state/search.json": lambda search: [search.folder / "state" / "search.json"],
-    "trials.csv": lambda search: [search.folder / "trials.csv"],
-    "best.json": lambda search: [search.folder / "best.json"],
-    "optuna.log": lambda search: [search.folder / "optuna.log"],
-    "trial.json": trial_files("trial.json"),
-    "metrics.jsonl": trial_files("metrics.jsonl"),
-}
+    return SearchRecords(folder, parameters=list(DEFAULT_SPACE), metrics=("val_accuracy",), epochs=EPOCHS, seed=0)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -77,42 +63,31 @@ FILES: dict[str, Callable[[Search], list[Path]]] = {
 def test_one_kind_of_file(copy: Search, name: str, place: int) -> None:
     """What is read back is what was there, whichever kind of file is damaged, all of its kind at once."""
     with TALLY.attempt(f"{name} truncated, the search read again"):
-        before = open_records(copy.folder).rows
-        files = FILES[name](copy)
+        before = open_records(copy.folder).trials
+        files = list(copy.folder.glob(name))
         assert files
-        for path in files:
-            truncate(path, place)
-        assert load_search(copy.folder)["num_samples"] == 12
+        truncate(place, *files)
+        assert load_search(copy.folder).num_samples == NUM_SAMPLES
         records = open_records(copy.folder)
-        if name == "metrics.jsonl":  # the trials write them anew from their checkpoints
-            assert {row["trial_id"]: row for row in records.ended} == copy.ended_before
+        if name.endswith("metrics.jsonl"):  # the trials write them anew from their checkpoints
+            assert {trial.trial_id: trial.to_row() for trial in records.ended} == copy.ended_before
         else:
-            assert records.rows == before
+            assert records.trials == before
         records.write_tables()
         assert open_records(copy.folder).notes == []
-        for _ in range(2):
-            OptunaMirror(records, DEFAULT_SPACE)
-            mirrored = [trial.user_attrs["trial_id"] for trial in load_mirror(copy.folder)]
-            assert sorted(mirrored) == sorted(copy.ended_before)
+        OptunaMirror(records, DEFAULT_SPACE)
+        mirrored = [trial.user_attrs["trial_id"] for trial in load_mirror(copy.folder)]
+        assert sorted(mirrored) == sorted(copy.ended_before)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "",
-        "[]",
-        "null",
-        '{"trial_id": 3}',
-        '{"status": "lost"}',
-        '{"epochs_done": "many"}',
-        '{"alpha": null}',
-        "\0" * 90,
-    ],
-)
+KINDS = ("", "[]", '{"trial_id": 3}', '{"status": "lost"}', '{"epochs_done": "many"}', '{"alpha": null}', "\0" * 90)
+
+
+@pytest.mark.parametrize("wrong", KINDS)
 def test_records_of_another_kind(copy: Search, wrong: str) -> None:
     """What JSON can hold and no search writes, in place of a trial's record or among its epochs."""
     with TALLY.attempt("trial.json or metrics.jsonl of another kind, the search read again"):
-        before = open_records(copy.folder).rows
+        before = open_records(copy.folder).trials
         trial = copy.folder / "trials" / "t0000"
         row = json.loads((trial / "trial.json").read_text())
         is_table = wrong.startswith("{")
@@ -120,7 +95,7 @@ def test_records_of_another_kind(copy: Search, wrong: str) -> None:
         with (trial / "metrics.jsonl").open("a") as file:
             file.write(wrong + '\n{"epoch": "x"}\n{"epoch": 3, "val_accuracy": true, "elapsed_s": null}\n')
         records = open_records(copy.folder)
-        assert records.rows == before
+        assert records.trials == before
         assert "t0000 is taken from trials.csv" in records.notes[0]
 
 
@@ -129,14 +104,12 @@ def test_records_of_another_kind(copy: Search, wrong: str) -> None:
 def test_all_at_once(copy: Search, place: int) -> None:
     """Ray's files too, the newest checkpoint of each trial, and of the two places for each fact one."""
     with TALLY.attempt("all state files truncated at once, the search finished"):
-        redundant = ("search.json", "trials.csv") if place % 2 else ("state/search.json", "trial.json")
-        checkpoints = [sorted(path.iterdir())[-1] for path in copy.folder.glob("trials/t*/checkpoints")]
-        unfinished = [path.parent for path in FILES["trial.json"](copy) if path.parent.name not in copy.ended_before]
-        files = [path for name in (*redundant, "best.json", "optuna.log") for path in FILES[name](copy)]
-        files += [path / "metrics.jsonl" for path in unfinished if (path / "metrics.jsonl").exists()]
-        files += [path for path in (copy.folder / "ray").rglob("*") if path.is_file()]
-        for path in (*files, *checkpoints):
-            truncate(path, place)
+        redundant = ("search.json", "trials.csv") if place % 2 else ("state/search.json", TRIALS[0])
+        files = [path for name in (*redundant, "best.json", "optuna.log") for path in copy.folder.glob(name)]
+        files += [path for path in copy.folder.glob(TRIALS[1]) if path.parent.name not in copy.ended_before]
+        files += [path for path in copy.folder.glob("ray/**/*") if path.is_file()]
+        files += [sorted(path.iterdir())[-1] for path in copy.folder.glob("trials/t*/checkpoints")]
+        truncate(place, *files)
         copy.finish()
 
 
@@ -144,11 +117,9 @@ def test_all_at_once(copy: Search, place: int) -> None:
 @pytest.mark.timeout(1200)
 def test_the_same_command_finds_its_way_without_search_json(copy: Search) -> None:
     with TALLY.attempt("search.json and its copy truncated, the search finished"):
-        for name in ("search.json", "state/search.json"):
-            truncate(copy.folder / name, 5)
-        refused = run_command(
-            ["--resume", "--name", "s", "--outputs", copy.outputs], cwd=copy.outputs, script="search/tune.py"
-        )
+        truncate(5, copy.folder / "search.json", copy.folder / "state" / "search.json")
+        flags = ["--resume", "--name", "s", "--outputs", copy.outputs]
+        refused = run_command(flags, cwd=copy.outputs, script="search/tune.py")
         assert refused.returncode == 2
         assert "search.json" in refused.stderr
         copy.finish()
@@ -159,11 +130,9 @@ def test_the_same_command_finds_its_way_without_search_json(copy: Search) -> Non
 def test_moved_and_renamed(copy: Search, tmp_path: Path) -> None:
     """It goes on where it lies now, and the old place stays as it is."""
     with TALLY.attempt("a search moved and renamed, then gone on with"):
-        copy.folder.rename(copy.folder.with_name("moved"))
-        copy.folder = copy.folder.with_name("moved")
-        result = run_command(
-            ["--resume", "--name", "moved", "--outputs", copy.outputs], cwd=tmp_path, script="search/tune.py"
-        )
+        copy.folder = copy.folder.rename(copy.folder.with_name("moved"))
+        flags = ["--resume", "--name", "moved", "--outputs", copy.outputs]
+        result = run_command(flags, cwd=tmp_path, script="search/tune.py")
         assert result.returncode == 0, result.stderr
         copy.check_whole()
         assert [path.name for path in copy.folder.parent.iterdir()] == ["moved"]

@@ -6,7 +6,7 @@
 Only trials that reached the last epoch are ranked. Reads files alone, also of a search that still runs.
 """
 
-from byot.system.files import write_text
+from byot.system.files import write_output
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import check_writable_file, outputs_folder
 
@@ -41,7 +41,7 @@ def main() -> None:
         ranked = rank(trials, search.metric)
         commands = [] if ranked.empty else next_commands(folder, outputs)
         if target is not None:
-            write_text(target, ranked.to_csv(index=False))
+            write_output(target, ranked.to_csv(index=False))
     config = search.config
     print(f"search {search.name}: {describe_status(search, last_sign_of_life(folder), datetime.now(UTC))}")
     print(f"{config.model} width {config.width} on {config.dataset}, {config.epochs} epochs")

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.trials import find_role, parameter_columns, pareto_front, rank
-from analysis.verdict import accuracy_standard_error, describe_metric, unit
+from analysis.verdict import accuracy_standard_error, describe_metric
 from byot.config import CLASSIFIERS
-from byot.search_files import ROLE_NAMES, ConfirmationRecord, SearchRecord, format_value
+from byot.search_files import ROLE_NAMES, ConfirmationRecord, SearchRecord, format_value, unit
 
 BLUE, ORANGE, GREEN, GREY, PALE = "#0b5cad", "#d1600a", "#1a8f63", "#8a8f98", "#c9cdd3"
 INK, RED = "#3c434c", "#b3261e"
@@ -209,7 +209,7 @@ def draw_confirmation(confirmation: ConfirmationRecord) -> Drawing | None:
             means.append(f"{names[y]} {np.mean(apart):+.2f}")
     axes.set_yticks(range(len(arms)), names)
     axes.set_ylim(len(arms) - 0.5, -0.5)
-    points = "nats" if "_nll" in confirmation.metric else "points"
+    points = unit(confirmation.metric, "points")
     axes.set_xlabel(f"{describe_metric(confirmation.metric)}: {points} {against} on the same seed")
     return figure, f"Mean difference {against}: {'; '.join(means)}."
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import pandas as pd
 
 from analysis.trials import find_role, parameter_columns, rank
-from analysis.verdict import accuracy_standard_error, num_images_behind, unit
+from analysis.verdict import accuracy_standard_error, num_images_behind
 from byot.config import CLASSIFIERS
 from byot.console import text_table
-from byot.search_files import SearchRecord, format_value
+from byot.search_files import SearchRecord, format_value, unit
 
 NOTHING = "\N{EN DASH}"
 

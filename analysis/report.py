@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byot.config import TrainConfig
-from byot.system.files import write_text
+from byot.system.files import write_output
 from byot.system.flags import Parser, flag_name, one_sentence_errors
 from byot.system.paths import check_writable_file, outputs_folder
 
@@ -101,7 +101,8 @@ def space_file(space: "Space") -> str:
 
 def tune_command(search: "SearchRecord") -> str:
     """Write the command that starts the same search: its settings, and those of the trials that are no defaults."""
-    defaults = TrainConfig().to_dict()
+    # A trial has other epochs than a run where none are given, and the recipe decides what the other defaults are.
+    defaults = TrainConfig(recipe=search.config.recipe).to_dict() | {"recipe": TrainConfig().recipe, "epochs": None}
     config = {name: value for name, value in search.config.to_dict().items() if value != defaults[name]}
     words = ["python", "search/tune.py", "--space", "space.toml"]
     for name, value in (search.settings | config).items():
@@ -120,7 +121,7 @@ def main() -> None:
 
         folder = find_search(outputs, arguments.search)
         page = page or check_writable_file(outputs / "reports" / f"{folder.name}.html")
-        write_text(page, render_page(folder, outputs))
+        write_output(page, render_page(folder, outputs))
     print(page)
 
 

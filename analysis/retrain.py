@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from byot.config import TrainConfig, check_range
 from byot.search_files import SearchRecord, TrialRecord, find_role, find_search, load_search, ranked, read_trials
-from byot.system.files import write_text
+from byot.system.files import describe_refusal, write_text
 from byot.system.flags import Parser, flag_name, one_sentence_errors
 from byot.system.paths import absolute_path, check_writable, outputs_folder
 from byot.system.stopping import catch_stop_signals
@@ -146,7 +146,11 @@ def main() -> None:
                     failed += bool(error)
                     print(outcome_line(number, len(jobs), job, result, error), flush=True)
     finally:
-        runs = write_runs(outputs, folder, search)
+        try:
+            runs = write_runs(outputs, folder, search)
+        except OSError as error:  # a full disk
+            print(f"retrain.py: {describe_refusal(error, folder)}; once it can, go on with: {go_on}", file=sys.stderr)
+            raise SystemExit(1) from None
     print_summary(search, folder, runs[runs["run"].isin([job.folder.name for job in jobs])])
     print(f"\nevery run of this search: {folder / 'retrained.csv'}")
     if failed:

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from byot import search_files
-from byot.config import CLASSIFIERS, TrainConfig
+from byot.config import CLASSIFIERS, NOT_IDENTITY, TrainConfig
 from byot.search_files import (
     FIRST_COLUMNS,
     LAST_COLUMNS,
@@ -43,7 +43,7 @@ TEST_MEASURES = tuple(
     for suffix in ("", *(f"_{classifier}" for classifier in CLASSIFIERS))
 )
 # In these a retrained run may differ from the trial whose settings it takes up.
-NOT_COMPARED = ("seed", "epochs", "device", "data_dir", "val_fraction", "split_seed", "precision")
+NOT_COMPARED = (*NOT_IDENTITY, "seed", "epochs", "val_fraction", "split_seed", "precision")
 
 
 # ---------------------------------------------------------------- trials
@@ -152,7 +152,9 @@ def load_runs(outputs: Path) -> pd.DataFrame:
 
 def trial_config(search: SearchRecord, trial: Mapping[str, Any] | pd.Series) -> TrainConfig:
     """Make the settings of a trial for a run on all training images, as best.json has them for the best one."""
-    return search.config.with_settings(**{name: float(trial[name]) for name in search.space}, val_fraction=0.0)
+    return search.config.with_settings(
+        **{name: float(trial[name]) for name in search.space if name in trial}, val_fraction=0.0
+    )
 
 
 def retrained_runs(runs: pd.DataFrame, search: SearchRecord, trials: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import pandas as pd
 from analysis.trials import find_role, pareto_front, rank
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS
 from byot.console import format_duration
-from byot.search_files import ROLE_NAMES, SearchRecord, Status, format_value, metric_mode
+from byot.search_files import ROLE_NAMES, SearchRecord, Status, format_value, metric_mode, unit
 from byot.system.paths import default_outputs
 
 NUM_STANDARD_ERRORS = 2
@@ -81,10 +81,6 @@ def describe_metric(metric: str) -> str:
     which = CLASSIFIERS.get(suffix[0] if suffix else str(NUM_CLASSIFIERS), "")
     where = which if which == "ensemble" else f"classifier {which}"
     return f"{ {'val': 'validation', 'test': 'test'}.get(split, split) } {measure.replace('nll', 'NLL')}, {where}"
-
-
-def unit(metric: str, percent: str = "%") -> str:
-    return "nats" if "_nll" in metric else percent
 
 
 def format_gain(metric: str, gain: float) -> str:

@@ -11,16 +11,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import mean, stdev
 from threading import Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
-from matplotlib.figure import Figure
-from scipy import stats
 
 from byot.system.files import write_json
 from byot.system.paths import absolute_path, check_writable_file
-from byot.system.provenance import provenance
+
+if TYPE_CHECKING:  # importing it would cost every `--help`
+    from matplotlib.figure import Figure
 
 CONFIDENCE = 0.95
 Result = TypeVar("Result")
@@ -103,10 +102,14 @@ def run_all(function: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], pr
 def save_record(path: Path | None, record: dict[str, Any], device: str = "cpu") -> None:
     """Write a record, with where it comes from, if a file is asked for."""
     if path is not None:
+        import torch
+
+        from byot.system.provenance import provenance
+
         write_json(path, {**record, **provenance(torch.device(device))})
 
 
-def save_figure(figure: Figure, file: Path) -> None:
+def save_figure(figure: "Figure", file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
 
@@ -124,6 +127,8 @@ class Estimate(NamedTuple):
 
 def half_width(values: np.ndarray) -> np.ndarray:
     """Compute half the width of the 95 % confidence interval of the mean along the first axis."""
+    from scipy import stats
+
     return np.asarray(stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
 
 

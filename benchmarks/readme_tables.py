@@ -18,7 +18,7 @@ from benchmarks.common import format_difference, markdown, mean_and_sd, paired_d
 from benchmarks.plans import ARM_NAMES, FIXED_ARMS, RESULTS, TABLE_PLANS, Arm, TablePlan, searched_settings
 from byot.config import CLASSIFIERS, TrainConfig, work_after
 from byot.search_files import ROLE_NAMES, load_confirmation, load_search, read_trials
-from byot.system.files import read_json, read_json_lines, write_text
+from byot.system.files import read_json, read_json_lines, write_output
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import PROJECT_ROOT
 from search.space import DEFAULT_SPACE
@@ -301,7 +301,7 @@ def main() -> None:
     with one_sentence_errors("readme_tables.py"):
         if arguments.write:
             for path, page in make_pages().items():
-                write_text(path, page)
+                write_output(path, page)
         else:
             print(summary(), all_sections(), sep="\n\n")
 

@@ -14,23 +14,24 @@ What to run in 30 minutes of one GPU: results/README.md. The tables themselves: 
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from benchmarks import common
 from benchmarks.plans import RESULTS, SEARCH_PLANS, TABLE_PLANS, Arm, PlannedRun, TablePlan, planned_runs, read_record
 from byot.config import TrainConfig
-from byot.data import check_dataset, load_images
-from byot.runs import train_run
 from byot.system.files import describe_refusal, read_json, write_json, write_text
 from byot.system.flags import Parser, flag_name, one_sentence_errors
 from byot.system.paths import PROJECT_ROOT, outputs_folder
 from byot.system.stopping import DivergedError, catch_stop_signals
-from search.system.resources import ResourceRequest, Resources, resolve, running_ray, this_machine
-from search.system.tasks import Done, Task, run_tasks, told_if_stopped
+
+if TYPE_CHECKING:  # importing them imports torch
+    from search.system.resources import Resources
+    from search.system.tasks import Done
 
 NUM_TRAIN_IMAGES = {"cifar100": 50_000}
 TOY = {"dataset": "digits", "width": 4, "epochs": 2}
@@ -47,6 +48,8 @@ def without_data_dir(record: dict[str, Any]) -> dict[str, Any]:
 
 def check_images(dataset: str, data_dir: str | None) -> None:
     """Raise ValueError if the data set is not there, or not all of it."""
+    from byot.data import check_dataset, load_images
+
     check_dataset(dataset, data_dir)
     found = len(load_images(dataset, data_dir, "train").labels)
     expected = NUM_TRAIN_IMAGES.get(dataset, found)
@@ -54,8 +57,10 @@ def check_images(dataset: str, data_dir: str | None) -> None:
         raise ValueError(f"{data_dir} holds {found} training images of {dataset}, a table needs all {expected}")
 
 
-def share_machine(device: str, concurrent: int | None) -> Resources:
+def share_machine(device: str, concurrent: int | None) -> "Resources":
     """Give each of so many runs its part of the CPUs and GPUs here; by default one run a GPU, or a core of a CPU."""
+    from search.system.resources import ResourceRequest, resolve, this_machine
+
     num_cpus, num_gpus, where = this_machine(device)
     concurrent = concurrent or num_gpus or num_cpus
     request = ResourceRequest(max(1, num_cpus // concurrent), min(1.0, num_gpus / concurrent), concurrent)
@@ -63,6 +68,10 @@ def share_machine(device: str, concurrent: int | None) -> Resources:
 
 
 def run_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, outputs: Path, results: Path) -> int:
+    from byot.runs import train_run
+    from search.system.resources import running_ray
+    from search.system.tasks import Task, run_tasks, told_if_stopped
+
     with one_sentence_errors("tables.py"):
         runs = planned_runs(name, plan, outputs, results, arguments.data_dir)
         if not runs:
@@ -93,7 +102,7 @@ def run_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, ou
     return int(num_failed > 0)
 
 
-def keep_record(plan: str, done: Done[PlannedRun], results: Path) -> tuple[bool, str]:
+def keep_record(plan: str, done: "Done[PlannedRun]", results: Path) -> tuple[bool, str]:
     """Record a run that is finished, or that diverged for good; return whether it is recorded, and what to say."""
     record, told = done.result, done.error
     if record is not None:
@@ -127,15 +136,19 @@ def run_search_plan(name: str, arguments: argparse.Namespace, outputs: Path, res
         command += ["--data-dir", arguments.data_dir]
     if arguments.minutes:
         command += ["--time-budget", f"{arguments.minutes:g}m"]
-    with catch_stop_signals():  # the search hears them as well: its records are kept when it has ended
-        code = subprocess.run([sys.executable, *map(str, command)]).returncode
+    with catch_stop_signals() as stop_asked, subprocess.Popen([sys.executable, *map(str, command)]) as search:
+        while (code := search.poll()) is None:  # its records are kept when it has ended
+            if stop_asked() == signal.SIGTERM:  # a Ctrl-C in a terminal the search hears as well
+                search.terminate()
+            time.sleep(1)
     folder, kept = outputs / "searches" / name, results / "searches" / name
     for source in (folder / record for record in SEARCH_RECORDS if (folder / record).is_file()):
         if source.suffix == ".json":
             write_json(kept / source.name, without_data_dir(read_json(source)))
         else:
             write_text(kept / source.name, source.read_text())
-    print(f"its records are in {kept}")
+    if (folder / "search.json").is_file():
+        print(f"its records are in {kept}")
     return code
 
 

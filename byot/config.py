@@ -234,7 +234,7 @@ class TrainConfig:
         "global", "over several processes: statistics of the whole batch, or each process's part alone"
     )
     acceleration: Acceleration = setting(
-        "auto", "a CUDA graph of the step, which 'compile' compiles first; auto: what pays in the steps to come"
+        "auto", "how steps are done: recorded as a CUDA graph, or compiled before; auto: a graph on one CUDA device"
     )
     placement: Placement = setting(
         "auto", "where the images lie: on the device, or in main memory, streamed; auto: on the device if they fit"
@@ -264,7 +264,11 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Any) -> Self:
         """Build from a plain dict; settings it lacks take their defaults, unknown ones raise ValueError."""
-        return cls(**known_settings(cls, values))
+        known = known_settings(cls, values)
+        for name in RECIPES_OWN:
+            if name in known and known[name] is None:  # in a record nothing is left open
+                raise ValueError(f"{name} must be a number, not None")
+        return cls(**known)
 
     def with_settings(self, **changes: Any) -> Self:
         return replace(self, **changes)

@@ -175,6 +175,8 @@ def recorded_config(state: dict[str, Any]) -> TrainConfig:
             "it is of a version that built branches for loss_form plain too: start that run anew, with --fresh or "
             "another --name"
         )
+    if [record["epoch"] for record in state["history"]] != list(range(1, state["epoch"] + 1)):
+        raise ValueError("its history is not that of the epochs it has done")
     return config
 
 

@@ -350,6 +350,11 @@ def format_value(metric: str, value: float | None) -> str:
     return f"{value:.4f}" if "_nll" in metric else f"{value:.2f}"
 
 
+def unit(metric: str, percent: str = "%") -> str:
+    """Name the unit of a measure; `percent` is that of one in percent, such as "points" for a difference."""
+    return "nats" if "_nll" in metric else percent
+
+
 def whole_trials(trials: Iterable[TrialRecord], metric: str) -> list[TrialRecord]:
     """Select the trials that reached their last epoch; one that was stopped before is not comparable with them."""
     return [trial for trial in trials if trial.status == "completed" and trial.measures.get(metric) is not None]

@@ -98,10 +98,10 @@ class Trainer:
         `on_batch` is called after each step, when the state may be saved. Raises DivergedError where the loss is no
         longer finite and OutOfMemoryError where the device's memory does not suffice.
         """
-        if self.processes.count > 1 and self._network is self.model:  # all processes have the same weights by now
-            self._network = nn.parallel.DistributedDataParallel(self.model)
         while self.epoch < self.config.epochs:
             with explain_out_of_memory(self.config):
+                if self.processes.count > 1 and self._network is self.model:  # by now all have the same weights
+                    self._network = nn.parallel.DistributedDataParallel(self.model)
                 metrics = self._run_epoch(on_batch)
             yield metrics
 

@@ -50,6 +50,10 @@ class SearchWatch(tune.Callback):
         self.trouble = ""  # why the search cannot go on
         self.crashes_in_a_row = 0
 
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        """Ray pickles its callbacks for a state of its own, which is never read; the plan has all images."""
+        return object, ()
+
     # ------------------------------------------------------------ what Ray tells
 
     def on_trial_result(
@@ -90,7 +94,8 @@ class SearchWatch(tune.Callback):
             reason = f"out of memory, as Ray's memory monitor saw it; fewer trials at once would help ({reason})"
         path = self.records.trial_folder(trial_id) / "error.txt"
         self._write(lambda: write_text(path, text + "\n"))
-        self._write(lambda: self.records.store.push(path))
+        if path.is_file():
+            self._write(lambda: self.records.store.push(path))
         self._end(trial_id, "failed", reason)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:

@@ -42,28 +42,33 @@ def run_search(plan: SearchPlan) -> int:
     0: finished; 1: it cannot go on, or no trial finished; 128 and the signal's number: stopped on the way.
     """
     try:
-        records = open_records(plan)
-        if _was_finished(plan, records):
-            print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
-            return tell_result(plan, records)
-        with told_if_stopped("tune.py", go_on(plan)), running_ray(plan.resources, plan.address):
-            plan, resources = _complete(plan)
-            _log_to_file(plan.folder / "search.log")
-            budget_s = plan.settings.time_budget_s()
-            deadline = None if budget_s is None else time.monotonic() + budget_s
-            with catch_stop_signals() as stop_asked:  # after ray.init, which has a handler of its own
-                session = Session(plan, resources, records, stop_asked, deadline)
-                code = 0
-                if plan.recorded is None or not is_complete(plan, records):  # None: new, or only search.json is lost
-                    code = _run_trials(session)
-                if code == 0 and is_complete(plan, records):
-                    code = _confirm(session)
-            return code or tell_result(plan, records)
+        with told_if_stopped("tune.py", go_on(plan)):
+            records = open_records(plan)
+            if _was_finished(plan, records):
+                print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
+                return tell_result(plan, records)
+            with running_ray(plan.resources, plan.address):
+                return _run_on_ray(plan, records)
     except OSError as error:
-        print(
-            f"tune.py: {describe_refusal(error, plan.folder)}; once it can, go on with: {go_on(plan)}", file=sys.stderr
-        )
+        told = f"{describe_refusal(error, plan.folder)}; once it can, go on with: {go_on(plan)}"
+        print(f"tune.py: {told}", file=sys.stderr)
         return 1
+
+
+def _run_on_ray(plan: SearchPlan, records: SearchRecords) -> int:
+    """Run what is left of the trials, then of the confirmation; returns the exit code."""
+    plan, resources = _complete(plan)
+    _log_to_file(plan.folder / "search.log")
+    budget_s = plan.settings.time_budget_s()
+    deadline = None if budget_s is None else time.monotonic() + budget_s
+    with catch_stop_signals() as stop_asked:  # after ray.init, which has a handler of its own
+        session = Session(plan, resources, records, stop_asked, deadline)
+        code = 0
+        if plan.recorded is None or not is_complete(plan, records):  # None: new, or only search.json is lost
+            code = _run_trials(session)
+        if code == 0 and is_complete(plan, records):
+            code = _confirm(session)
+    return code or tell_result(plan, records)
 
 
 def open_records(plan: SearchPlan) -> SearchRecords:
@@ -94,10 +99,13 @@ def _was_finished(plan: SearchPlan, records: SearchRecords) -> bool:
     records.search = plan.recorded
     records.write_tables()
     confirmation = find_confirmation(plan, records)
+    # It says what is to be confirmed before that is begun.
+    fields = plan.recorded.fields | {"settings": plan.settings.to_dict(), "status": "finished"}
+    fields["finished_at"] = fields.get("finished_at") or now()
+    if fields != plan.recorded.fields:
+        save_search(plan.folder, fields, plan.store)
     if confirmation is None:
         return True
-    if plan.recorded.settings != plan.settings.to_dict():  # it says what is to be confirmed before that is begun
-        save_search(plan.folder, plan.recorded.fields | {"settings": plan.settings.to_dict()}, plan.store)
     if confirmation.judge().is_over and not confirmation.is_done:  # fewer are asked for than were run
         confirmation.drop_checkpoints()
         confirmation.save("finished")
@@ -323,10 +331,14 @@ def tell_result(plan: SearchPlan, records: SearchRecords) -> int:
 
 
 def go_on(plan: SearchPlan, *more: str) -> str:
-    """Return the command that goes on with the search: this one again, without --fresh."""
-    typed = [argument for argument in sys.argv[1:] if argument != "--fresh"]
-    named = [] if any(argument.startswith("--name") for argument in typed) else ["--name", plan.folder.name]
-    return shlex.join([sys.executable, *sys.argv[:1], *typed, *named, *more])
+    """Return the command that goes on with the search, in any folder and shell."""
+    searches = plan.folder.parent
+    place = ["--outputs", str(searches.parent)] if searches.name == "searches" else ["--storage-path", str(searches)]
+    if plan.store.bucket is not None:
+        place += ["--storage-path", plan.store.bucket.url]
+    address = [] if plan.address is None else ["--address", plan.address]
+    command = [sys.executable, *sys.argv[:1], "--name", plan.folder.name, *place, *address]
+    return shlex.join([*command, "--resume", *more])
 
 
 class LogWriter(io.TextIOBase):

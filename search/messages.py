@@ -105,14 +105,15 @@ def verdict(folder: Path, bucket: Bucket | None) -> str:
     best = read_json(folder / "best.json")
     metric = best["metric"]
     told = ", ".join(f"{name} {value:.4g}" for name, value in best["params"].items())
-    lines = [f"best: trial {best['trial_id']}, {told}: {metric} {best['value']:.2f}"]
+    lines = [f"best: trial {best['trial_id']}, {told}: {metric} {format_value(metric, best['value'])}"]
     for other in best["compared_with"]:
         if other["role"] != best["role"]:
-            lines.append(f"      {ROLE_NAMES[other['role']]}: {metric} {other['value']:.2f}")
+            lines.append(f"      {ROLE_NAMES[other['role']]}: {metric} {format_value(metric, other['value'])}")
     if front := best.get("pareto_front"):
         lines += ["", "no other is better in one without being worse in another:"]
         lines += [
-            f"      {one['trial_id']}  " + "  ".join(f"{name} {value:.2f}" for name, value in one["values"].items())
+            f"      {one['trial_id']}  "
+            + "  ".join(f"{name} {format_value(name, value)}" for name, value in one["values"].items())
             for one in front
         ]
     name = shlex.quote(folder.name)

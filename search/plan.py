@@ -22,7 +22,7 @@ from byot.search_files import (
     trial_columns,
 )
 from byot.system.distributed import ALONE
-from byot.system.files import describe_refusal, errors_in, set_aside
+from byot.system.files import UnreadableError, describe_refusal, errors_in, set_aside
 from byot.system.flags import flag_name, given_settings
 from byot.system.lock import LOCK_FILE, lock_folder
 from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
@@ -91,27 +91,33 @@ def make_plan(arguments: argparse.Namespace, held: ExitStack) -> SearchPlan:
         store.pull()
     plan = _decide(arguments, given, store, searches, bucket)
     try:
-        _take(plan, held, fresh=arguments.fresh)
+        if _take(plan, held, fresh=arguments.fresh):
+            plan = _decide(arguments, given, store, searches, bucket)
     except OSError as error:
         raise ValueError(describe_refusal(error, str(store))) from error
     return plan
 
 
-def _take(plan: SearchPlan, held: ExitStack, *, fresh: bool) -> None:
-    """Set aside what a fresh start replaces, and become what drives the search in its object store."""
+def _take(plan: SearchPlan, held: ExitStack, *, fresh: bool) -> bool:
+    """Set aside what a fresh start replaces, and become what drives the search in its object store.
+
+    Returns whether another driver has written something else there than was planned with.
+    """
     store = plan.store
-    if fresh and not is_new(store.folder):
+    if fresh and any(path.name != LOCK_FILE for path in store.folder.iterdir()):
         print(f"what was in {store.folder} is now in {set_aside(store.folder)}")
         held.enter_context(lock_folder(store.folder))
     if told := held.enter_context(store.lease()):
         print(f"tune.py: {told}", file=sys.stderr)
     if aside := store.set_aside(leftovers=not fresh):
         print(f"what was in {store} is now in {aside}")
-    if store.bucket is not None and not fresh:
-        store.pull()  # by now another driver may have done more
-        is_there = (store.folder / "search.json").exists()
-        if (load_search(store.folder) if is_there else None) != plan.recorded:
-            raise ValueError(f"another driver changed {store} just now: give the command again")
+    if store.bucket is None or fresh:
+        return False
+    store.pull()
+    recorded = None
+    with suppress(UnreadableError):
+        recorded = load_search(store.folder)
+    return recorded != plan.recorded
 
 
 # ---------------------------------------------------------------- which search
@@ -125,12 +131,11 @@ def _choose_name(arguments: argparse.Namespace, given: dict[str, Any], searches:
         return f"{base.model}-w{base.width}-{base.dataset}-e{base.epochs}"
     if bucket is None:
         return newest_unfinished(searches, given, str(searches))
-    records = [
-        name for name in bucket.files() if name.count("/") == 1 and name.endswith(("/search.json", CONFIRMATION))
-    ]
+    wanted = ("search.json", "state/search.json", CONFIRMATION)
+    records = [name for name in bucket.files() if name.partition("/")[2] in wanted]
     with TemporaryDirectory() as looked_at:
         bucket.fetch(records, Path(looked_at))
-        return newest_unfinished(Path(looked_at), given, str(bucket))
+        return check_name(newest_unfinished(Path(looked_at), given, str(bucket)))
 
 
 def newest_unfinished(searches: Path, given: dict[str, Any], where: str) -> str:
@@ -141,7 +146,7 @@ def newest_unfinished(searches: Path, given: dict[str, Any], where: str) -> str:
     found = [
         (str(search.fields.get("started_at")), folder.name)
         for folder, search in list_searches(searches)
-        if not copied_from(folder)
+        if not (folder / COPY_OF).exists()
         and all(getattr(search.config, name) == given[name] for name in ("model", "dataset") if name in given)
         and _is_unfinished(folder, search)
     ]
@@ -191,9 +196,9 @@ def _decide(
     settings = SearchSettings(**given_search)
     space = DEFAULT_SPACE if arguments.space is None else read_space(absolute_path(arguments.space))
     recorded = None
+    if bucket is None and not arguments.fresh and (place := copied_from(folder)):
+        raise ValueError(f"{folder} is a copy of {place}: go on with --storage-path and its URL")
     if not arguments.fresh and not is_new(folder):
-        if bucket is None and (place := copied_from(folder)):
-            raise ValueError(f"{folder} is a copy of {place}: go on with --storage-path and its URL")
         recorded = _load_record(folder, arguments.resume)
     elif arguments.resume:
         raise ValueError(f"there is no search {folder.name} in {bucket or searches}")
@@ -210,7 +215,7 @@ def _decide(
     train, val = load_search_data(base)
     if recorded is not None:
         _check_images(folder, recorded, num_train_images=len(train.labels), num_val_images=len(val.labels))
-    elif not arguments.fresh:
+    if not arguments.fresh:
         _check_trials(folder, settings, space)
     warm = None
     if settings.warm_start is not None and recorded is None:
@@ -251,7 +256,7 @@ def _load_record(folder: Path, resume: bool) -> SearchRecord | None:
         raise ValueError(f"{folder} exists and holds no search: choose another --name")
     try:
         return load_search(folder)
-    except ValueError as error:
+    except UnreadableError as error:
         if resume:
             raise
         print(f"tune.py: {error}: its settings are taken from this command", file=sys.stderr)
@@ -298,7 +303,7 @@ def _check_seeds(base: TrainConfig, settings: SearchSettings) -> None:
 
 
 def _check_trials(folder: Path, settings: SearchSettings, space: Space) -> None:
-    """Raise ValueError if trials whose search.json is lost are more than are asked for, or of another space."""
+    """Raise ValueError if the trials that are there are more than are asked for, or of another space."""
     number = len(list((folder / "trials").glob("t*")))
     if number > settings.num_samples:
         raise ValueError(f"{folder} has {number} trials already: give that --num-samples or more")

@@ -32,6 +32,7 @@ from byot.search_files import (
     is_number,
     load_confirmation,
     ranked,
+    unit,
 )
 from byot.system.files import read_json, write_json
 from byot.system.lock import WORKER_WAIT_S, lock_folder
@@ -272,11 +273,11 @@ class Confirmation:
         return sentences
 
     def _describe(self, one: Comparison) -> str:
-        unit, digits = ("points", 2) if "accuracy" in self.metric else ("nats", 4)
-        low, high = one.difference - one.half_width, one.difference + one.half_width
+        ends = (one.difference, one.difference - one.half_width, one.difference + one.half_width)
+        difference, low, high = (format_value(self.metric, end) for end in ends)
         behind = (
-            f"{one.difference:.{digits}f} {unit} behind {self.arms[one.leader].describe()}, "
-            f"{100 * (1 - ERROR):.0f} % interval {low:.{digits}f} to {high:.{digits}f}, {one.rounds} seeds: "
+            f"{difference} {unit(self.metric, 'points')} behind {self.arms[one.leader].describe()}, "
+            f"{100 * (1 - ERROR):.0f} % interval {low} to {high}, {one.rounds} seeds: "
         )
         if one.resolved:
             return f"{behind}resolved"

@@ -105,7 +105,8 @@ class SearchRecords:
         except ValueError as error:
             if trial is None:
                 self.notes.append(f"trial {trial_id} is left out: {error}, and trials.csv does not know it")
-                folder.rename(folder.with_name(f"damaged-{trial_id}-{datetime.now():%Y%m%d-%H%M%S-%f}"))
+                aside = folder.with_name(f"damaged-{trial_id}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+                self.store.rename(folder, aside)
                 return None
             self.notes.append(f"trial {trial_id} is taken from trials.csv: {error}")
             self._write_trial(trial)

@@ -85,12 +85,15 @@ class SearchSettings:
     def from_dict(cls, values: Any) -> Self:
         """Build from what a search recorded, also an older one: it knew patience, cmaes and trials_per_gpu."""
         if isinstance(values, dict):
-            values = {name: value for name, value in values.items() if name != "patience"}
-            trials = values.pop("trials_per_gpu", None)
+            values = dict(values)
+            trials, patience = values.pop("trials_per_gpu", None), values.pop("patience", None)
             if trials is not None:
                 values["gpus_per_trial"] = 1 / int(trials) if re.fullmatch("[1-9][0-9]*", str(trials)) else trials
+            if patience is not None:
+                raise ValueError("--patience is no longer there: --fresh starts the search anew without it")
             if values.get("sampler") == "cmaes":
-                raise ValueError("its sampler, cmaes, is no longer there: --fresh starts the search anew with another")
+                others = " or ".join(get_args(Sampler))
+                raise ValueError(f"sampler cmaes is no longer there: --fresh starts the search anew with {others}")
         return cls(**known_settings(cls, values))
 
     @property

@@ -144,6 +144,7 @@ class BudgetAwareSearch(Searcher):
         self._first = [point for point in first if point.role not in roles]
         if warm is not None:  # of its points those that have not been begun: the first that the study proposed
             self._first += [FirstPoint("sampled", params) for params in warm.points[roles.count("sampled") :]]
+        self._ended: dict[str, FrozenTrial] = {}
         self._earlier = [] if warm is None else [warm_to_optuna(trial, space) for trial in warm.trials]
 
     def make_study(self) -> optuna.Study:
@@ -154,8 +155,16 @@ class BudgetAwareSearch(Searcher):
             sampler=make_sampler(self._sampler, int(seed), self._startup),
         )
         known = [trial for trial in self._records.trials.values() if is_known_to_sampler(trial, self._space)]
-        study.add_trials([*self._earlier, *(to_optuna(trial, self._records, self._space) for trial in known)])
+        study.add_trials([*self._earlier, *map(self._to_optuna, known)])
         return study
+
+    def _to_optuna(self, trial: TrialRecord) -> FrozenTrial:
+        """Make the trial that Optuna is to know; one that has ended is made once."""
+        if trial.status == "running":
+            return to_optuna(trial, self._records, self._space)
+        if trial.trial_id not in self._ended:
+            self._ended[trial.trial_id] = to_optuna(trial, self._records, self._space)
+        return self._ended[trial.trial_id]
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         if self._unfinished:

@@ -64,11 +64,11 @@ def render(
     apart = width >= OTHERS + PARAMETER * len(records.parameters)
     table = Table(box=None, padding=(0, 2 if width >= WIDE else 1, 0, 0), pad_edge=False, header_style="dim")
     for name in ("", "trial", "epoch"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=True, overflow="crop")
     for name in (records.metric.removeprefix("val_"), *(records.parameters if apart else ())):
-        table.add_column(Text(name, overflow="crop"), justify="right")  # these headers are cut first
+        table.add_column(Text(name, overflow="crop"), justify="right", overflow="crop")  # these headers are cut first
     if not apart:
-        table.add_column("parameters")
+        table.add_column("parameters", overflow="fold")
     best = records.best()
     for trial in ([] if best is None else [best]) + [records.trials[trial_id] for trial_id in running]:
         marks = ("best" if trial is best else "", trial.role if trial.role != "sampled" else "")
@@ -125,10 +125,6 @@ class LiveTable:
             self._draw(self._live.stop)
             self._live = None
 
-    def __reduce__(self) -> tuple[type["LiveTable"], tuple[()]]:
-        """Ray pickles what it is given for a state of its own, which is never read; a terminal cannot be pickled."""
-        return LiveTable, ()
-
     def add_epoch(self, work: float) -> None:
         """Take in that a trial has just done an epoch, and how much work that was."""
         self.epochs.append((time.monotonic(), work))
@@ -176,5 +172,5 @@ class LiveTable:
     def _draw(self, draw: Callable[[], object]) -> None:
         try:
             draw()
-        except OSError:
+        except (OSError, UnicodeError):  # a terminal that is gone, or has no letter for a mark of rich's
             self._live = None

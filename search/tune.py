@@ -16,8 +16,7 @@ from byot.config import TrainConfig, recipe_defaults
 from byot.system.files import describe_refusal
 from byot.system.flags import Parser, add_settings, one_sentence_errors
 from search.settings import VAL_FRACTION, SearchSettings
-
-SEARCHED = ("alpha", "temperature", "beta")
+from search.space import DEFAULT_SPACE
 
 
 def build_parser() -> Parser:
@@ -44,7 +43,7 @@ def build_parser() -> Parser:
     )
     add_settings(parser, SearchSettings)
     defaults = {"val_fraction": VAL_FRACTION, **recipe_defaults("trial_epochs")}
-    add_settings(parser, TrainConfig, omit=(*SEARCHED, "batch_norm"), defaults=defaults)
+    add_settings(parser, TrainConfig, omit=(*DEFAULT_SPACE, "batch_norm"), defaults=defaults)
     return parser
 
 
@@ -53,12 +52,10 @@ def main() -> None:
     try:
         with ExitStack() as held:
             with one_sentence_errors("tune.py"):
+                from search.driver import run_search
                 from search.plan import make_plan
 
                 plan = make_plan(arguments, held)
-
-            from search.driver import run_search
-
             raise SystemExit(run_search(plan))
     except OSError as error:  # a full disk, most often
         reason = describe_refusal(error, "the search's folder")

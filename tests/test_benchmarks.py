@@ -1,8 +1,6 @@
 """The plain loop that speed is measured against is the same method, and the measuring commands measure."""
 
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common
-from benchmarks.quality import curves, recipe_levers, time_to_accuracy, transfer
-from benchmarks.quality.curves import FAMILIES, TIME, TRANSFER, Curve, configurations, curves_path, save_curves
+from benchmarks import common, tables
+from benchmarks.plans import SEARCH_PLANS, TABLE_PLANS
+from benchmarks.quality import curves, recipe_levers, search_quality, time_to_accuracy, transfer
+from benchmarks.quality.curves import FAMILIES, Curve, curves_path, save_curves
 from benchmarks.quality.recipe_levers import BASE, make_tables
 from benchmarks.speed import searches, train_speed
 from benchmarks.speed.reference_loop import ReferenceLoop, ReferenceNet
@@ -22,9 +21,17 @@ from byot.model import Branch, BranchedResNet
 from byot.search_files import MEASURES, space_to_dict
 from byot.system.files import append_json_line, read_json
 from search.space import DEFAULT_SPACE
-from tests.helpers import PROJECT, assert_one_sentence, call_main, command_environment, run_command
+from tests.helpers import assert_one_sentence, call_main, picture_of, run_command
 
 BATCH_SIZE = 128  # at which the reference quotes its hint loss
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Calls a benchmark with arguments: its exit code, and what it says on stdout and stderr."""
+    return lambda module, *arguments: call_main(module, "x", arguments, monkeypatch, capsys)
+
 
 # ---------------------------------------------------------------- what all use
 
@@ -40,37 +47,15 @@ def test_means_differences_and_tables():
     assert common.markdown(["a", "bb"], [["long", "1"]]) == "| a | bb |\n| --- | --- |\n| long | 1 |"
 
 
-@pytest.mark.slow
-def test_workers_end_with_a_program_that_is_killed(tmp_path: Path):
-    script = tmp_path / "program.py"
-    script.write_text(
-        "import os, pathlib, time\nfrom benchmarks.common import run_all\n"
-        f"def work(n):\n    pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()\n    time.sleep(600)\n"
-        "if __name__ == '__main__':\n    list(run_all(work, [(1,), (2,)], 2))\n"
-    )
-    process = subprocess.Popen([sys.executable, str(script)], cwd=PROJECT, env=command_environment())
-    give_up_at = time.monotonic() + 120
-    while len(workers := [path.name for path in tmp_path.glob("[0-9]*")]) < 2 and time.monotonic() < give_up_at:
-        time.sleep(0.2)
-    process.kill()
-    process.wait()
-    assert len(workers) == 2
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < give_up_at
-        time.sleep(0.2)
-
-
 # ---------------------------------------------------------------- speed
 
 
-@pytest.mark.parametrize(
-    ("model", "used", "unused"), [("resnet18", 13_011_152, 232_448), ("resnet50", 50_430_928, 3_682_304)]
-)
-def test_the_plain_network_has_the_references_parameters(model: str, used: int, unused: int) -> None:
-    with torch.device("meta"):
-        network = ReferenceNet(model, width=64, num_classes=100)
-    assert sum(p.numel() for p in network.parameters()) == used + unused
-    assert sum(p.numel() for p in network.unused.parameters()) == unused
+def test_the_plain_network_has_the_references_parameters() -> None:
+    for model, used, unused in (("resnet18", 13_011_152, 232_448), ("resnet50", 50_430_928, 3_682_304)):
+        with torch.device("meta"):
+            network = ReferenceNet(model, width=64, num_classes=100)
+        assert sum(p.numel() for p in network.parameters()) == used + unused
+        assert sum(p.numel() for p in network.unused.parameters()) == unused
 
 
 def test_one_step_of_the_plain_loop_is_one_of_ours() -> None:
@@ -119,35 +104,25 @@ def test_the_speed_is_measured(tmp_path: Path) -> None:
     assert "resnet18, width 4" in done.stdout
 
 
-def measure_searches(tmp_path: Path, *arguments: object) -> dict[str, Any]:
-    command = [*arguments, "--output", tmp_path / "record.json"]
-    done = run_command(command, cwd=tmp_path, script="benchmarks/speed/searches.py")
-    assert done.returncode == 0, done.stderr
-    return read_json(tmp_path / "record.json")
-
-
 @pytest.mark.slow
-def test_the_overhead_of_a_search_is_measured(tmp_path: Path) -> None:
-    arguments = ("--width", 2, "--epochs", 1, "--num-samples", 3)
-    found = measure_searches(tmp_path, "overhead", *arguments)["searches"]["real"]
+def test_searches_are_measured(tmp_path: Path) -> None:
+    def measure(line: str) -> dict[str, Any]:
+        command = [*line.split(), "--output", tmp_path / "record.json"]
+        done = run_command(command, cwd=tmp_path, script="benchmarks/speed/searches.py")
+        assert done.returncode == 0, done.stderr
+        return read_json(tmp_path / "record.json")
+
+    found = measure("overhead --width 2 --epochs 1 --num-samples 3")["searches"]["real"]
     assert (found["trials"], found["epochs"]) == (3, 3)
     assert 0 < found["busy_share"] < 1
     assert found["overhead_s_a_trial"] * 3 + found["training_s"] == pytest.approx(found["fit_s"] * found["slots"])
     assert found["wall_s"] > found["search_s"] > found["fit_s"] + found["start_ray_s"]
-
-
-@pytest.mark.slow
-def test_many_trials_are_measured_in_blocks(tmp_path: Path) -> None:
-    blocks = measure_searches(tmp_path, "many", "--num-samples", 6, "--block", 3)["blocks"]
+    blocks = measure("many --num-samples 6 --block 3")["blocks"]
     assert [row["trials"] for row in blocks] == [3, 6]
     for row in blocks:
         assert row["all_s_a_trial"] > row["propose_s_a_trial"] > row["begin_s_a_trial"] > 0
         assert min(row.values()) > 0
-
-
-@pytest.mark.slow
-def test_trials_at_once_are_measured(tmp_path: Path) -> None:
-    (row,) = measure_searches(tmp_path, "at-once", "--width", 2, "--batch-size", 16, "--most", 1)["rows"]
+    (row,) = measure("at-once --width 2 --batch-size 16 --most 1")["rows"]
     assert row["trials"] == 1
     assert row["images_per_s"] > 0
 
@@ -167,16 +142,14 @@ def write_curves(folder: Path, family: str, ends: dict[tuple[int, int], float]) 
     save_curves(curves_path(family, folder), header, curves)
 
 
-def test_curves_are_recorded_and_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_curves_are_recorded_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     family = FAMILIES["digits"]
     small = family._replace(base=family.base.with_settings(epochs=2), num_configurations=1, num_seeds=1)
     path = curves_path("digits", tmp_path)
 
     def run(**changes: Any) -> tuple[int, str]:
         monkeypatch.setitem(FAMILIES, "digits", small._replace(**changes))
-        code, _, err = call_main(curves, "curves.py", ["digits", "--folder", tmp_path], monkeypatch, capsys)
+        code, _, err = call(curves, "digits", "--folder", tmp_path)
         return code, err
 
     assert run(num_first=1) == (0, "")
@@ -195,19 +168,14 @@ def test_curves_are_recorded_and_gone_on_with(
     assert_one_sentence(err, str(path), "other settings")
 
 
-def test_a_short_run_ranks_as_the_long_one_as_far_as_was_planted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_short_run_ranks_as_the_long_one_as_far_as_was_planted(tmp_path: Path, call: Call) -> None:
     """Eight configurations; the short run has two of the better half in the wrong order, the cut one all of them."""
     order = range(8)
     swapped = [0, 1, 2, 3, 4, 5, 7, 6]
     write_curves(tmp_path, "modern-e24", {(n, s): 50.0 + n + 0.2 * s for n in order for s in (0, 1)})
-    code, _, err = call_main(transfer, "transfer.py", ["--curves", tmp_path], monkeypatch, capsys)
-    assert code == 2, "there is no short run yet"
-    assert_one_sentence(err, str(tmp_path), "curves.py")
     write_curves(tmp_path, "modern-e4", {(n, 0): 30.0 + swapped[n] for n in order} | {(99, 0): 1.0})
     output = tmp_path / "transfer.json"
-    code, out, _ = call_main(transfer, "x", ["--curves", tmp_path, "--output", output], monkeypatch, capsys)
+    code, out, _ = call(transfer, "--curves", tmp_path, "--output", output)
     assert code == 0
     found = read_json(output)["families"]["modern-e24"]
     short, cut = found["rows"]
@@ -224,23 +192,10 @@ def test_a_short_run_ranks_as_the_long_one_as_far_as_was_planted(
     assert "8 configurations" in out
 
 
-def test_short_and_long_runs_are_of_the_same_configurations() -> None:
-    short, *others = map(configurations, TRANSFER.values())
-    assert [role for _, role, _ in short] == ["reference", "control", *["sampled"] * 12]
-    assert others == [short] * 3
-    assert set(transfer.LONG) < set(FAMILIES)
-    assert [role for _, role, _ in configurations(TIME["time-modern-e4"])] == ["reference"]
-
-
-def test_accuracy_against_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = call_main(time_to_accuracy, "x", ["--curves", tmp_path], monkeypatch, capsys)
-    assert code == 2
-    assert_one_sentence(err, str(tmp_path), "curves.py")
+def test_accuracy_against_time(tmp_path: Path, call: Call) -> None:
     write_curves(tmp_path, "time-reference-e2", {(-2, 0): 50.0})
     write_curves(tmp_path, "time-modern-e4", {(-2, 0): 60.0, (-2, 1): 61.0})
-    _, out, _ = call_main(time_to_accuracy, "x", ["--curves", tmp_path], monkeypatch, capsys)
+    _, out, _ = call(time_to_accuracy, "--curves", tmp_path)
     assert "| `reference` | 2 | 2.0 | 1 | 50.00 | 50.00 | 1 |" in out
     assert "| 2 | 60.50 ± 0.71 | 60.50 ± 0.71 | 3 |" in out
 
@@ -252,17 +207,16 @@ def test_levers_are_compared_at_equal_arithmetic_and_by_seed():
     assert BASE.mean_cost() == pytest.approx(0.4 / 4 + 0.35 * 9 / 16 + 0.25)
     assert [BASE.size(progress) for progress in (0.0, 0.39, 0.4, 0.74, 0.75)] == [16, 16, 24, 24, 32]
     assert [BASE.schedule(progress) for progress in (0.0, 0.15, 1.0)] == pytest.approx([0.05, 1.0, 0.0])
-    ends = {"base": [57.0, 58.0], "sgd": [49.0, 50.5]}
+    common_fields = {"budget": 3.0, "width": 16, "cpu_s": 60}
     records: list[dict[str, Any]] = [
-        {"row": row, "budget": 3.0, "width": 16, "seed": seed, "val_accuracy": [1.0, 2.0, 3.0, value, 4.0], "cpu_s": 60}
-        for row, values in ends.items()
+        {"row": row, "seed": seed, "val_accuracy": [1.0, 2.0, 3.0, value, 4.0], **common_fields}
+        for row, values in {"base": [57.0, 58.0], "sgd": [49.0, 50.5]}.items()
         for seed, value in enumerate(values)
     ]
     (text,) = make_tables(records)
     assert "| base | 2 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | 57.50 ± 0.71 | 4.00 ± 0.00 |  | 60 |" in text
     assert "| -7.75 ± 3.18 | 60 |" in text
-    older = {**records[2], "accuracy": [0.0, 0.0, 0.0, 99.0, 0.0]}
-    del older["val_accuracy"]
+    older = {"row": "sgd", "seed": 0, "accuracy": [0.0, 0.0, 0.0, 99.0, 0.0], **common_fields}
     held_out, of_test_images = make_tables([records[0], records[2], older])
     assert "| 49.00 | 4.00 | -8.00 | 60 |" in held_out, "of one seed there is no interval"
     assert "test images" in of_test_images
@@ -270,52 +224,59 @@ def test_levers_are_compared_at_equal_arithmetic_and_by_seed():
 
 
 def test_levers_train_what_is_missing_on_held_out_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     """Every lever at once, on few images: one run is recorded, and the same command trains none again."""
     monkeypatch.setattr(recipe_levers, "load_images", lambda *given: train_speed.some_images(None, 2000))
-    levers: dict[str, Any] = {
-        "averaging": 0.9,
-        "alternating_flip": True,
-        "cutout": 8,
-        "alpha_ramp": 0.5,
-        "zero_init": True,
-    }
-    row = recipe_levers.replace(BASE, batch_size=450, cosine=True, decay_norms=True, **levers)
-    monkeypatch.setitem(recipe_levers.ROWS, "all", row)
+    levers: dict[str, Any] = {"averaging": 0.9, "alternating_flip": True, "cutout": 8, "alpha_ramp": 0.5}
+    levers |= {"zero_init": True, "batch_size": 450, "cosine": True, "decay_norms": True}
+    monkeypatch.setitem(recipe_levers.ROWS, "all", recipe_levers.replace(BASE, **levers))
     output = tmp_path / "levers.jsonl"
     append_json_line(output, {"row": "all", "budget": 1.0, "width": 4, "seed": 1, "accuracy": [1.0] * 5, "cpu_s": 9})
     arguments = ["--rows", "all", "--seeds", 1, "--budget", 1, "--width", 4, "--output", output]
-    code, out, _ = call_main(recipe_levers, "x", arguments, monkeypatch, capsys)
+    code, out, _ = call(recipe_levers, *arguments)
     assert code == 0
     assert "all, seed 1" in out
     record = recipe_levers.read_json_lines(output)[-1]
     assert record["num_steps"] == round(4 / BASE.mean_cost())
     assert len(record["val_accuracy"]) == 5
-    _, again, _ = call_main(recipe_levers, "x", arguments, monkeypatch, capsys)
+    _, again, _ = call(recipe_levers, *arguments)
     assert "all, seed 1" not in again
     assert again.strip() in (tmp_path / "levers.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments", "word"),
+    ("module", "line", "words"),
     [
-        (searches, ["overhead", "--width", "0"], "width"),
-        (searches, ["overhead", "--num-samples", "0"], "num_samples"),
-        (searches, ["many", "--num-samples", "3", "--block", "4"], "--block"),
-        (searches, ["at-once", "--most", "0"], "--most"),
-        (searches, ["at-once", "--model", "vgg"], "vgg"),
-        (train_speed, ["--models", "vgg"], "vgg"),
-        (train_speed, ["--steps", "x"], "--steps"),
-        (train_speed, ["--x"], "--x"),
-        (train_speed, ["--data-dir", "nowhere"], "nowhere"),
-        (curves, ["digits", "--workers", "1000"], "--workers"),
-        (recipe_levers, ["--output", "."], "folder"),
+        (searches, "overhead --width 0", ["width"]),
+        (searches, "many --num-samples 3 --block 4", ["--block"]),
+        (searches, "at-once --most 0", ["--most"]),
+        (train_speed, "--models vgg", ["vgg"]),
+        (train_speed, "--data-dir nowhere", ["nowhere"]),
+        (curves, "digits --workers 1000", ["--workers"]),
+        (transfer, "--curves .", ["curves.py"]),
+        (time_to_accuracy, "--curves .", ["curves.py"]),
+        (recipe_levers, "--output .", ["folder"]),
+        (search_quality, "--seeds 1", ["--seeds"]),
+        (search_quality, "--figure x.pdf", [".png"]),
+        (search_quality, "--families mnist", ["mnist"]),
+        (search_quality, "--families digits --curves no-such-folder", ["no-such-folder"]),
+        (tables, "", ["plan"]),
+        (tables, "large", ["large", *TABLE_PLANS, *SEARCH_PLANS]),
+        (tables, "tiny --minutes nan", ["--minutes", "above 0"]),
+        (tables, "tiny --seeds 0", ["--seeds"]),
+        (tables, "tiny --arms searched --toy", ["search-tiny"]),
+        (tables, "modern-r18 --arms searched --toy", ["modern-r18", "names no search"]),
+        (tables, "tiny --toy --data-dir .", ["--toy", "--data-dir"]),
+        (tables, "search-r18 --concurrent 2", ["--concurrent"]),
     ],
 )
 def test_bad_command_lines(
-    module: Any, arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: Any, line: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
-    code, out, err = call_main(module, "x", arguments, monkeypatch, capsys)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BYOT_OUTPUTS", str(tmp_path / "outputs"))
+    code, out, err = call(module, *line.split())
     assert (code, out) == (2, "")
-    assert_one_sentence(err, word)
+    assert_one_sentence(err, *words)
+    assert picture_of(tmp_path) == {}, "nothing is written"

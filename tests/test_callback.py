@@ -2,7 +2,6 @@
 
 import errno
 import math
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,6 @@ from search.system.remote import Store, TakenOverError
 from search.table import LiveTable
 from search.trial import FAILED, UNWRITABLE
 from tests.faults.searches import load_mirror
-from tests.helpers import FakeTerminal
 from tests.made_up import read_rows, search_record
 
 EPOCHS = 4
@@ -46,6 +44,10 @@ class Driver:
         session = Session(plan, none, self.records, lambda: self.asked_to_stop, deadline)
         self.watch = SearchWatch(session, LiveTable())
         self.searcher = self.watch.searcher
+
+    def diverge(self, trial: Any, error: str = "nan") -> str:
+        self.report(trial, **{FAILED: f"{DIVERGED}{error}"})
+        return self.complete(trial)
 
     def start(self) -> Any:
         return SimpleNamespace(
@@ -88,12 +90,10 @@ def driver(tmp_path: Path) -> Driver:
     return Driver(tmp_path)
 
 
-def test_a_driver_that_no_longer_drives_stops_the_search(tmp_path: Path):
+def test_a_driver_that_no_longer_drives_stops_the_search(driver: Driver):
     def look() -> None:
         raise TakenOverError(errno.EBUSY, "the driver elsewhere goes on with this search", "s3://bucket/s")
 
-    driver = Driver(tmp_path)
-    driver.start()
     driver.watch.on_step_end(0, [])
     assert not driver.watch.has_to_stop()
     driver.records.store.watch_lease = look  # type: ignore[method-assign]
@@ -109,8 +109,7 @@ def test_how_trials_end(driver: Driver):
     driver.watch.scheduler.stopped.add(stopped.config["trial_id"])
     driver.epoch(stopped, 2)
     assert driver.complete(stopped) == "stopped"
-    driver.report(diverged, **{FAILED: f"{DIVERGED}the loss became nan"})
-    assert driver.complete(diverged) == "failed diverged: the loss became nan"
+    assert driver.diverge(diverged, "the loss became nan") == "failed diverged: the loss became nan"
     driver.epoch(cut_off, 3)
     assert driver.complete(cut_off) == "running", "with the search, which goes on with it"
     assert driver.crash(control, "Traceback\n  line\nKeyError: 7\n") == "failed KeyError: 7"
@@ -119,21 +118,8 @@ def test_how_trials_end(driver: Driver):
     assert not driver.watch.has_to_stop()
     assert [t.user_attrs["status"] for t in load_mirror(driver.folder)] == ["completed", "stopped", "failed", "failed"]
     assert len(driver.records.unfinished) == 1
-
-
-def test_an_epoch_reported_again_counts_once(driver: Driver):
-    trial = driver.start()
-    for epoch in (1, 2, 2, 3, 3, 4):
-        driver.epoch(trial, epoch)
-    assert driver.complete(trial) == "completed"
-    assert driver.records.ended[0].seconds == 4.0
-    driver.complete(trial)
-    assert len(driver.records.ended) == len(load_mirror(driver.folder)) == 1
-
-
-def test_memory_comes_with_advice(driver: Driver):
-    text = "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.\n"
-    said = driver.crash(driver.start(), text)
+    memory = "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.\n"
+    said = driver.crash(driver.start(), memory)
     assert said.startswith("failed out of memory")
     assert "fewer trials at once" in said
 
@@ -170,47 +156,10 @@ def test_a_terminal_that_is_gone_changes_no_trial(driver: Driver, monkeypatch: p
     assert not driver.watch.has_to_stop()
 
 
-def test_a_terminal_sees_the_trials_that_run(driver: Driver, monkeypatch: pytest.MonkeyPatch):
-    terminal = FakeTerminal()
-    monkeypatch.setattr(sys, "__stdout__", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("search.table.REFRESH_S", 3600.0)
-    first, second = driver.start(), driver.start()
-    second.status = "PENDING"
-    with driver.watch.live:
-        driver.epoch(first, 3, value=12.34)
-        driver.epoch(first, 3, value=12.34)  # again, as after a restart
-        driver.watch.on_step_end(0, [first, second])
-        driver.watch.on_step_end(0, [first, second])  # too soon to draw again
-    shown = terminal.getvalue()
-    assert shown.count("trials have ended") == 1
-    assert "t0000" in shown
-    assert "3/4" in shown
-    assert "12.34" in shown
-    assert "t0001" not in shown
-    assert len(driver.watch.live.epochs) == 2, "the start, and one epoch"
-
-
-def test_without_a_terminal_there_are_lines_alone(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
-    with open("/dev/stdout", "w") as pipe, driver.watch.live:
-        monkeypatch.setattr(sys, "__stdout__", pipe)
-        trial = driver.start()
-        driver.epoch(trial, EPOCHS)
-        driver.watch.on_step_end(0, [trial])
-        driver.complete(trial)
-    said = capfd.readouterr().out
-    assert said.startswith("  1/20  t0000  completed    4 epochs  val_accuracy 50.00  alpha 0.1")
-    assert said.count("\n") == 1
-
-
 def test_it_gives_up_when_nothing_works(driver: Driver):
     for number in range(1, MAX_FAILURES + 1):
         assert not driver.watch.has_to_stop()
-        trial = driver.start()
-        driver.report(trial, **{FAILED: f"{DIVERGED}nan number {number}"})
-        driver.complete(trial)
+        driver.diverge(driver.start(), f"nan number {number}")
     assert StopWatch(driver.watch).stop_all()
     assert "nan number 5" in driver.watch.trouble
 
@@ -220,9 +169,7 @@ def test_it_gives_up_when_all_begins_to_crash_but_not_over_a_hard_space(driver: 
     driver.epoch(works, EPOCHS)
     driver.complete(works)
     for _ in range(3 * MAX_FAILURES):
-        trial = driver.start()
-        driver.report(trial, **{FAILED: f"{DIVERGED}nan"})
-        driver.complete(trial)
+        driver.diverge(driver.start())
     assert not driver.watch.has_to_stop(), "diverging is the trial's fault"
     for _ in range(MAX_FAILURES):
         assert not driver.watch.has_to_stop()

@@ -1,14 +1,13 @@
 """Holds byot/data.py to what its files hold, its splits to their labels, its cache to what was decoded, and every bad
 file to one helpful sentence."""
 
-import socket
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from byot import data
 from byot.config import TrainConfig
@@ -22,7 +21,7 @@ from byot.data import (
     split_validation,
     stratified_split,
 )
-from tests.helpers import ParquetMaker, encode_png, picture_of, random_pixels, write_parquet
+from tests.helpers import ParquetMaker, encode_png, random_pixels, write_parquet
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -33,13 +32,6 @@ def load_train(folder: Path) -> LabelledImages:
 
 def same(a: LabelledImages, b: LabelledImages) -> bool:
     return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def assert_sentence(error: BaseException, folder: Path, words: str = "") -> None:
-    message = str(error)
-    assert "\n" not in message
-    assert str(folder) in message
-    assert words in message
 
 
 # ---------------------------------------------------------------- splits and normalisation
@@ -65,11 +57,8 @@ def test_split_depends_on_labels_fraction_and_seed_alone() -> None:
     labels = uneven_labels()
     first = stratified_split(labels, fraction=0.2, seed=0)
     np.random.seed(99)
-    torch.manual_seed(99)
-    state = np.random.get_state(legacy=False)["state"]["key"].copy()
     again = stratified_split(labels.copy(), fraction=0.2, seed=0)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], state), "the global generator moved"
     assert not np.array_equal(first[1], stratified_split(labels, fraction=0.2, seed=1)[1])
 
 
@@ -85,25 +74,16 @@ def test_split_validation_cuts_images_with_their_labels() -> None:
         seen += numbers.tolist()
     assert sorted(seen) == list(range(len(labels)))
     assert split_validation(whole, fraction=0, seed=0) == (whole, None)
-    few = LabelledImages(random_pixels(20, 8), np.arange(20) % 10)
-    with pytest.raises(ValueError, match=r"val_fraction 0\.1 of 20 images holds out none"):
-        split_validation(few, fraction=0.1, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("config", "is_fixed"),
-    [
-        (TrainConfig(recipe="reference"), True),
-        (TrainConfig(recipe="modern"), False),
-        (TrainConfig(recipe="reference", dataset="digits"), False),
-    ],
-)
-def test_normalisation_is_the_references_or_numpys(config: TrainConfig, is_fixed: bool) -> None:
+@pytest.mark.parametrize("recipe", ["reference", "modern"])
+@pytest.mark.parametrize("dataset", ["cifar100", "digits"])
+def test_normalisation_is_the_references_or_numpys(recipe: Any, dataset: Any) -> None:
     pixels = (random_pixels(100) ** np.array([1.0, 0.9, 0.7])).astype(np.uint8)
     mean, std = (pixels / 255).mean(axis=(0, 1, 2)), (pixels / 255).std(axis=(0, 1, 2))
-    if is_fixed:
+    if (recipe, dataset) == ("reference", "cifar100"):
         mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    found = find_normalisation(config, pixels)
+    found = find_normalisation(TrainConfig(recipe=recipe, dataset=dataset), pixels)
     assert found.mean == pytest.approx(mean, rel=1e-10)
     assert found.std == pytest.approx(std, rel=1e-10)
 
@@ -114,22 +94,19 @@ def test_normalisation_is_the_references_or_numpys(config: TrainConfig, is_fixed
 def test_digits_are_scikit_learns() -> None:
     from sklearn.datasets import load_digits
 
-    parts = [load_images("digits", None, split) for split in SPLITS]
-    bunch = load_digits()
-    for images, _ in parts:
-        assert images.shape[1:] == (8, 8, 3)
-        assert images.dtype == np.uint8
-        assert (images == images[..., :1]).all()
-
     def as_rows(levels: np.ndarray, labels: np.ndarray) -> Counter[bytes]:
         rows = np.concatenate([levels.reshape(len(labels), -1), labels[:, None]], axis=1)
         return Counter(row.astype(np.int64).tobytes() for row in rows)
 
-    train, test = (as_rows(np.rint(images[..., 0] * (16 / 255)), labels) for images, labels in parts)
-    assert train + test == as_rows(bunch.images, bunch.target), "images lost, doubled or changed"
-    for label in range(10):
-        members = (bunch.target == label).sum()
-        assert abs((parts[1].labels == label).sum() - members / 5) <= 0.5
+    bunch = load_digits()
+    found: Counter[bytes] = Counter()
+    for split, share in (("train", 0.8), ("test", 0.2)):
+        images, labels = load_images("digits", None, split)
+        assert (images.shape[1:], images.dtype) == ((8, 8, 3), np.uint8)
+        assert (images == images[..., :1]).all()
+        assert (np.abs(np.bincount(labels) - np.bincount(bunch.target) * share) <= 0.5).all()
+        found += as_rows(np.rint(images[..., 0] * (16 / 255)), labels)
+    assert found == as_rows(bunch.images, bunch.target), "images lost, doubled or changed"
 
 
 def test_cifar100_is_whole(cifar100_dir: Path) -> None:
@@ -186,70 +163,19 @@ def test_parquet_is_found_where_the_hub_puts_it(tmp_path: Path, subfolder: str) 
 )
 def test_bad_files_are_told_in_one_sentence(tmp_path: Path, written: dict[str, Any], words: str) -> None:
     """More of them in tests/faults/test_hostile_files.py."""
-    write_parquet(tmp_path / "train.parquet", **written)
-    with pytest.raises(ValueError, match=r"train\.parquet") as caught:
+    path = write_parquet(tmp_path / "train.parquet", **written)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         load_train(tmp_path)
-    assert_sentence(caught.value, tmp_path, words)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_image_is_told_wherever_it_is_damaged(tmp_path: Path) -> None:
-    """Pillow has many exceptions for a broken file; what it still decodes has the right shape."""
-    whole = encode_png(np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8))
-    told = 0
-    for position in range(8, len(whole), 3):
-        damaged = whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :]
-        write_parquet(tmp_path / "train.parquet", images=[damaged])
-        try:
-            assert load_train(tmp_path).images.shape == (1, 32, 32, 3)
-        except ValueError as error:
-            told += 1
-            assert_sentence(error, tmp_path, "row 0")
-    assert told > len(whole) / 12
-
-
-def test_a_missing_data_set_is_told(tmp_path: Path) -> None:
-    for folder, words in (
-        (tmp_path / "nowhere", "the data folder .* does not exist"),
-        (tmp_path, r"has neither train\*\.parquet files nor the folder cifar-100-python"),
-    ):
-        for read in (load_train, lambda folder: check_dataset("cifar100", str(folder))):
-            with pytest.raises(ValueError, match=words) as caught:
-                read(folder)
-            assert_sentence(caught.value, folder)
-
-
-def test_a_missing_or_broken_test_set_is_told_before_training(parquet_folder: ParquetMaker) -> None:
+def test_a_missing_test_set_is_told_before_training(parquet_folder: ParquetMaker) -> None:
     """It is read at the run's end only: nobody wants to hear of it then."""
     folder = parquet_folder()
-    check_dataset("cifar100", str(folder))
-    (test_file,) = folder.glob("test*.parquet")
-    whole = test_file.read_bytes()
-    for spoil, words in (
-        (lambda: write_parquet(test_file, columns=["img"]), "lacks the column 'fine_label'"),
-        (lambda: test_file.write_bytes(whole[:-100]), "cannot be read as parquet"),
-        (test_file.unlink, r"test\*\.parquet"),
-    ):
-        spoil()
-        with pytest.raises(ValueError, match=words):
-            check_dataset("cifar100", str(folder))
-
-
-def test_without_network_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(*_: Any, **__: Any) -> None:
-        raise socket.gaierror(-3, "Temporary failure in name resolution")
-
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    monkeypatch.setattr(data, "DEFAULT_DATA_DIR", tmp_path / "data")
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(77)
-    try:
-        with pytest.raises(ValueError, match=r"could not be downloaded.*--dataset digits") as caught:
-            load_images("cifar100", None, "train")
-        assert socket.getdefaulttimeout() == 77, "the process's own timeout is given back"
-    finally:
-        socket.setdefaulttimeout(before)
-    assert_sentence(caught.value, tmp_path / "data", "--data-dir")
-    assert picture_of(tmp_path) == {}, "a failed download leaves nothing behind"
+    next(folder.glob("test*.parquet")).unlink()
+    with pytest.raises(ValueError, match=r"test\*\.parquet"):
+        check_dataset("cifar100", str(folder))
 
 
 # ---------------------------------------------------------------- the cache of decoded images
@@ -295,15 +221,15 @@ def test_a_damaged_cache_file_is_made_again(cache: Path, parquet_folder: Parquet
     expected = load_train(folder)
     (file,) = cache.iterdir()
     whole = file.read_bytes()
-    file.unlink()
     if damage == "folder":
+        file.unlink()
         file.mkdir()
     else:
         flipped = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
         file.write_bytes({"cut": whole[:-9], "flipped": flipped, "empty": b"", "longer": whole * 2}[damage])
     assert read_cached(file, 32) is None
     assert same(load_train(folder), expected)
-    assert damage == "folder" or read_cached(file, 32) is not None
+    assert damage == "folder" or file.read_bytes() == whole
 
 
 def test_without_a_place_for_the_cache_everything_goes_on(cache: Path, parquet_folder: ParquetMaker) -> None:

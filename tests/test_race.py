@@ -2,12 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from byot.config import TrainConfig
-from byot.search_files import find_best
+from byot.search_files import TrialRecord, find_best
 from byot.system.files import read_json, write_json
 from search.race import Arm, Confirmation, Run, choose_arms
 from search.settings import FRESH_SEEDS, SearchSettings
@@ -28,10 +29,14 @@ def simulate(truth: list[float], seed: int, max_rounds: int = MAX_ROUNDS) -> dic
 
 
 @pytest.mark.parametrize("num_arms", [2, 5])
-def test_equal_settings_stay_unresolved(num_arms: int):
-    judged = [judge(simulate([70.0] * num_arms, seed), MAX_ROUNDS) for seed in range(REPETITIONS)]
-    unresolved = sum(not any(one.resolved for one in found.comparisons.values()) for found in judged)
+def test_equal_settings_stay_unresolved_and_a_gap_of_one_point_is_found(num_arms: int):
+    equal = [judge(simulate([70.0] * num_arms, seed), MAX_ROUNDS) for seed in range(REPETITIONS)]
+    unresolved = sum(not any(one.resolved for one in found.comparisons.values()) for found in equal)
     assert unresolved >= 0.95 * REPETITIONS
+    apart = [judge(simulate([71.0] + [70.0] * (num_arms - 1), seed), MAX_ROUNDS) for seed in range(REPETITIONS)]
+    right = [one.resolved and one.leader == "0" for found in apart for one in found.comparisons.values()]
+    assert sum(right) >= 0.8 * REPETITIONS * (num_arms - 1)
+    assert np.mean([found.rounds for found in apart]) < MAX_ROUNDS, "it stops before all seeds are used up"
 
 
 def test_more_seeds_later_raise_no_error():
@@ -46,23 +51,6 @@ def test_more_seeds_later_raise_no_error():
                 break
     assert false <= 0.05 * 200
     assert sum(ERROR * EVEN_LOOKS / ((k + EVEN_LOOKS) * (k + EVEN_LOOKS + 1)) for k in range(9999)) < ERROR
-
-
-@pytest.mark.parametrize("num_arms", [2, 5])
-def test_a_gap_of_one_point_is_resolved(num_arms: int):
-    judged = [judge(simulate([71.0] + [70.0] * (num_arms - 1), seed), MAX_ROUNDS) for seed in range(REPETITIONS)]
-    right = [one.resolved and one.leader == "0" for found in judged for one in found.comparisons.values()]
-    assert sum(right) >= 0.8 * REPETITIONS * (num_arms - 1)
-    assert np.mean([found.rounds for found in judged]) < MAX_ROUNDS, "it stops before all seeds are used up"
-
-
-def test_what_all_arms_share_is_no_noise():
-    """A seed that is good for all, as an easy validation split is, does not hide a difference."""
-    values = simulate([71.0, 70.0], 0)
-    shaken = {arm: [v + 20 * (i % 3) for i, v in enumerate(runs)] for arm, runs in values.items()}
-    assert judge(values, MAX_ROUNDS).comparisons["1"].half_width == pytest.approx(
-        judge(shaken, MAX_ROUNDS).comparisons["1"].half_width
-    )
 
 
 def test_interval_of_two_arms_is_that_of_the_paired_t_test():
@@ -132,9 +120,6 @@ def test_the_runs_said_to_be_needed_resolve_it_in_four_cases_of_five(gap: float)
     assert resolved >= 0.75 * 150
     fewer = [judge({arm: runs[: rounds + needed // 2] for arm, runs in one.items()}, 999) for one in values]
     assert sum(one.resolved for one in fewer) < 0.75 * 150, "half as many would not do"
-
-
-def test_a_gap_of_nothing_needs_more_runs_than_are_named():
     assert Comparison("a", "b", 0.0, 9.0, SD, 8, 2, 2).runs_needed > MOST_RUNS_NAMED
 
 
@@ -152,34 +137,33 @@ TRIALS = [
 BASE = TrainConfig(dataset="digits", width=4, epochs=2, val_fraction=0.2, seed=7)
 
 
-def open_confirmation(folder: Path, top: int = 1, max_seeds: int = 4) -> Confirmation:
-    settings = SearchSettings(confirm=top, confirm_seeds=max_seeds)
-    return Confirmation(Store(folder), TRIALS, DEFAULT_SPACE, BASE, settings, num_val=287)
+def open_confirmation(folder: Path, top: int = 1, more: tuple[TrialRecord, ...] = (), **changed: Any) -> Confirmation:
+    settings = SearchSettings(confirm=top, confirm_seeds=4, **changed)
+    return Confirmation(Store(folder), [*TRIALS, *more], DEFAULT_SPACE, BASE, settings, num_val=287)
 
 
-def run_all(confirmation: Confirmation, truth: dict[str, float]) -> list[Run]:
+def run_all(confirmation: Confirmation, truth: dict[str, float], most: int = 99) -> list[Run]:
     """Do what is asked for, with made-up values; what is found is on the disk."""
     noise = np.random.default_rng(0)
-    done = []
-    while (run := confirmation.next_run()) is not None:
+    done: list[Run] = []
+    while len(done) < most and (run := confirmation.next_run()) is not None:
         config = confirmation.config(run).to_dict()
-        result = {"config": config, "error": "", "val_accuracy": truth[run.arm] + noise.normal(0, SD)}
+        result = {"config": config, "error": "", confirmation.metric: truth[run.arm] + noise.normal(0, SD)}
         write_json(confirmation.run_folder(run) / "result.json", result)
         confirmation.results[run] = result
         done.append(run)
-    confirmation.save("finished")
+    confirmation.save("finished" if most == 99 else "interrupted")
     return done
 
 
 def test_the_best_different_settings_and_both_controls():
-    def chosen(top: int) -> list[str]:
-        return [arm.trial_id for arm in choose_arms(TRIALS, "val_accuracy", top, controls)]
-
     controls = [Arm(trial.trial_id, trial.role, trial.params) for trial in TRIALS[:2]]
-
-    assert chosen(1) == ["t0003", "t0000", "t0001"]
-    assert chosen(2) == ["t0003", "t0002", "t0000", "t0001"]
-    assert chosen(9) == ["t0003", "t0002", "t0000", "t0001"], "the reference is among the best: it is run once"
+    for top, expected in (
+        (1, ["t0003", "t0000", "t0001"]),
+        (2, ["t0003", "t0002", "t0000", "t0001"]),
+        (9, ["t0003", "t0002", "t0000", "t0001"]),  # the reference is among the best: it is run once
+    ):
+        assert [arm.trial_id for arm in choose_arms(TRIALS, "val_accuracy", top, controls)] == expected
 
 
 def test_seeds_are_fresh_and_shared(tmp_path: Path):
@@ -191,26 +175,21 @@ def test_seeds_are_fresh_and_shared(tmp_path: Path):
     assert all(config.val_fraction == BASE.val_fraction for config in configs.values())
 
 
-def test_a_clear_winner_is_chosen_and_taken_by_train(tmp_path: Path):
+def test_a_clear_winner_is_chosen_and_taken_by_train_once_it_is_finished(tmp_path: Path):
     folder = tmp_path / "searches" / "s"
+    write_json(folder / "best.json", {"config": {**BASE.to_dict(), "alpha": 0.9}})
     confirmation = open_confirmation(folder)
+    confirmation.save("interrupted")
+    assert find_best(tmp_path, "s", "resnet18", "digits").settings["alpha"] == 0.9
     run_all(confirmation, {"t0003": 80.0, "t0000": 70.0, "t0001": 75.0})
     assert confirmation.is_done
     record = read_json(folder / "confirmation.json")
     assert (record["choice"], record["resolved"], record["status"]) == ("t0003", True, "finished")
     assert "Resolved" in record["verdict"][0]
     assert "deep supervision alone" in " ".join(record["verdict"]).lower()
-    write_json(folder / "best.json", {"config": {**BASE.to_dict(), "alpha": 0.9}})
     choice = find_best(tmp_path, "s", "resnet18", "digits")
     assert (choice.settings["alpha"], choice.settings["val_fraction"], choice.settings["seed"]) == (0.4, 0.0, 7)
     assert "confirmed" in choice.source
-
-
-def test_an_unfinished_confirmation_chooses_nothing(tmp_path: Path):
-    folder = tmp_path / "searches" / "s"
-    open_confirmation(folder).save("interrupted")
-    write_json(folder / "best.json", {"config": {**BASE.to_dict(), "alpha": 0.9}})
-    assert find_best(tmp_path, "s", "resnet18", "digits").settings["alpha"] == 0.9
 
 
 def test_deep_supervision_alone_is_chosen_only_when_that_is_resolved(tmp_path: Path):
@@ -224,37 +203,22 @@ def test_deep_supervision_alone_is_chosen_only_when_that_is_resolved(tmp_path: P
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path):
+    """A damaged record, and one of other settings, is a run that has not been done."""
     truth = {"t0003": 70.1, "t0000": 70.0, "t0001": 70.05}
     whole = run_all(open_confirmation(tmp_path / "whole"), truth)
     first = open_confirmation(tmp_path / "broken")
-    for run in whole[:5]:
-        write_json(
-            first.run_folder(run) / "result.json",
-            {"config": first.config(run).to_dict(), "error": "", "val_accuracy": 70.0},
-        )
+    run_all(first, truth, most=5)
+    changed = first.results[whole[3]] | {"config": first.config(whole[3]).with_settings(alpha=0.77).to_dict()}
+    write_json(first.run_folder(whole[3]) / "result.json", changed)
     (first.run_folder(whole[4]) / "result.json").write_text("{")
-    rest = run_all(open_confirmation(tmp_path / "broken"), truth)
-    assert rest == whole[4:], "a damaged record is a run that has not been done"
-
-
-def test_results_of_other_settings_do_not_count(tmp_path: Path):
-    confirmation = open_confirmation(tmp_path)
-    run = confirmation.next_run()
-    assert run is not None
-    other = confirmation.config(run).with_settings(alpha=0.77).to_dict()
-    write_json(confirmation.run_folder(run) / "result.json", {"config": other, "error": "", "val_accuracy": 99.0})
-    assert open_confirmation(tmp_path).results == {}
+    assert run_all(open_confirmation(tmp_path / "broken"), truth) == whole[3:]
 
 
 def test_a_diverged_run_is_told(tmp_path: Path):
     confirmation = open_confirmation(tmp_path)
-    run = Run("t0003", 0)
-    result = {"config": confirmation.config(run).to_dict(), "error": "the loss became nan in epoch 1"}
-    write_json(confirmation.run_folder(run) / "result.json", result)
-    confirmation = open_confirmation(tmp_path)
+    confirmation.results[Run("t0003", 0)] = {"error": "the loss became nan in epoch 1"}
     run_all(confirmation, {"t0000": 70.0, "t0001": 60.0})
-    verdict = confirmation.verdict(confirmation.judge())
-    assert "a run of it diverged" in " ".join(verdict)
+    assert "a run of it diverged" in " ".join(confirmation.verdict(confirmation.judge()))
     choice = confirmation.choice(confirmation.judge())
     assert choice is not None
     assert choice.trial_id == "t0000"
@@ -266,11 +230,8 @@ def test_a_diverged_run_is_told(tmp_path: Path):
 
 def test_a_confirmed_setting_stays_when_more_trials_come(tmp_path: Path):
     """One of them had a luckier single run; it is compared with what was confirmed, and does not replace it unseen."""
-    confirmation = open_confirmation(tmp_path)
-    run_all(confirmation, {"t0003": 80.0, "t0000": 70.0, "t0001": 75.0})
-    lucky = make_trial("t0009", 90.0, alpha=0.7)
-    settings = SearchSettings(confirm=1, confirm_seeds=4)
-    later = Confirmation(Store(tmp_path), [*TRIALS, lucky], DEFAULT_SPACE, BASE, settings, num_val=287)
+    run_all(open_confirmation(tmp_path), {"t0003": 80.0, "t0000": 70.0, "t0001": 75.0})
+    later = open_confirmation(tmp_path, more=(make_trial("t0009", 90.0, alpha=0.7),))
     assert set(later.arms) == {"t0009", "t0003", "t0000", "t0001"}
     assert not later.is_done
     assert {run.arm for run in run_all(later, {"t0009": 70.0, "t0000": 70.0, "t0001": 75.0})} == {"t0009"}
@@ -287,12 +248,8 @@ def test_fewer_are_asked_for_than_were_run(tmp_path: Path):
 
 
 def test_a_metric_that_is_minimised(tmp_path: Path):
-    settings = SearchSettings(confirm=9, confirm_seeds=4, metric=("val_nll",))
-    confirmation = Confirmation(Store(tmp_path), TRIALS, DEFAULT_SPACE, BASE, settings, num_val=287)
-    nll = {"t0000": 2.0, "t0001": 1.0, "t0002": 3.0, "t0003": 4.0}
-    assert set(confirmation.arms) == set(nll)
-    for run in (Run(arm, number) for arm in nll for number in range(3)):
-        confirmation.results[run] = {"error": "", "val_nll": nll[run.arm] + 0.001 * run.round**2}
+    confirmation = open_confirmation(tmp_path, top=9, metric=("val_nll",))
+    run_all(confirmation, {"t0000": 20.0, "t0001": 10.0, "t0002": 30.0, "t0003": 40.0})
     judgement = confirmation.judge()
     assert judgement.remaining == ["t0001"]
     assert "nats behind" in " ".join(confirmation.verdict(judgement))

@@ -1,7 +1,6 @@
 """The files of a search: read back as written, right about which trial is best, restored where they are damaged."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,18 +11,17 @@ from byot.search_files import (
     load_search,
     pareto_front,
     ranked,
-    read_epochs,
     read_trials,
     trial_columns,
     write_best,
     write_trials,
 )
 from byot.system.files import read_json, write_json, write_text
-from search.messages import trials_table
 from search.records import MOST_ROWS_AT_ONCE, SearchRecords, save_search
 from tests.made_up import BASE, make_trial, search_record
 
-PARAMETERS = ["alpha", "temperature", "beta"]
+PARAMS = {"alpha": 0.5, "temperature": 2.0, "beta": 1e-6}
+PARAMETERS = list(PARAMS)
 
 
 def open_records(folder: Path, metrics: tuple[str, ...] = ("val_accuracy",)) -> SearchRecords:
@@ -39,28 +37,21 @@ def test_trials_read_back_as_written(tmp_path: Path):
         make_trial("00000042", status="failed", error='diverged, "badly"'),
         make_trial("inf", 3.0, status="stopped"),
     ]
-    write_trials(tmp_path / "trials.csv", trials, PARAMETERS)
-    assert read_trials(tmp_path / "trials.csv") == trials
-    assert read_trials(tmp_path / "none.csv") == []
-
-
-def test_a_measure_that_is_not_finite_is_not_known(tmp_path: Path):
-    write_trials(tmp_path / "trials.csv", [make_trial("t0000", 70.0, measures={"val_nll": float("inf")})], PARAMETERS)
-    assert read_trials(tmp_path / "trials.csv")[0].measures["val_nll"] is None
+    path = tmp_path / "trials.csv"
+    assert read_trials(path) == []
+    write_trials(path, trials, PARAMETERS)
+    assert read_trials(path) == trials
+    write_trials(path, [make_trial("t0000", 70.0, measures={"val_nll": float("inf")})], PARAMETERS)
+    assert read_trials(path)[0].measures["val_nll"] is None
 
 
 @pytest.mark.parametrize(
     ("column", "cell", "words"),
     [
-        ("trial_id", "../t", "row 2: a name is made of"),
         ("role", "chosen", "row 2: role must be one of sampled, reference, control, not 'chosen'"),
-        ("status", "lost", "row 2: status must be one of"),
         ("epochs_done", "-1", "row 2: epochs_done must be a count, not -1"),
-        ("epochs_done", "many", "row 2: epochs_done must be a count, not 'many'"),
         ("alpha", "7", "row 2: alpha must lie between 0 and 1, not 7"),
-        ("alpha", "", "row 2: alpha must be a number, not None"),
         ("val_accuracy_2", "200", "row 2: val_accuracy_2 must lie between 0 and 100, not 200"),
-        ("val_nll", "low", "row 2: val_nll must be a number, not 'low'"),
         ("seconds", "nan", "row 2: seconds must be a number, not None"),
         ("seed", "9" * 30, "row 2: seed must be a count"),
     ],
@@ -72,12 +63,6 @@ def test_a_wrong_cell_is_named(tmp_path: Path, column: str, cell: str, words: st
     with pytest.raises(ValueError, match=r"trials\.csv: ") as error:
         read_trials(tmp_path / "trials.csv")
     assert words in str(error.value)
-
-
-def test_epochs_are_those_that_can_be_read(tmp_path: Path):
-    lines = ['{"epoch": 2, "a": 1.0}', '{"epoch": 1, "a": NaN, "b": 3}', '{"epoch": 0}', "{", '{"epoch": 2, "a": 5}']
-    write_text(tmp_path / "metrics.jsonl", "\n".join([*lines, '{"epoch": 2, "a": null}']))
-    assert read_epochs(tmp_path / "metrics.jsonl") == {1: {"epoch": 1, "b": 3}, 2: {"epoch": 2, "a": 5}}
 
 
 # ---------------------------------------------------------------- which is best
@@ -100,8 +85,7 @@ def test_the_best_has_reached_its_last_epoch_and_is_not_the_control():
 def test_pareto_front():
     values = [(70.0, 1.0), (71.0, 1.2), (69.0, 1.1), (70.0, 1.0)]
     trials = [make_trial(f"t{i}", value, measures={"val_nll": nll}) for i, (value, nll) in enumerate(values)]
-    trials += [make_trial("t4", 99.0, measures={"val_nll": 0.1}, role="control")]
-    trials += [make_trial("t5", 99.0, measures={"val_nll": 0.1}, status="stopped")]
+    trials += [make_trial("t4", 99.0, role="control"), make_trial("t5", 99.0, status="stopped")]
     assert [t.trial_id for t in pareto_front(trials, ("val_accuracy", "val_nll"))] == ["t1", "t0", "t3"]
     assert [t.trial_id for t in pareto_front(trials, ("val_accuracy",))] == ["t1"]
     assert pareto_front([], ("val_accuracy", "val_nll")) == []
@@ -121,17 +105,6 @@ def test_best_json_trains_again_on_all_images(tmp_path: Path):
     assert best["pareto_front"] == [{"trial_id": "good", "params": trials[1].params, "values": values}]
 
 
-def test_the_table_puts_full_budgets_first_and_shows_failures(tmp_path: Path):
-    records = open_records(tmp_path)
-    assert len(trials_table(records).splitlines()) == 1
-    kinds: dict[str, Any] = {"failed": {"status": "failed"}, "stopped": {"value": 99.0, "status": "stopped"}}
-    kinds |= {"low": {"value": 50.0}, "high": {"value": 70.0}}
-    records.trials = {name: make_trial(name, **kind) for name, kind in kinds.items()}
-    lines = trials_table(records).splitlines()
-    assert [line.split()[0] for line in lines] == ["trial", "high", "low", "stopped", "failed"]
-    assert "70.00" in lines[1]
-
-
 # ---------------------------------------------------------------- search.json
 
 
@@ -144,8 +117,6 @@ def test_a_search_is_read_from_its_copy_where_it_is_no_json(tmp_path: Path):
     write_text(tmp_path / "s" / "search.json", "{")
     assert load_search(tmp_path / "s") == whole
     write_json(tmp_path / "s" / "search.json", search_record(metric="speed"))
-    with pytest.raises(ValueError, match=r"search\.json: metric must be a measure such as val_accuracy, not 'speed'"):
-        load_search(tmp_path / "s")
     assert list_searches(tmp_path) == [], "a damaged one is passed over"
 
 
@@ -153,32 +124,30 @@ def test_a_search_is_read_from_its_copy_where_it_is_no_json(tmp_path: Path):
 
 
 def test_a_long_table_is_written_soon_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    records, params = open_records(tmp_path), {"alpha": 0.5, "temperature": 2.0, "beta": 1e-6}
-    clock = 0.0
+    records, clock = open_records(tmp_path), 0.0
     monkeypatch.setattr("search.records.time.monotonic", lambda: clock)
 
-    def written() -> tuple[int, bool]:
+    def written_after(num_more: int) -> tuple[int, bool]:
+        for _ in range(num_more):
+            records.begin("sampled", PARAMS)
         return len(read_trials(tmp_path / "trials.csv")), records.is_behind
 
-    for _ in range(MOST_ROWS_AT_ONCE):
-        records.begin("sampled", params)
-    assert written() == (MOST_ROWS_AT_ONCE, False)
+    assert written_after(MOST_ROWS_AT_ONCE) == (MOST_ROWS_AT_ONCE, False)
     records._next_table_at = 1.0  # after a write that took long
-    records.begin("sampled", params)
-    assert written() == (MOST_ROWS_AT_ONCE, True)
+    assert written_after(1) == (MOST_ROWS_AT_ONCE, True)
     assert len(list((tmp_path / "trials").glob("t*/trial.json"))) == MOST_ROWS_AT_ONCE + 1
     clock = 2.0
     records.write_table()
-    assert written() == (MOST_ROWS_AT_ONCE + 1, False)
+    assert written_after(0) == (MOST_ROWS_AT_ONCE + 1, False)
     records._next_table_at = 3.0
-    records.begin("sampled", params)
+    assert written_after(1) == (MOST_ROWS_AT_ONCE + 1, True)
     records.write_table(at_once=True)
-    assert written() == (MOST_ROWS_AT_ONCE + 2, False)
+    assert written_after(0) == (MOST_ROWS_AT_ONCE + 2, False)
 
 
 def test_an_epoch_reported_again_counts_once(tmp_path: Path):
     records = open_records(tmp_path, ("val_nll",))
-    trial_id = records.begin("sampled", {"alpha": 0.5, "temperature": 2.0, "beta": 1e-6}).trial_id
+    trial_id = records.begin("sampled", PARAMS).trial_id
     for epoch, value in ((1, 3.0), (2, 2.0), (1, 3.0), (2, 2.5)):
         records.add_epoch(trial_id, {"epoch": epoch, "elapsed_s": 2.0, "val_nll": value})
     trial = records.end(trial_id, "stopped")

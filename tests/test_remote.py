@@ -1,6 +1,5 @@
 """Searches kept in an object store, piece by piece, against a small S3 on this machine."""
 
-import errno
 import os
 import pickle
 import shutil
@@ -17,14 +16,12 @@ from typing import Any
 import pytest
 
 from byot.config import TrainConfig
-from byot.data import LabelledImages
 from byot.system.files import read_json, write_text
 from byot.system.lock import lock_folder
 from search import plan as planning
 from search import tune
 from search.driver import open_records
 from search.plan import SearchPlan, load_search_data, make_plan, newest_unfinished
-from search.race import confirm
 from search.records import KEPT, save_search
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE
@@ -43,9 +40,10 @@ from search.system.remote import (
 from search.system.resources import Resources, check_nodes
 from tests.helpers import PROJECT
 from tests.made_up import search_record
-from tests.object_store import ObjectStore, credentials, serve
+from tests.object_store import ObjectStore, answer, credentials, serve
 
 CPUS = Resources(1, 1, 0.0, 1, 0)
+MakeStore = Callable[[str], Store]
 
 
 @pytest.fixture
@@ -63,7 +61,7 @@ def bucket(s3: ObjectStore) -> Bucket:
 
 
 @pytest.fixture
-def machine(bucket: Bucket, tmp_path: Path) -> Callable[[str], Store]:
+def machine(bucket: Bucket, tmp_path: Path) -> MakeStore:
     """Makes the search's folder on a machine of this name."""
 
     def make(name: str) -> Store:
@@ -75,7 +73,7 @@ def machine(bucket: Bucket, tmp_path: Path) -> Callable[[str], Store]:
 
 
 @pytest.fixture
-def driver(machine: Callable[[str], Store]) -> Iterator[Store]:
+def driver(machine: MakeStore) -> Iterator[Store]:
     """The one that drives the search, and has nothing yet."""
     store = machine("one")
     with store.lease() as told:
@@ -97,21 +95,15 @@ def refuse_writes(method: str, key: str) -> None:
         raise ConnectionResetError
 
 
-def answer(method: str, key: str) -> None:
-    """As it should."""
-
-
 # ---------------------------------------------------------------- a bucket
 
 
 def test_what_is_written_is_read_listed_fetched_moved_and_removed(bucket: Bucket, tmp_path: Path):
-    big = os.urandom(12 << 20)  # in parts
-    bucket.write("a/big", big)
-    (bucket / "a").write("b/c d", b"small")
-    bucket.write("a/empty", b"")
-    assert bucket.read("a/big") == big
+    content = {"a/big": os.urandom(12 << 20), "a/b/c d": b"small", "a/empty": b""}  # the first goes in parts
+    for name, data in content.items():
+        bucket.write(name, data)
+        assert bucket.read(name) == data
     assert (bucket / "a" / "b").read("c d") == b"small"
-    assert bucket.read("a/empty") == b""
     assert sorted(bucket.files()) == ["a/b/c d", "a/big", "a/empty"]
     assert (bucket / "nowhere").files() == []
     bucket.move("a/big", "z")
@@ -132,20 +124,17 @@ def test_what_is_written_is_read_listed_fetched_moved_and_removed(bucket: Bucket
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("foo://bucket/x", "must be a folder or the URL of an object store"),
         ("abfs://container@account.dfs.core.windows.net/x", r"object store \(s3, gs, gcs\), not abfs://"),
-        ("s3:///x", "must be like s3://BUCKET/FOLDER"),
         ("s3://bucket/../x", "must be like s3://BUCKET/FOLDER"),
         ("s3://bucket/x#y", "must be like s3://BUCKET/FOLDER"),
-        ("s3://[bucket/x", "is not a URL"),
         ("s3://a b/x", "Cannot parse URI"),
         ("s3://name:xyzzy@bucket/x", "must have no secret in it"),
         ("s3://bucket/x?region=us-west-2&secret_key=xyzzy", "must have no secret in it"),
         ("s3://bucket/x?X-Amz-Security-Token=xyzzy", "must have no secret in it"),
-        ("s3://bucket/x?surprise=1", "surprise"),
     ],
 )
 def test_urls_of_no_store(url: str, words: str):
+    """Others are in tests/faults/test_command_lines.py."""
     with pytest.raises(ValueError, match=words) as error:
         open_bucket(url)
     assert "xyzzy" not in str(error.value)
@@ -184,12 +173,6 @@ def trial(driver: Store) -> Path:
     return driver.folder / "trials" / "t0000"
 
 
-def names_there(driver: Store, folder: Path) -> list[str]:
-    place = driver.place(folder)
-    assert place is not None
-    return sorted(place.files())
-
-
 def write_epoch(folder: Path, epoch: int) -> None:
     """As a trial does: a checkpoint, the one before the last removed, a line."""
     (folder / "checkpoints").mkdir(exist_ok=True)
@@ -210,9 +193,9 @@ def test_a_trial_goes_on_in_another_folder_with_what_it_has_saved(s3: ObjectStor
         (here / "checkpoints" / ".epoch-0004.pt.1.tmp").touch()
         save()
     assert not here.exists()
-    written = [key.rpartition("/")[2] for method, key in s3.log if method == "PUT" and "/t0000/" in key]
+    written = [key.rpartition("/")[2] for key in s3.written if "/t0000/" in key and not key.endswith("/")]
     in_order = [name for epoch in (1, 2, 3) for name in (f"epoch-000{epoch}.pt", "metrics.jsonl")]
-    assert [name for name in written if name] == ["trial.json", *in_order]
+    assert written == ["trial.json", *in_order]
     with working_folder(trial, driver) as (there, save):
         assert there != here
         last = {"checkpoints/epoch-0002.pt", "checkpoints/epoch-0003.pt"}
@@ -222,14 +205,14 @@ def test_a_trial_goes_on_in_another_folder_with_what_it_has_saved(s3: ObjectStor
 
 @pytest.mark.parametrize("accident", ["the store refuses", "the folder is removed", "another driver takes over"])
 def test_what_goes_wrong_costs_nothing_that_was_saved(
-    s3: ObjectStore, driver: Store, trial: Path, machine: Callable[[str], Store], accident: str
+    s3: ObjectStore, driver: Store, trial: Path, machine: MakeStore, accident: str
 ):
     store = pickle.loads(pickle.dumps(driver))  # as it comes to a worker
     with ExitStack() as held, working_folder(trial, store) as (here, save):
         for epoch in (1, 2, 3):
             write_epoch(here, epoch)
             save()
-        before = names_there(driver, trial)
+        before = s3.names("searches/s/trials/t0000")
         write_epoch(here, 4)
         if accident == "the store refuses":
             s3.on_request = refuse_writes
@@ -243,7 +226,7 @@ def test_what_goes_wrong_costs_nothing_that_was_saved(
         with pytest.raises(OSError, match=words):
             save()
         s3.on_request = answer
-        assert names_there(driver, trial) == before
+        assert s3.names("searches/s/trials/t0000") == before
 
 
 def test_what_a_killed_worker_leaves_is_removed_and_what_is_at_work_stays(
@@ -271,52 +254,40 @@ def test_what_a_killed_worker_leaves_is_removed_and_what_is_at_work_stays(
     assert list(temporary.iterdir()) == []
 
 
-def test_without_a_bucket_a_folder_is_left_as_it_is(tmp_path: Path):
-    store = Store(tmp_path)
-    with store.lease() as told, working_folder(tmp_path, store) as (here, save):
-        save()
-        store.push(tmp_path / "x")
-        store.pull()
-        store.watch_lease()
-        assert (told, here, store.set_aside()) == ("", tmp_path, "")
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---------------------------------------------------------------- the driver's side
 
 
-def test_a_copy_has_the_records_and_not_the_checkpoints(driver: Store, bucket: Bucket, machine: Callable[[str], Store]):
-    for name in ("search.json", "state/search.json", "trials/t0000/trial.json", "confirmation/r/result.json"):
+def test_a_copy_has_the_records_and_not_the_checkpoints(driver: Store, bucket: Bucket, machine: MakeStore):
+    records = {"search.json", "state/search.json", "trials/t0000/trial.json", "confirmation/r/result.json"}
+    for name in records:
         push(driver, name)
-    trial = driver.folder / "trials" / "t0000"
-    of_run = ("metrics.jsonl", "seed-1/metrics.jsonl", "checkpoints/e.pt", "seed-1/checkpoints/e.pt")
-    for name in (*(f"trials/t0000/{name}" for name in of_run), "surprise", "state/node-1.tmp", "../../outside"):
+    metrics = {f"trials/t0000/{name}" for name in ("metrics.jsonl", "seed-1/metrics.jsonl")}
+    passing = ("trials/t0000/checkpoints/e.pt", "trials/t0000/seed-1/checkpoints/e.pt", "state/node-1.tmp")
+    for name in (*metrics, *passing, "surprise", "../../outside"):
         bucket.write(f"s/{name}", b"")
     there = machine("two")
     there.pull()
-    assert files_in(there.folder) == {
-        *("search.json", "state/search.json", "confirmation/r/result.json", COPY_OF),
-        *(f"trials/t0000/{name}" for name in ("trial.json", "metrics.jsonl", "seed-1/metrics.jsonl")),
-    }
+    copied = {*records, *metrics, COPY_OF}
+    assert files_in(there.folder) == copied
     assert copied_from(there.folder) == "s3://bucket/searches/s"
 
     write_text(there.folder / "trials" / "t0001" / "trial.json", "never put there")
     write_text(there.folder / "trials" / "t0000" / "trial.json", "nor was this")
     write_text(there.folder / "mine.txt", "a user's")
     there.pull()
-    assert not (there.folder / "trials" / "t0001").exists()
+    assert files_in(there.folder) == {*copied, "mine.txt"}
     assert (there.folder / "trials" / "t0000" / "trial.json").read_text() == "trials/t0000/trial.json"
-    assert (there.folder / "mine.txt").exists()
 
+    trial = driver.folder / "trials" / "t0000"
     (trial / "checkpoints").mkdir()
     driver.drop_checkpoints(trial)
-    assert names_there(driver, trial) == ["metrics.jsonl", "seed-1/metrics.jsonl", "trial.json"]
     driver.pull(trial)
-    assert files_in(trial) == {"metrics.jsonl", "seed-1/metrics.jsonl", "trial.json"}
+    left = ["metrics.jsonl", "seed-1/metrics.jsonl", "trial.json"]
+    assert sorted((bucket / "s/trials/t0000").files()) == left == sorted(files_in(trial))
     assert not (trial / "checkpoints").exists()
 
 
-def test_no_copy_is_made_over_another_search(driver: Store, bucket: Bucket, machine: Callable[[str], Store]):
+def test_no_copy_is_made_over_another_search(driver: Store, bucket: Bucket, machine: MakeStore):
     push(driver, "search.json")
     other = machine("two")
     write_text(other.folder / "search.json", "of this machine")
@@ -329,23 +300,17 @@ def test_no_copy_is_made_over_another_search(driver: Store, bucket: Bucket, mach
     assert (driver.folder / "search.json").exists()
 
 
-def test_the_last_driver_drives(
-    driver: Store, s3: ObjectStore, bucket: Bucket, machine: Callable[[str], Store], monkeypatch: pytest.MonkeyPatch
-):
+def test_the_last_driver_drives(driver: Store, s3: ObjectStore, bucket: Bucket, machine: MakeStore):
     push(driver, "search.json")
     driver.watch_lease()
     with machine("two").lease() as told:
         assert f"process {os.getpid()}" in told
         driver.watch_lease()  # not yet again
-        monkeypatch.setattr("search.system.remote.LOOK_EVERY_S", 0.0)
         driver._next_look_at = 0.0
-
-        def refuse(method: str, key: str) -> None:
-            raise ConnectionResetError
-
-        s3.on_request = refuse
-        driver.watch_lease()
-        s3.on_request = answer
+        s3.stop()
+        driver.watch_lease()  # an outage says nothing
+        s3.start()
+        driver._next_look_at = 0.0
         for check in (driver.watch_lease, lambda: push(driver, "search.json", "again")):
             with pytest.raises(TakenOverError, match="goes on with it"):
                 check()
@@ -355,53 +320,21 @@ def test_the_last_driver_drives(
         assert LEASE not in (bucket / "s").files()
 
 
-def test_a_confirmation_ends_once_another_driver_goes_on_with_it(monkeypatch: pytest.MonkeyPatch):
-    def run_tasks(function: object, take: object, resources: object, stop_asked: Callable[[], int], *_: object) -> Any:
-        assert stop_asked() == 0
-        store.watch_lease = taken_over
-        stop_asked()
-        yield
-
-    def taken_over() -> None:
-        raise TakenOverError(errno.EBUSY, "the driver elsewhere goes on with it", "s3://bucket/s")
-
-    saved: list[str] = []
-    store: Any = SimpleNamespace(watch_lease=lambda: None)
-    base = TrainConfig(dataset="digits")
-    confirmation: Any = SimpleNamespace(base=base, store=store, metric="val_accuracy", save=saved.append)
-    monkeypatch.setattr("ray.put", lambda images: images)
-    monkeypatch.setattr("search.race.run_tasks", run_tasks)
-    with pytest.raises(TakenOverError):
-        confirm(confirmation, CPUS, lambda: 0, None)
-    assert saved == ["running"]
-
-
-def test_setting_aside_leaves_nothing_and_loses_nothing(driver: Store, bucket: Bucket):
-    assert driver.set_aside() == ""
-    push(driver, "search.json")
-    bucket.write("s/trials/t0000/checkpoints/epoch-0001.pt", b"b")
-    assert driver.set_aside(leftovers=True) == "", "it is a search"
-    aside = driver.set_aside().removeprefix("s3://bucket/searches/")
-    assert (bucket / "s").files() == [LEASE]
-    assert aside.startswith("replaced/s-")
-    assert sorted((bucket / aside).files()) == ["search.json", "trials/t0000/checkpoints/epoch-0001.pt"]
-
-
 @pytest.mark.parametrize("moved", [1, 3])
 def test_what_was_being_set_aside_is_no_search_and_is_set_aside_by_the_next(
-    driver: Store, s3: ObjectStore, bucket: Bucket, machine: Callable[[str], Store], moved: int
+    driver: Store, s3: ObjectStore, bucket: Bucket, machine: MakeStore, moved: int
 ):
+    assert driver.set_aside() == ""
     names = ["search.json", "state/search.json", "trials/t0000/trial.json", "trials.csv"]
     for name in names:
         push(driver, name)
-    left = moved
+    assert driver.set_aside(leftovers=True) == "", "it is a search"
+    before = len(s3.written)
 
     def die(method: str, key: str) -> None:
-        nonlocal left
-        if method == "PUT" and key.startswith("searches/replaced/") and not key.endswith("/"):
-            if left == 0:
-                raise ConnectionResetError
-            left -= 1
+        done = [key for key in s3.written[before:] if not key.endswith("/")]
+        if method == "PUT" and len(done) == moved and not key.endswith("/"):
+            raise ConnectionResetError
 
     s3.on_request = die
     with pytest.raises(OSError, match="replaced"):
@@ -411,7 +344,7 @@ def test_what_was_being_set_aside_is_no_search_and_is_set_aside_by_the_next(
     second.pull()
     assert files_in(second.folder) == set()
     with second.lease():
-        assert second.set_aside(leftovers=True) != ""
+        assert second.set_aside(leftovers=True).startswith("s3://bucket/searches/replaced/s-")
         assert (bucket / "s").files() == [LEASE]
         assert sorted(name.partition("/")[2] for name in (bucket / "replaced").files()) == sorted(names)
         push(second, "search.json", "of the new search")
@@ -421,7 +354,7 @@ def test_what_was_being_set_aside_is_no_search_and_is_set_aside_by_the_next(
 
 
 def test_after_looking_at_the_nodes_nothing_is_left(
-    driver: Store, s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    driver: Store, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """So that a command that was refused can be given again. Ray has one node, which answers at once."""
     node = {"NodeID": "1" * 56, "NodeManagerAddress": "one"}
@@ -430,23 +363,19 @@ def test_after_looking_at_the_nodes_nothing_is_left(
     monkeypatch.setattr("ray.remote", lambda **_: as_task)
     monkeypatch.setattr("ray.wait", lambda tasks, **_: (tasks, []))
     monkeypatch.setattr("ray.get", lambda task: task)
-    folder, goes_on = tmp_path / "s", tmp_path / "t"
+    new, goes_on = tmp_path / "new", tmp_path / "goes on"
     write_text(goes_on / "state" / "search.json", "{}")
     check_nodes(Store(goes_on), CPUS)
     assert files_in(goes_on) == {"state/search.json"}
-    with lock_folder(folder):
-        check_nodes(Store(folder), CPUS)
-        assert files_in(folder) == {".lock"}
+    check_nodes(driver, CPUS)
+    assert (bucket / "s").files() == [LEASE]
+    with lock_folder(new):
+        check_nodes(Store(new), CPUS)
+        assert files_in(new) == {".lock"}
         monkeypatch.setattr("search.system.resources.try_folder", lambda _: "it cannot write there")
         with pytest.raises(ValueError, match=r"1 of 1 nodes cannot work on .* \(it cannot write there"):
-            check_nodes(Store(folder), CPUS)
-    assert not folder.exists()
-    check_nodes(driver, CPUS)
-    assert driver.bucket is not None
-    assert driver.bucket.files() == [LEASE]
-    s3.on_request = refuse_writes
-    with pytest.raises(ValueError, match=r"1 of 1 nodes cannot work on s3://bucket/searches/s: one .*AWS Error"):
-        check_nodes(driver, CPUS)
+            check_nodes(Store(new), CPUS)
+    assert not new.exists()
 
 
 # ---------------------------------------------------------------- a command and another driver
@@ -500,17 +429,15 @@ def command(s3: ObjectStore, tmp_path: Path) -> Iterator[Command]:
         yield call
 
 
+def change_while_loading(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """Let another driver do this while a command loads its images."""
+    monkeypatch.setattr(planning, "load_search_data", lambda base: (change(), load_search_data(base))[1])
+
+
 def test_what_another_driver_does_as_this_one_starts_is_seen(
     elsewhere: Elsewhere, command: Command, monkeypatch: pytest.MonkeyPatch
 ):
-    changes: list[Callable[[], None]] = [elsewhere.add_trial]
-
-    def meanwhile(base: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
-        for change in changes:
-            change()
-        return load_search_data(base)
-
-    monkeypatch.setattr(planning, "load_search_data", meanwhile)
+    change_while_loading(monkeypatch, elsewhere.add_trial)
     plan = command("--resume", "--num-samples", 4)
     assert len(open_records(plan).trials) == 3
     with pytest.raises(TakenOverError):
@@ -520,11 +447,7 @@ def test_what_another_driver_does_as_this_one_starts_is_seen(
 def test_a_search_that_another_driver_has_changed_meanwhile_is_not_gone_on_with(
     elsewhere: Elsewhere, command: Command, monkeypatch: pytest.MonkeyPatch
 ):
-    def meanwhile(base: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
-        elsewhere.save(num_samples=3)
-        return load_search_data(base)
-
-    monkeypatch.setattr(planning, "load_search_data", meanwhile)
+    change_while_loading(monkeypatch, lambda: elsewhere.save(num_samples=3))
     with pytest.raises(ValueError, match="give the command again"):
         command("--resume")
 

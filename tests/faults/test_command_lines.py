@@ -86,6 +86,7 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("--metric", "--metric: expected at least one argument"),
         ("--metric val_nll val_nll", "metric names val_nll twice"),
         ("--metric val_accuracy val_nll --scheduler asha", "asha stops trials by one metric"),
+        ("", "could not be downloaded: give its folder with --data-dir"),
         ("--epochs 0", "epochs must be at least 1, not 0"),
         ("--val-fraction 0", "val_fraction must be above 0 in a search"),
         ("--num-samples 0", "num_samples must be at least 1, not 0"),

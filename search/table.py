@@ -163,7 +163,7 @@ class LiveTable:
         """Print a line, above the table if there is one."""
         live = self._live
         if live is None:
-            with suppress(OSError):  # whoever read it may be gone
+            with suppress(OSError, UnicodeError):  # whoever read it may be gone
                 print(text, file=sys.__stdout__, flush=True)
         else:
             self._draw(lambda: live.console.print(Text(text), soft_wrap=True))

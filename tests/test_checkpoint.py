@@ -58,12 +58,12 @@ def test_an_exception_while_writing_leaves_the_old_file(tmp_path: Path, monkeypa
 
 def test_the_disk_has_the_new_file_before_the_old_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rename that reaches the disk before the data would leave an empty checkpoint after a power cut."""
-    calls: list[str] = []
-    replace = os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync"))
-    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    order = Mock()
+    order.replace.side_effect = os.replace
+    monkeypatch.setattr(os, "fsync", order.fsync)
+    monkeypatch.setattr(os, "replace", order.replace)
     save_checkpoint(tmp_path / "a.pt", STATE)
-    assert calls == ["fsync", "replace"]
+    assert [call[0] for call in order.mock_calls] == ["fsync", "replace"]
 
 
 def test_a_flipped_bit_and_a_cut_anywhere_are_found(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_digits_are_scikit_learns() -> None:
 
     bunch = load_digits()
     found: Counter[bytes] = Counter()
-    for split, share in (("train", 0.8), ("test", 0.2)):
+    for split, share in zip(SPLITS, (0.8, 0.2), strict=True):
         images, labels = load_images("digits", None, split)
         assert (images.shape[1:], images.dtype) == ((8, 8, 3), np.uint8)
         assert (images == images[..., :1]).all()

@@ -519,8 +519,8 @@ def test_resume(
     assert re.findall(r"^epoch (\d)/6 ", out, re.MULTILINE) == ["6"]
     assert epochs_in(half) == [1, 2, 3, 4, 5, 6]
     assert accuracies_in(out) == accuracies_in(printed)
-    states = [load_checkpoint(checkpoint_path(run / "checkpoints", 6)) for run in (half, folder)]
-    assert_same_state(*states)
+    found, expected = (load_checkpoint(checkpoint_path(run / "checkpoints", 6)) for run in (half, folder))
+    assert_same_state(found, expected)
 
 
 @pytest.mark.usefixtures("few_files")

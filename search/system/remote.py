@@ -384,9 +384,9 @@ def try_bucket(place: Bucket) -> str:
     """Return what is wrong, seen from here, with reading and writing in a bucket; nothing if nothing is."""
     name = f"state/{socket.gethostname()}-{os.getpid()}.tmp"
     try:
-        place.read(LEASE)  # another store than the driver's has none
         place.write(name, b"")
         place.remove(name)
+        place.read(LEASE)  # another store than the driver's has none
     except OSError as error:
         return str(error.strerror)
     return ""

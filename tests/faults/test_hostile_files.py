@@ -221,7 +221,7 @@ DAMAGES: dict[str, dict[str, tuple[Damage, str]]] = {
     },
     "best": NO_OBJECT
     | {
-        "no settings": (edit_json(..., "config"), ""),
+        "no settings": (edit_json(..., "config"), "the settings must be a table"),
         "lr beyond all": (edit_json(10**400, "config", "lr"), "lr must be"),
     },
     "search": NO_OBJECT

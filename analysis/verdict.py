@@ -91,7 +91,7 @@ def format_gain(metric: str, gain: float) -> str:
 
 
 def format_parameters(search: SearchRecord, trial: pd.Series) -> str:
-    return ", ".join(f"{name} {trial[name]:.3g}" for name in search.space)
+    return ", ".join(f"{name} {trial[name]:.3g}" for name in search.space if name in trial)
 
 
 def count_statuses(trials: pd.DataFrame) -> str:

@@ -137,10 +137,11 @@ def run_search_plan(name: str, arguments: argparse.Namespace, outputs: Path, res
     if arguments.minutes:
         command += ["--time-budget", f"{arguments.minutes:g}m"]
     with catch_stop_signals() as stop_asked, subprocess.Popen([sys.executable, *map(str, command)]) as search:
-        while (code := search.poll()) is None:  # its records are kept when it has ended
-            if stop_asked() == signal.SIGTERM:  # a Ctrl-C in a terminal the search hears as well
-                search.terminate()
+        while search.poll() is None and not stop_asked():
             time.sleep(1)
+        if stop_asked() == signal.SIGTERM:  # a Ctrl-C in a terminal the search hears as well
+            search.terminate()
+        code = search.wait()  # its records are kept when it has ended
     folder, kept = outputs / "searches" / name, results / "searches" / name
     for source in (folder / record for record in SEARCH_RECORDS if (folder / record).is_file()):
         if source.suffix == ".json":

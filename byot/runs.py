@@ -81,7 +81,8 @@ def read_result(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
         if result_path.is_file():
             result = read_json(result_path)
             ends = [end for end in CLASSIFIERS if found.num_classifiers > 1 or end == str(NUM_CLASSIFIERS)]
-            figures = (f"test_{measure}_{end}" for measure in ("accuracy", "nll", "ece") for end in ends)
+            suffixes = ("", *(f"_{end}" for end in ends))
+            figures = (f"test_{measure}{suffix}" for measure in ("accuracy", "nll", "ece") for suffix in suffixes)
             for name in ("num_test_images", "elapsed_s", *figures):
                 if not isinstance(result.get(name), int | float):
                     raise ValueError(f"{result_path} has no number as {name}")
@@ -218,7 +219,7 @@ def train_saving(
         if stop or agreed(time.monotonic() - saved_at > SAVE_EVERY_S):
             save()
         if stop:
-            agreed(0)  # the first has saved: as soon as one process ends, torchrun ends the others
+            processes.barrier()  # the first has saved: as soon as one process ends, torchrun ends the others
             raise StoppedError(stop)
 
     for metrics in trainer.epochs(after_batch):

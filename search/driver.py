@@ -166,7 +166,10 @@ def _begin(session: Session) -> dict[str, Any]:
     """Write search.json and tell what is to be done; returns what is written."""
     plan, resources, records, *_ = session
     settings, recorded = plan.settings, plan.recorded
-    record = {"started_at": now()} | (recorded.fields if recorded is not None else _origin(session))
+    if recorded is None:
+        record = {"started_at": now(), **_origin(session)}
+    else:
+        record = {"started_at": now(), **recorded.fields, "commit": find_commit(), "versions": find_versions()}
     record |= {
         "name": plan.folder.name,  # it may have been moved
         "status": "running",
@@ -181,8 +184,6 @@ def _begin(session: Session) -> dict[str, Any]:
         "max_concurrent": resources.max_concurrent,
         "num_train_images": len(plan.train.labels),
         "num_val_images": len(plan.val.labels),
-        "commit": find_commit(),
-        "versions": find_versions(),
     }
     told = [
         f"search {plan.folder.name}: {settings.num_samples} trials of {plan.base.model} width {plan.base.width} "

@@ -27,6 +27,7 @@ import search.system.resources
 import search.tune
 from byot.config import TrainConfig
 from byot.data import LabelledImages, load_images
+from byot.metrics import Evaluation
 from byot.system.checkpoint import save_checkpoint
 from byot.system.files import write_json
 from byot.system.lock import LOCK_FILE
@@ -37,7 +38,7 @@ from tests.helpers import Refuse, assert_one_sentence, call_main, picture_of, ra
 
 FAULTS = {"test_command_lines": "a bad command line", "test_hostile_files": "a damaged or hostile file to read"}
 SPACE = "[alpha]\nlow = 0.0\nhigh = 0.5\n\n[lr]\nlow = 0.01\nhigh = 0.5\nlog = true\n"
-MEASURES = tuple(f"test_{m}_{end}" for m in ("accuracy", "nll", "ece") for end in (1, 2, 3, 4, "ensemble"))
+MEASURES = Evaluation(num_images=1, accuracy=(1.0,) * 5, nll=(1.0,) * 5, ece=(1.0,) * 5).to_record("test")
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,7 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "file").write_text("neither TOML nor JSON {", encoding="utf-8")
     (folder / "space.toml").write_text(SPACE)
     write_json(folder / "outputs/runs/mine/config.json", TrainConfig(dataset="digits").to_dict())
-    write_json(folder / "outputs/runs/mine/result.json", dict.fromkeys(("num_test_images", "elapsed_s", *MEASURES), 1))
+    write_json(folder / "outputs/runs/mine/result.json", {"num_test_images": 1, "elapsed_s": 1.0, **MEASURES})
     shutil.copytree(PROJECT_ROOT / "results/searches/cifar100-w16", folder / "outputs/searches/done")
     return folder
 

@@ -67,7 +67,7 @@ def render_page(folder: Path, outputs: Path) -> str:
     verdicts = [
         confirmation.verdict if confirmation else [],
         judge_search(search, trials),
-        judge_retrained(search, trials, summary),
+        judge_retrained(search, trials, retrained),
     ]
     return environment.get_template(TEMPLATE).render(
         search=search,

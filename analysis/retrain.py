@@ -184,7 +184,7 @@ def print_summary(search: SearchRecord, folder: Path, runs: "pd.DataFrame") -> N
     if not summary.empty:
         table = summary_table(summary, trials).to_text()
         print(f"\ntest accuracy, mean ± standard deviation over n seeds\n{table}")
-        print(f"\n{bullets(judge_retrained(search, trials, summary))}")
+        print(f"\n{bullets(judge_retrained(search, trials, runs))}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the noise allows to say of a search and of its retrained runs, in sentences. Shared by best.py and report.py.
 
-A search compares single runs on few images, so a difference is "within the noise" or "beyond" it. Retrained runs have a
-spread of their own over seeds, so a difference between them is "resolved" or "not resolved".
+A search compares single runs on few images, so a difference is "within the noise" or "beyond" it. Retrained runs are
+compared seed by seed, so a difference between them is "resolved" or "not resolved".
 """
 
 import math
@@ -12,18 +12,15 @@ from typing import get_args
 
 import pandas as pd
 
-from analysis.trials import find_role, pareto_front, rank
+from analysis.trials import find_role, pareto_front, rank, summarise_runs
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS
 from byot.console import format_duration
 from byot.search_files import ROLE_NAMES, SearchRecord, Status, format_value, metric_mode, unit
 from byot.system.paths import default_outputs
+from search.significance import ERROR, MOST_RUNS_NAMED, compare
 
 NUM_STANDARD_ERRORS = 2
-CONFIDENCE = 0.95
 MAX_LISTED = 6
-# Two-sided 5 %, power 80 %: runs an arm = 2 * (1.960 + 0.842)^2 * variance / gap^2, and one for the variance unknown.
-RUNS_FACTOR = 2 * (1.960 + 0.842) ** 2
-MAX_RUNS_NAMED = 200
 
 
 # ---------------------------------------------------------------- noise
@@ -45,26 +42,6 @@ def noise_margin(accuracy: float, other: float, num_images: int) -> float:
     error is smaller, so this errs towards "within the noise".
     """
     return NUM_STANDARD_ERRORS * math.hypot(*(accuracy_standard_error(a, num_images) for a in (accuracy, other)))
-
-
-def compare_means(
-    mean: float, sd: float, n: int, other_mean: float, other_sd: float, other_n: int
-) -> tuple[float, float] | None:
-    """Difference of two means over seeds and half of Welch's 95 % interval; None where one of them has a single run."""
-    from scipy.special import stdtrit
-
-    if n < 2 or other_n < 2:
-        return None
-    a, b = sd**2 / n, other_sd**2 / other_n
-    if a + b == 0:
-        return mean - other_mean, 0.0
-    degrees = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (other_n - 1))
-    return mean - other_mean, float(stdtrit(degrees, (1 + CONFIDENCE) / 2)) * math.sqrt(a + b)
-
-
-def runs_needed(difference: float, sd: float, other_sd: float) -> int:
-    """Runs an arm that would show a difference of this size, other than 0, in four cases of five."""
-    return 1 + math.ceil(RUNS_FACTOR * (sd**2 + other_sd**2) / 2 / difference**2)
 
 
 # ---------------------------------------------------------------- words
@@ -193,55 +170,60 @@ def _judge_front(metrics: tuple[str, ...], front: pd.DataFrame) -> str:
     return f"On the Pareto front of {names}, beaten by none in one without being better in another: {listed}."
 
 
-def judge_retrained(search: SearchRecord, trials: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
+def judge_retrained(search: SearchRecord, trials: pd.DataFrame, retrained: pd.DataFrame) -> list[str]:
     """Say what the retrained runs allow to say of the configuration that validation had chosen, on the test set.
 
     Only that one is compared: picking the best of several on the test set would flatter it.
     """
     metric = search.metric.replace("val_", "test_", 1)
     sentences = []
-    for epochs, runs in summary.groupby("epochs"):
+    for epochs, runs in retrained.groupby("epochs"):
         order = [trial_id for trial_id in rank(trials, search.metric)["trial_id"] if trial_id in set(runs["trial_id"])]
         if not order:
             continue
-        best = runs[runs["trial_id"] == order[0]].iloc[0]
+        best = runs[runs["trial_id"] == order[0]]
         measure = describe_metric(metric)
         sentences.append(
-            f"{measure[0].upper()}{measure[1:]}, of trial {best['trial_id']} (best on validation of those retrained) "
+            f"{measure[0].upper()}{measure[1:]}, of trial {order[0]} (best on validation of those retrained) "
             f"after {epochs} epochs on all training images: {_format_mean(metric, best)}."
         )
         for role, name in ROLE_NAMES.items():
-            others = runs[(runs["role"] == role) & (runs["trial_id"] != best["trial_id"])]
+            others = runs[(runs["role"] == role) & (runs["trial_id"] != order[0])]
             if not others.empty:
-                sentences.append(_judge_means(metric, name, best, others.iloc[0]))
-            elif best["role"] != role:
+                same = others[others["trial_id"] == others["trial_id"].iloc[0]]
+                sentences.append(f"Against {name}, {_format_mean(metric, same)}: {_judge_pairs(metric, best, same)}")
+            elif best["role"].iloc[0] != role:
                 sentences.append(f"{name.capitalize()} was not retrained for {epochs} epochs.")
     return sentences
 
 
-def _format_mean(metric: str, runs: pd.Series) -> str:
-    mean, sd = (format_value(metric, runs[column]) for column in (metric, f"{metric}_sd"))
-    if runs["num_runs"] < 2:
+def _format_mean(metric: str, runs: pd.DataFrame) -> str:
+    summary = summarise_runs(runs).iloc[0]
+    mean, sd = (format_value(metric, summary[column]) for column in (metric, f"{metric}_sd"))
+    if len(runs) < 2:
         return f"{mean} {unit(metric)} (one run)"
-    return f"{mean} ± {sd} {unit(metric)} ({runs['num_runs']} seeds, ± standard deviation)"
+    return f"{mean} ± {sd} {unit(metric)} ({len(runs)} runs, ± standard deviation)"
 
 
-def _judge_means(metric: str, name: str, best: pd.Series, other: pd.Series) -> str:
-    columns = [metric, f"{metric}_sd", "num_runs"]
-    interval = compare_means(*best[columns], *other[columns])
-    against = f"Against {name}, {_format_mean(metric, other)}"
-    if interval is None:
-        return f"{against}: it takes at least two seeds of each to say whether the difference is real."
-    difference, half_width = interval
-    gain = difference if metric_mode(metric) == "max" else -difference
-    low, high = (f"{end:{'+.4f' if '_nll' in metric else '+.2f'}}" for end in (gain - half_width, gain + half_width))
-    text = f"{against}: {format_gain(metric, gain)} ({100 * CONFIDENCE:.0f} % interval {low} to {high})"
-    if abs(gain) > half_width:
+def _judge_pairs(metric: str, best: pd.DataFrame, other: pd.DataFrame) -> str:
+    """Compare two configurations by the seeds that both have; several runs with one seed count as their mean."""
+    by_seed = [runs.groupby("seed")[metric].mean() for runs in (best, other)]
+    pairs = pd.concat(by_seed, axis="columns", join="inner", keys=["best", "other"]).dropna()
+    if len(pairs) < 2:
+        return "it takes at least two seeds that both were trained with to say whether the difference is real."
+    sign = 1 if metric_mode(metric) == "max" else -1
+    num_images = pd.to_numeric(best["num_test_images"], errors="coerce").max()
+    step = 100 / num_images if "_accuracy" in metric and num_images > 0 else 0.0  # a smaller spread is a coincidence
+    one = compare("best", "other", list(sign * pairs["best"]), list(sign * pairs["other"]), least_sd=step)
+    ends = (one.difference - one.half_width(), one.difference + one.half_width())
+    low, high = (f"{end:{'+.4f' if '_nll' in metric else '+.2f'}}" for end in ends)
+    text = f"{format_gain(metric, one.difference)} ({100 * (1 - ERROR):.0f} % interval {low} to {high}, by seed)"
+    if abs(one.difference) > one.half_width():
         return f"{text}: resolved."
-    needed = runs_needed(gain, best[f"{metric}_sd"], other[f"{metric}_sd"]) if gain else math.inf
-    if not max(best["num_runs"], other["num_runs"]) < needed <= MAX_RUNS_NAMED:
+    if one.runs_needed > MOST_RUNS_NAMED:
         return f"{text}: not resolved."
-    return f"{text}: not resolved. Were the difference this large, about {needed} runs of each would show it."
+    more = f"about {one.runs_needed} more run{'s' * (one.runs_needed > 1)} of each would show it"
+    return f"{text}: not resolved. Were the difference this large, {more}."
 
 
 # ---------------------------------------------------------------- commands

@@ -537,7 +537,7 @@ def find_choice(folder: Path, source: str) -> SearchedChoice:
     """Read what was confirmed over fresh seeds, else the best single run."""
     confirmed = load_confirmation(folder)
     if confirmed is not None and confirmed.status == "finished" and confirmed.choice:
-        how = "confirmed" if confirmed.resolved else "not resolved"
+        how = "equal" if confirmed.fields.get("equivalent") else "confirmed" if confirmed.resolved else "not resolved"
         return _read_choice(folder / CONFIRMATION, f"{source}, {how} over {confirmed.num_rounds} fresh seeds")
     return _read_choice(folder / "best.json", source)
 

@@ -37,7 +37,8 @@ from search.warm import WARM_START, WarmStart, load_warm_start, make_warm_start
 # What may change from one part of a search to the next.
 MAY_CHANGE = (
     *NOT_IDENTITY,
-    *("num_samples", "time_budget", "max_concurrent", "gpus_per_trial", "cpus_per_trial", "confirm", "confirm_seeds"),
+    *("num_samples", "time_budget", "max_concurrent", "gpus_per_trial", "cpus_per_trial"),
+    *("confirm", "confirm_seeds", "margin"),
 )
 
 

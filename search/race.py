@@ -46,6 +46,8 @@ from search.system.remote import Store, working_folder
 from search.system.resources import Resources
 from search.system.tasks import Task, run_tasks
 
+SIMPLEST_FIRST: tuple[Role, ...] = ("control", "reference")  # then the sampled settings
+
 
 class Arm(NamedTuple):
     """A configuration that is run again."""
@@ -122,6 +124,7 @@ class Confirmation:
         self.metric = settings.main_metric
         self.mode = settings.mode
         self.max_rounds = settings.confirm_seeds
+        self.margin = settings.margin / 100 if "_nll" in self.metric else settings.margin
         self.runs_a_trial = settings.seeds_per_trial
         self.least_sd = 100 / num_val if "accuracy" in self.metric else 0.0  # one image
         written = self._read_written()
@@ -176,7 +179,8 @@ class Confirmation:
         for run in self.runs:
             if run in self.results and len(values[run.arm]) == run.round:  # none before it is missing
                 values[run.arm].append(self.value(run))
-        return judge(values, self.max_rounds, self.least_sd)
+        simplest = [name for role in SIMPLEST_FIRST for name, arm in self.arms.items() if arm.role == role]
+        return judge(values, self.max_rounds, self.margin, simplest=simplest, least_sd=self.least_sd)
 
     @property
     def is_done(self) -> bool:
@@ -185,7 +189,8 @@ class Confirmation:
         return (
             self.judge().is_over
             and written is not None
-            and (written.status, written.fields.get("max_seeds")) == ("finished", self.max_rounds)
+            and written.status == "finished"
+            and (written.fields.get("max_seeds"), written.fields.get("margin")) == (self.max_rounds, self.margin)
             and [arm.trial_id for arm in written.arms] == list(self.arms)
         )
 
@@ -204,14 +209,8 @@ class Confirmation:
         remaining = self.judge().remaining
         return sum(run.arm in remaining and run.round < rounds and run not in self.results for run in self.runs)
 
-    def choice(self, judgement: Judgement) -> Arm | None:
-        """Return the leader; but deep supervision alone, another method, only if no other can be the best."""
-        names = [arm for arm in judgement.remaining if self.arms[arm].role != "control"] or judgement.remaining
-        return self.arms[names[0]] if names else None
-
     def save(self, status: str) -> None:
         judgement = self.judge()
-        choice = self.choice(judgement)
         record: dict[str, Any] = {
             "search": self.folder.name,
             "status": status,
@@ -220,19 +219,24 @@ class Confirmation:
             "mode": self.mode,
             "confidence": 1 - ERROR,
             "max_seeds": self.max_rounds,
+            "margin": self.margin,
             "num_rounds": judgement.rounds,
             "arms": [
                 arm._asdict() | {"values": self._measured(trial_id), "still_in": trial_id in judgement.remaining}
                 for trial_id, arm in self.arms.items()
             ],
-            "comparisons": [one._asdict() | {"resolved": one.resolved} for one in judgement.comparisons.values()],
+            "comparisons": [
+                one._asdict() | {"half_width": one.half_width(), "resolved": one.resolved}
+                for one in judgement.comparisons.values()
+            ],
             "resolved": judgement.resolved,
+            "equivalent": judgement.equivalent,
             "verdict": self.verdict(judgement),
             **self.origin,
         }
-        if choice is not None:  # as in best.json: retraining uses all training images
-            config = self.base.with_settings(**choice.params, val_fraction=0.0)
-            record |= {"choice": choice.trial_id, "config": config.to_dict()}
+        if judgement.chosen is not None:  # as in best.json: retraining uses all training images
+            config = self.base.with_settings(**self.arms[judgement.chosen].params, val_fraction=0.0)
+            record |= {"choice": judgement.chosen, "config": config.to_dict()}
         write_json(self.folder / CONFIRMATION, record)
         self.store.push(self.folder / CONFIRMATION)
 
@@ -245,19 +249,29 @@ class Confirmation:
 
     def verdict(self, judgement: Judgement) -> list[str]:
         """Say which configuration, by how much, how sure; or that it is not resolved, and what it would take."""
-        if judgement.leader is None:
+        if judgement.leader is None or judgement.chosen is None:
             return ["Of every setting a run diverged: there is nothing to choose."]
-        leader = self.arms[judgement.leader]
+        leader, chosen = self.arms[judgement.leader], self.arms[judgement.chosen]
         name = f"{leader.describe()} ({leader.settings()})"
         seeds = f"{judgement.rounds} fresh seed{'s' * (judgement.rounds != 1)}"
         if judgement.rounds == 0:
             sentences = ["Not resolved: no fresh seed has been run by all yet."]
         elif judgement.resolved:
             sentences = [f"Resolved after {seeds}: {name} is best."]
+        elif judgement.equivalent:
+            names = ", ".join(self.arms[arm].describe() for arm in judgement.equivalent)
+            margin = f"{format_value(self.metric, self.margin)} {unit(self.metric, 'points')}"
+            why = "the simplest" if chosen.role in SIMPLEST_FIRST else "which leads"
+            sentences = [
+                f"Equal within {margin} after {seeds}: {names}.",
+                f"None of them is better by more than {chosen.describe()} ({chosen.settings()}), {why}: it is chosen.",
+            ]
         elif len(judgement.remaining) > 1:
-            sentences = [f"Not resolved after {seeds}: {name} leads."]
+            sentences = [f"Not resolved after {seeds}: {name} leads, and is chosen."]
         else:
             sentences = [f"Not resolved: {name} is the only one of which no run diverged."]
+        if chosen.role == "control" and (judgement.resolved or judgement.equivalent):
+            sentences.append("Self distillation showed nothing here that deep supervision alone does not give.")
         for other, arm in self.arms.items() if judgement.rounds else ():
             told = "not compared yet"
             if other in judgement.diverged:
@@ -267,16 +281,14 @@ class Confirmation:
             if other != judgement.leader:
                 sentence = f"{arm.describe()} ({arm.settings()}): {told}."
                 sentences.append(sentence[0].upper() + sentence[1:])
-        choice = self.choice(judgement)
-        if choice is not None and choice != leader:
-            sentences.append(f"As that is not shown, {choice.describe()} is chosen, the best with distillation.")
         return sentences
 
     def _describe(self, one: Comparison) -> str:
-        ends = (one.difference, one.difference - one.half_width, one.difference + one.half_width)
+        half_width = one.half_width()
+        ends = (one.difference, one.difference - half_width, one.difference + half_width)
         difference, low, high = (format_value(self.metric, end) for end in ends)
         behind = (
-            f"{difference} {unit(self.metric, 'points')} behind {self.arms[one.leader].describe()}, "
+            f"{difference} {unit(self.metric, 'points')} behind {self.arms[one.arm].describe()}, "
             f"{100 * (1 - ERROR):.0f} % interval {low} to {high}, {one.rounds} seeds: "
         )
         if one.resolved:

@@ -70,6 +70,9 @@ class SearchSettings:
     )
     # One seed says nothing of the noise.
     confirm_seeds: int = setting(8, "fresh seeds of each, at most", low=2, high=1000)
+    margin: float = setting(
+        0.3, "settings that differ by less are equal: points, of a likelihood hundredths of a nat", low=0
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, *(f.name for f in fields(self) if f.name != "gpus_per_trial"))

@@ -1,63 +1,70 @@
-"""Which configuration is best, judged over seeds: a sequential test that says when it is clear, and how clear.
+"""Judges over seeds which configuration is best: better than every other, equal within a margin, or not resolved.
 
-Every configuration (an arm) is run with the same fresh seeds. A seed sets the weights, the order of the images, their
-augmentation and the validation split alike for all, so a round, one run of each arm with one seed, is a block: what the
-seed does to all of them cancels in their differences.
+Every configuration (an arm) is run with the same fresh seeds. A round is one run of each arm with one seed. Two arms
+are compared by their differences round by round, with the spread of these differences alone: Student's paired t-test.
 
-After each round from the third on, all arms still in are compared pairwise: Tukey's simultaneous intervals in the
-two-way layout arm + round, with the pooled variance of the residuals. The error of 5 % is spent over the looks in
-shares that add up to 1 however many there will be (Bonferroni), so that neither stopping early nor going on with more
-seeds raises it. An arm that is resolved to be worse than the leader is out; when the leader stands alone, or the seeds
-are used up, the test ends. An arm of which a run diverged is left out of all comparisons.
+- Resolved: the leader is better than each other arm, each at the two-sided 5 % level. As all of them must be beaten,
+  the level needs no correction for their number (an intersection-union test).
+- Equivalent: no arm is better by the margin than the simplest one that is not shown to be worse, each at the one-sided
+  5 % level. If that one leads, it is not better by the margin either.
+- Not resolved: neither, after the last round.
 
-The 95 % are over seeds and splits of the same training images, not over other data. Equal variances and normal
-residuals are assumed. Intervals: Tukey, The Problem of Multiple Comparisons (1953); looks: Jennison and Turnbull, Group
-Sequential Methods (2000), chapter 2.
+Each test may be read after every round from the third on. The error is spent over these looks as (round / last
+round)^5, so nearly all of it is left for the last one. Asking for more rounds after the last one spends it again: two
+equal arms are then called different in more than 5 % of cases.
+
+An arm is out, and not run again, when the leader beats it at a level shared by all arms (Bonferroni). An arm of which a
+run diverged is left out. Intervals hold for one pair each, not for all pairs at once, and for seeds and splits of the
+same training images, not for other data.
+
+Sources: Berger, Multiparameter hypothesis testing and acceptance sampling (1982); Schuirmann, A comparison of the two
+one-sided tests procedure (1987); Jennison and Turnbull, Group Sequential Methods (2000), chapters 7 and 11.
 """
 
 import math
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import studentized_range
+from scipy.stats import norm, t
 
-ERROR = 0.05  # of calling any two equal arms different, over all pairs and looks together
+ERROR = 0.05
 FIRST_LOOK = 3  # rounds; fewer say next to nothing of the noise
-EVEN_LOOKS = 5  # about so many looks have nearly equal shares of the error, then shares fall off
+SPENDING = 5  # the error spent by round r of R is ERROR * (r / R) ** SPENDING
+LAST_LEVEL = 0.88  # of the error: about what the last look is left with
 POWER = 0.842  # standard normal quantile of 80 %
 MOST_RUNS_NAMED = 200
 
 
 class Comparison(NamedTuple):
-    """The leader of a round against another arm. Points of the metric, larger is better."""
+    """One arm against another, both run with the same seeds. Points of the metric, larger is better."""
 
-    leader: str
+    arm: str
     other: str
-    difference: float  # of the means, never negative
-    half_width: float  # of the simultaneous confidence interval
-    sd: float  # of a single run, what its seed does to all arms taken out
+    difference: float  # of the means, positive where `arm` is better
+    sd: float  # of the differences by round
     rounds: int
-    num_compared: int  # arms still in when they were compared
-    num_arms: int  # all there were
+    max_rounds: int | None = None  # None: this is the only look
+
+    def half_width(self, error: float = ERROR) -> float:
+        """Half of the confidence interval of the difference at this look, which misses it in this share of cases."""
+        looks = look_levels(error, self.max_rounds) if self.max_rounds else ()
+        level = looks[self.rounds - FIRST_LOOK] if looks else error
+        return self.sd * float(t.isf(level / 2, self.rounds - 1)) / math.sqrt(self.rounds)
 
     @property
     def resolved(self) -> bool:
-        return self.difference > self.half_width
+        return self.difference > self.half_width()
 
     @property
     def runs_needed(self) -> int:
         """More runs of each of the two that would resolve a true difference of this size, in four cases of five."""
-
-        def is_enough(rounds: int) -> bool:
-            half_width = self.sd * interval_factor(rounds, self.num_compared, self.num_arms)
-            return self.difference >= half_width + POWER * self.sd * math.sqrt(2 / rounds)
-
-        more = range(1, MOST_RUNS_NAMED + 1)
-        first = max(self.rounds, FIRST_LOOK - 1)
-        return 1 + bisect_left(more, True, key=lambda added: is_enough(first + added)) + first - self.rounds
+        for rounds in range(max(self.rounds + 1, FIRST_LOOK), self.rounds + MOST_RUNS_NAMED + 1):
+            errors = float(t.isf(LAST_LEVEL * ERROR / 2, rounds - 1)) + POWER  # in standard errors
+            if abs(self.difference) * math.sqrt(rounds) >= errors * self.sd:
+                return rounds - self.rounds
+        return MOST_RUNS_NAMED + 1
 
 
 class Judgement(NamedTuple):
@@ -65,7 +72,8 @@ class Judgement(NamedTuple):
 
     rounds: int  # complete for all arms still in
     remaining: list[str]  # arms still in, the leader first, then by their means; empty if all diverged
-    comparisons: dict[str, Comparison]  # other arm -> the last in which it took part
+    equivalent: list[str]  # arms that are equal within the margin, the one to take first; empty if that is not shown
+    comparisons: dict[str, Comparison]  # other arm -> the leader against it, at the last look in which it took part
     diverged: list[str]
     is_over: bool
 
@@ -74,59 +82,115 @@ class Judgement(NamedTuple):
         return self.remaining[0] if self.remaining else None
 
     @property
+    def chosen(self) -> str | None:
+        """The arm to take: the simplest of those that are equal, else the leader."""
+        return self.equivalent[0] if self.equivalent else self.leader
+
+    @property
     def resolved(self) -> bool:
         """Whether the leader is shown to be better than every arm that did not diverge, of which there is another."""
         return len(self.remaining) == 1 and bool(self.comparisons)
 
 
-def judge(values: Mapping[str, Sequence[float]], max_rounds: int, least_sd: float = 0.0) -> Judgement:
+def compare(
+    arm: str,
+    other: str,
+    values: Sequence[float],
+    others: Sequence[float],
+    *,
+    max_rounds: int | None = None,
+    least_sd: float = 0.0,
+) -> Comparison:
+    """Compare two arms by their values, one a seed and in the same order, of two seeds at least."""
+    differences = np.subtract(values, others)
+    sd = max(least_sd, float(np.std(differences, ddof=1)))
+    return Comparison(arm, other, float(np.mean(differences)), sd, len(differences), max_rounds)
+
+
+def judge(
+    values: Mapping[str, Sequence[float]],
+    max_rounds: int,
+    margin: float = 0.0,
+    *,
+    simplest: Sequence[str] = (),
+    least_sd: float = 0.0,
+) -> Judgement:
     """Judge the runs of each arm, in the order of the seeds; arms may have as many as they like, NaN where it diverged.
 
-    What is found depends on the values alone: after a restart the same arms are in and out, and more rounds change
-    nothing of what the earlier ones showed. `least_sd` is the step in which the metric is measured, such as one image
-    of the validation split: a spread below it is a coincidence.
+    What is found depends on the values alone, so a restart changes nothing. `margin` is in points of the metric; with 0
+    nothing is called equal. `simplest` names the arms to prefer among equals, the most preferred first; where all of
+    them are shown to be worse, the leader is preferred. `least_sd` is the step in which the metric is measured, such as
+    one image of the validation split: a spread below it is a coincidence.
     """
+
+    def mean(arm: str) -> float:
+        return float(np.mean(values[arm][:rounds])) if rounds else 0.0
+
+    def against(arm: str, other: str) -> Comparison:
+        runs = values[arm][:rounds], values[other][:rounds]
+        return compare(arm, other, *runs, max_rounds=max_rounds, least_sd=least_sd)
+
     diverged = [arm for arm, runs in values.items() if any(math.isnan(value) for value in runs)]
     remaining = [arm for arm in values if arm not in diverged]
     comparisons: dict[str, Comparison] = {}
+    equivalent: list[str] = []
     rounds = 0
-    while len(remaining) > 1 and rounds < max_rounds and all(len(values[arm]) > rounds for arm in remaining):
+    while len(remaining) > 1 and not equivalent and rounds < max_rounds:
+        if any(len(values[arm]) == rounds for arm in remaining):
+            break
         rounds += 1
+        remaining.sort(key=mean, reverse=True)
         if rounds < FIRST_LOOK:
             continue
-        table = np.array([values[arm][:rounds] for arm in remaining])
-        found = compare_with_leader(remaining, table, len(values), least_sd)
-        comparisons |= {one.other: one for one in found}
-        remaining = [found[0].leader, *(one.other for one in found if not one.resolved)]
-    remaining.sort(key=lambda arm: -float(np.mean(values[arm][:rounds])) if rounds else 0.0)
-    for leader in remaining[:1]:
-        comparisons.pop(leader, None)  # of an earlier round, in which another led
-    return Judgement(rounds, remaining, comparisons, diverged, len(remaining) < 2 or rounds >= max_rounds)
+        leader, *others = remaining
+        found = {other: against(leader, other) for other in others}
+        comparisons |= found
+        comparisons.pop(leader, None)  # of an earlier look, at which another led
+        level = ERROR / (len(values) - 1)
+        contenders = [leader, *(arm for arm in others if not found[arm].resolved)]
+        equivalent = find_equals(contenders, against, margin, simplest)
+        if len(contenders) == 1 or equivalent:
+            remaining = contenders
+        else:
+            remaining = [leader, *(arm for arm in others if found[arm].difference <= found[arm].half_width(level))]
+    is_over = len(remaining) < 2 or bool(equivalent) or rounds >= max_rounds
+    return Judgement(rounds, remaining, equivalent, comparisons, diverged, is_over)
 
 
-def compare_with_leader(arms: list[str], table: np.ndarray, num_arms: int, least_sd: float) -> list[Comparison]:
-    """The best arm of a table [arms, rounds] against each other one, next best first."""
-    num, rounds = table.shape
-    means = table.mean(axis=1)
-    residuals = table - means[:, None] - table.mean(axis=0) + table.mean()
-    sd = max(least_sd, math.sqrt(float((residuals**2).sum()) / ((num - 1) * (rounds - 1))))
-    half_width = sd * interval_factor(rounds, num, num_arms)
-    leader, *others = np.argsort(-means, kind="stable")
-    return [
-        Comparison(
-            arms[leader], arms[other], float(means[leader] - means[other]), half_width, sd, rounds, num, num_arms
-        )
-        for other in others
-    ]
+def find_equals(
+    contenders: list[str], against: Callable[[str, str], Comparison], margin: float, simplest: Sequence[str]
+) -> list[str]:
+    """Return the contenders, the preferred one first; none if they may differ by the margin. The first one leads."""
+    leader = contenders[0]
+    preferred = next((arm for arm in simplest if arm in contenders), leader)
+    others = [arm for arm in contenders if arm != preferred]
+    for one in (against(preferred, other) for other in others):
+        ahead = abs(one.difference) if preferred == leader else -one.difference
+        if ahead + one.half_width(2 * ERROR) >= margin:
+            return []
+    return [preferred, *others] if others else []
 
 
 @cache
-def interval_factor(rounds: int, num_compared: int, num_arms: int) -> float:
-    """Half the width of an interval at the look after so many rounds, in standard deviations of a single run.
+def look_levels(error: float, max_rounds: int) -> tuple[float, ...]:
+    """Compute the two-sided levels of the looks after FIRST_LOOK to `max_rounds` rounds, which spend `error` together.
 
-    Tukey's quantile is that of all arms there were, also when some are out.
+    The sum of the rounds' standard normal differences is followed on a grid: its density among the cases in which no
+    look has found anything yet.
     """
-    look = rounds - FIRST_LOOK  # from 0
-    error = ERROR * EVEN_LOOKS / ((look + EVEN_LOOKS) * (look + EVEN_LOOKS + 1))  # these add up to ERROR
-    degrees = (num_compared - 1) * (rounds - 1)
-    return float(studentized_range.isf(error, num_arms, degrees)) / math.sqrt(rounds)
+    sums = np.linspace(-9, 9, 2001) * math.sqrt(max_rounds)
+    step = sums[1] - sums[0]
+    one_round = norm.pdf(sums)
+    density = norm.pdf(sums, scale=math.sqrt(FIRST_LOOK))
+    levels: list[float] = []
+    spent = 0.0
+    for rounds in range(FIRST_LOOK, max_rounds + 1):
+        if levels:
+            density = np.convolve(density, one_round, mode="same") * step
+        may_spend = error * (rounds / max_rounds) ** SPENDING - spent
+        beyond = 2 * step * np.cumsum(density[::-1])[::-1]  # the probability of larger sums of either sign
+        bound = float(np.interp(-may_spend, -beyond, sums))
+        levels.append(2 * float(norm.sf(bound / math.sqrt(rounds))))
+        density = np.where(np.abs(sums) < bound, density, 0.0)
+        spent += may_spend
+    return tuple(levels)

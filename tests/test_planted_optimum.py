@@ -55,9 +55,9 @@ def test_it_is_found_and_confirmed(tmp_path: Path, seed: int):
         confirmation.results[run] = result
 
     judgement = confirmation.judge()
-    choice = confirmation.choice(judgement)
+    assert judgement.chosen is not None
+    choice = confirmation.arms[judgement.chosen]
     reference = next(arm for arm in confirmation.arms.values() if arm.role == "reference")
-    assert choice is not None
     assert true_accuracy(choice.params) > BEST - 1, "found"
     assert true_accuracy(reference.params) < BEST - 5, "which is worth finding"
     for role in ("reference", "control"):

@@ -67,7 +67,7 @@ def render_page(folder: Path, outputs: Path) -> str:
     verdicts = [
         confirmation.verdict if confirmation else [],
         judge_search(search, trials),
-        judge_retrained(search, trials, retrained),
+        judge_retrained(search, trials, retrained, confirmation.final_choice if confirmation else ""),
     ]
     return environment.get_template(TEMPLATE).render(
         search=search,

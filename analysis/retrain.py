@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from byot.config import TrainConfig, check_range
-from byot.search_files import SearchRecord, TrialRecord, find_role, find_search, load_search, ranked, read_trials
+from byot.search_files import (
+    SearchRecord,
+    TrialRecord,
+    find_role,
+    find_search,
+    load_confirmation,
+    load_search,
+    ranked,
+    read_trials,
+)
 from byot.system.files import describe_refusal, write_text
 from byot.system.flags import Parser, flag_name, one_sentence_errors
 from byot.system.paths import absolute_path, check_writable, outputs_folder
@@ -73,11 +82,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def choose_configurations(
-    search: SearchRecord, trials: list[TrialRecord], top: int, with_controls: bool
+    search: SearchRecord, trials: list[TrialRecord], top: int, with_controls: bool, confirmed: str = ""
 ) -> dict[str, TrainConfig]:
     """Return trial id -> settings of the best `top` trials, then of both controls if they are asked for.
 
-    Trials with the same settings count once. Raises ValueError if no trial has reached the last epoch.
+    The trial that was confirmed over fresh seeds is the best, whatever its single run says. Trials with the same
+    settings count once. Raises ValueError if no trial has reached the last epoch.
     """
     from search.race import Arm, choose_arms
 
@@ -86,7 +96,8 @@ def choose_configurations(
         raise ValueError(f"no trial of the search {search.name} has reached its last epoch ({epochs}) yet")
     roles = (find_role(trials, "reference", search.metric), find_role(trials, "control", search.metric))
     controls = [Arm(trial.trial_id, trial.role, trial.params) for trial in roles if trial is not None]
-    arms = choose_arms(trials, search.metric, top, controls if with_controls else [])
+    chosen = [Arm(trial.trial_id, trial.role, trial.params) for trial in trials if trial.trial_id == confirmed]
+    arms = choose_arms(trials, search.metric, top, controls if with_controls else [], first=chosen)
     return {arm.trial_id: search.config.with_settings(**arm.params, val_fraction=0.0) for arm in arms}
 
 
@@ -108,7 +119,9 @@ def main() -> None:
         folder = find_search(outputs, arguments.search)
         search = load_search(folder)
         trials = read_trials(folder / "trials.csv")
-        configurations = choose_configurations(search, trials, arguments.top, arguments.with_controls)
+        confirmation = load_confirmation(folder)
+        confirmed = confirmation.final_choice if confirmation else ""
+        configurations = choose_configurations(search, trials, arguments.top, arguments.with_controls, confirmed)
         changes: dict[str, Any] = {} if arguments.epochs is None else {"epochs": arguments.epochs}
         if arguments.data_dir is not None:
             changes["data_dir"] = str(absolute_path(arguments.data_dir))
@@ -151,7 +164,7 @@ def main() -> None:
         except OSError as error:  # a full disk
             print(f"retrain.py: {describe_refusal(error, folder)}; once it can, go on with: {go_on}", file=sys.stderr)
             raise SystemExit(1) from None
-    print_summary(search, folder, runs[runs["run"].isin([job.folder.name for job in jobs])])
+    print_summary(search, folder, confirmed, runs[runs["run"].isin([job.folder.name for job in jobs])])
     print(f"\nevery run of this search: {folder / 'retrained.csv'}")
     if failed:
         print(f"retrain.py: {failed} of {len(jobs)} runs failed; the same command tries them again", file=sys.stderr)
@@ -174,7 +187,7 @@ def write_runs(outputs: Path, folder: Path, search: SearchRecord) -> "pd.DataFra
     return runs
 
 
-def print_summary(search: SearchRecord, folder: Path, runs: "pd.DataFrame") -> None:
+def print_summary(search: SearchRecord, folder: Path, confirmed: str, runs: "pd.DataFrame") -> None:
     """Print mean ± standard deviation over the seeds of each configuration, and what it allows to say."""
     from analysis.listing import bullets, summary_table
     from analysis.trials import load_trials, summarise_runs
@@ -184,7 +197,7 @@ def print_summary(search: SearchRecord, folder: Path, runs: "pd.DataFrame") -> N
     if not summary.empty:
         table = summary_table(summary, trials).to_text()
         print(f"\ntest accuracy, mean ± standard deviation over n seeds\n{table}")
-        print(f"\n{bullets(judge_retrained(search, trials, runs))}")
+        print(f"\n{bullets(judge_retrained(search, trials, runs, confirmed))}")
 
 
 if __name__ == "__main__":

@@ -170,25 +170,30 @@ def _judge_front(metrics: tuple[str, ...], front: pd.DataFrame) -> str:
     return f"On the Pareto front of {names}, beaten by none in one without being better in another: {listed}."
 
 
-def judge_retrained(search: SearchRecord, trials: pd.DataFrame, retrained: pd.DataFrame) -> list[str]:
+def judge_retrained(
+    search: SearchRecord, trials: pd.DataFrame, retrained: pd.DataFrame, confirmed: str = ""
+) -> list[str]:
     """Say what the retrained runs allow to say of the configuration that validation had chosen, on the test set.
 
-    Only that one is compared: picking the best of several on the test set would flatter it.
+    That is the trial confirmed over fresh seeds where there is one, else the best trial of those retrained. Only that
+    one is compared: picking the best of several on the test set would flatter it.
     """
     metric = search.metric.replace("val_", "test_", 1)
     sentences = []
     for epochs, runs in retrained.groupby("epochs"):
-        order = [trial_id for trial_id in rank(trials, search.metric)["trial_id"] if trial_id in set(runs["trial_id"])]
-        if not order:
+        order = [confirmed, *rank(trials, search.metric)["trial_id"]]
+        chosen = next((trial_id for trial_id in order if trial_id in set(runs["trial_id"])), None)
+        if chosen is None:
             continue
-        best = runs[runs["trial_id"] == order[0]]
+        best = runs[runs["trial_id"] == chosen]
+        how = "confirmed over fresh seeds" if chosen == confirmed else "best on validation of those retrained"
         measure = describe_metric(metric)
         sentences.append(
-            f"{measure[0].upper()}{measure[1:]}, of trial {order[0]} (best on validation of those retrained) "
+            f"{measure[0].upper()}{measure[1:]}, of trial {chosen} ({how}) "
             f"after {epochs} epochs on all training images: {_format_mean(metric, best)}."
         )
         for role, name in ROLE_NAMES.items():
-            others = runs[(runs["role"] == role) & (runs["trial_id"] != order[0])]
+            others = runs[(runs["role"] == role) & (runs["trial_id"] != chosen)]
             if not others.empty:
                 same = others[others["trial_id"] == others["trial_id"].iloc[0]]
                 sentences.append(f"Against {name}, {_format_mean(metric, same)}: {_judge_pairs(metric, best, same)}")

@@ -454,6 +454,11 @@ class ConfirmationRecord:
     verdict: list[str]  # sentences
     fields: dict[str, Any]
 
+    @property
+    def final_choice(self) -> str:
+        """The trial that is the best of the search, by its id; empty while the confirmation has not ended."""
+        return self.choice if self.status == "finished" else ""
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         record = _known(fields, choice="", resolved=False)
@@ -536,7 +541,7 @@ def find_best(outputs: Path, search: str, model: str | None = None, dataset: str
 def find_choice(folder: Path, source: str) -> SearchedChoice:
     """Read what was confirmed over fresh seeds, else the best single run."""
     confirmed = load_confirmation(folder)
-    if confirmed is not None and confirmed.status == "finished" and confirmed.choice:
+    if confirmed is not None and confirmed.final_choice:
         how = "equal" if confirmed.fields.get("equivalent") else "confirmed" if confirmed.resolved else "not resolved"
         return _read_choice(folder / CONFIRMATION, f"{source}, {how} over {confirmed.num_rounds} fresh seeds")
     return _read_choice(folder / "best.json", source)

@@ -71,13 +71,18 @@ class Run(NamedTuple):
 
 
 def choose_arms(
-    trials: Iterable[TrialRecord], metric: str, top: int, controls: list[Arm], in_before: Collection[str] = ()
+    trials: Iterable[TrialRecord],
+    metric: str,
+    top: int,
+    controls: list[Arm],
+    in_before: Collection[str] = (),
+    first: Iterable[Arm] = (),
 ) -> list[Arm]:
-    """Choose the best different configurations, then the controls that are not among them.
+    """Choose the best different configurations, those in `first` before all, then the controls not among them.
 
     Trials that were still in when fewer had been searched stay: a luckier single run does not put them out.
     """
-    arms: list[Arm] = []
+    arms = list(first)
     for trial in ranked(trials, metric):
         asked = len(arms) < top or trial.trial_id in in_before
         if asked and trial.params not in [arm.params for arm in arms]:

@@ -254,7 +254,10 @@ def test_verdict_of_a_likelihood_claims_no_error(outputs):
     assert "the noise" not in text
     assert "binomial" not in text
     retrained = retrain_by_hand(outputs, folder, {"1234e567": [78.0, 78.2, 78.4], "a30febcf": [70.0, 70.1, 70.5]})
-    assert "better by 0.3200 nats (95 % interval +0.3101 to +0.3299, by seed): resolved." in judge_retrained(*retrained)[2]
+    against_control = judge_retrained(*retrained)[2]
+    assert "better by 0.3200 nats (95 % interval +0.3101 to +0.3299, by seed): resolved." in against_control
+    confirmed = judge_retrained(*retrained, "a30febcf")
+    assert "of trial a30febcf (confirmed over fresh seeds)" in confirmed[0]
     header = ranking_table(load_search(folder), load_trials(folder), 5).header
     assert "val_nll nats" in header
     assert "± se" not in header
@@ -487,6 +490,8 @@ def test_configurations_to_retrain(outputs, folder):
     assert sorted(every) == sorted(["1234e567", "d9c2825f", "00000012", "a30febcf"])
     chosen = retrain.choose_configurations(search, trials, 1, with_controls=True)
     assert list(chosen) == ["1234e567", "d9c2825f", "a30febcf"]
+    confirmed = retrain.choose_configurations(search, trials, 1, with_controls=True, confirmed="00000012")
+    assert list(confirmed) == ["00000012", "d9c2825f", "a30febcf"]
     jobs = retrain.plan_jobs(chosen, outputs / "runs", 2, epochs=2)
     assert [(job.trial_id, job.config.seed) for job in jobs] == [(t, s) for s in (0, 1) for t in chosen]
     assert all(job.config.epochs == 2 and job.config.val_fraction == 0 for job in jobs)

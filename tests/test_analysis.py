@@ -253,10 +253,11 @@ def test_verdict_of_a_likelihood_claims_no_error(outputs):
     assert "better by 0.0280 nats." in text
     assert "the noise" not in text
     assert "binomial" not in text
-    retrained = retrain_by_hand(outputs, folder, {"1234e567": [78.0, 78.2, 78.4], "a30febcf": [70.0, 70.1, 70.5]})
-    against_control = judge_retrained(*retrained)[2]
+    accuracies = {"1234e567": [78.0, 78.2, 78.4], "a30febcf": [70.0, 70.1, 70.5]}
+    search, trials, retrained = retrain_by_hand(outputs, folder, accuracies)
+    against_control = judge_retrained(search, trials, retrained)[2]
     assert "better by 0.3200 nats (95 % interval +0.3101 to +0.3299, by seed): resolved." in against_control
-    confirmed = judge_retrained(*retrained, "a30febcf")
+    confirmed = judge_retrained(search, trials, retrained, "a30febcf")
     assert "of trial a30febcf (confirmed over fresh seeds)" in confirmed[0]
     header = ranking_table(load_search(folder), load_trials(folder), 5).header
     assert "val_nll nats" in header

@@ -31,12 +31,14 @@ def describe_time(images_per_s: float, plan: SearchPlan, resources: Resources) -
 
     def trial_s(epochs: float) -> float:
         images = len(plan.train.labels) * work_after(base, epochs) + len(plan.val.labels) * EVALUATION_COST * epochs
-        return images * image_s * settings.seeds_per_trial / resources.max_concurrent
+        return images * image_s * settings.seeds_per_trial
 
+    slots = settings.at_once(resources.max_concurrent)
     grace = choose_grace(base, settings) if settings.stops_early else base.epochs
-    about = expected_work(settings.num_samples, base.epochs, grace, trial_s)
-    at_most = settings.num_samples * trial_s(base.epochs)
-    text = f"{images_per_s:.0f} images/s a trial, {resources.max_concurrent} at a time: about {format_duration(about)}"
+    at_most = math.ceil(settings.num_samples / slots) * trial_s(base.epochs)
+    all_work = expected_work(settings.num_samples, base.epochs, grace, trial_s)
+    about = min(at_most, (all_work + (slots - 1) * trial_s(base.epochs)) / slots)  # the last ones run beside idle slots
+    text = f"{images_per_s:.0f} images/s a trial, {slots} at a time: about {format_duration(about)}"
     if at_most > about:
         text += f", at most {format_duration(at_most)}"
     budget = settings.time_budget_s()

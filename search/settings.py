@@ -24,6 +24,8 @@ Scheduler = Literal["asha", "none"]
 Sampler = Literal["tpe", "gp", "random"]
 
 REDUCTION_FACTOR = 3  # of the trials at a rung, the best third goes on
+LEARNING_STEPS = 4  # of all trials at most a quarter runs at once
+LEAST_AT_ONCE = 4  # however few trials are asked for
 NUM_FIRST_POINTS = 2  # tried first and always trained whole: the reference and the control
 GRACE_FRACTION = 0.1  # no trial is stopped before this share of its epochs
 VAL_FRACTION = 0.1  # of the training images, held out to compare trials, where another share is not given
@@ -37,7 +39,9 @@ class SearchSettings:
     """How many trials, how many at once, by what they are compared. Building a wrong one raises ValueError."""
 
     num_samples: int = setting(32, "trials, the two that are always tried first among them", low=1)
-    max_concurrent: int | None = setting(None, "trials at once (default: as many as the machine has room for)", low=1)
+    max_concurrent: int | None = setting(
+        None, "trials at once (default: as many as have room, at most a quarter of all)", low=1
+    )
     gpus_per_trial: str | float | None = setting(
         None,
         "GPUs a trial, fractions share one; auto measures how many trials on one are quickest together "
@@ -108,6 +112,12 @@ class SearchSettings:
     def stops_early(self) -> bool:
         """Whether ASHA stops trials."""
         return self.scheduler == "asha" or (self.scheduler is None and len(self.metric) == 1)
+
+    def at_once(self, room: int) -> int:
+        """Say how many trials to run at once where `room` have it: a sampler learns from those that have ended."""
+        if self.max_concurrent is not None or self.sampler == "random":
+            return room
+        return min(room, max(LEAST_AT_ONCE, self.num_samples // LEARNING_STEPS))
 
     @property
     def mode(self) -> Mode:

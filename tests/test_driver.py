@@ -1,5 +1,6 @@
 """How a machine is shared among trials, and what is said of the time before a search starts."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from byot.config import TrainConfig
+from byot.console import format_duration
 from byot.search_files import SearchRecord
 from search.messages import describe_confirmation, describe_time
 from search.plan import SearchPlan, resource_request
@@ -14,7 +16,7 @@ from search.race import Confirmation, Run
 from search.settings import SearchSettings, choose_grace
 from search.space import DEFAULT_SPACE
 from search.system.remote import Store
-from search.system.resources import ResourceRequest, Resources, resolve
+from search.system.resources import ResourceRequest, Resources, cpu_quota, resolve
 from tests.made_up import make_trial, search_record
 
 CPUS = Resources(max_concurrent=2, cpus=1, gpus=0, num_cpus=2, num_gpus=0)
@@ -43,6 +45,41 @@ def test_resources(asked: dict, cpus: int, gpus: int, expected: tuple):
 def test_more_than_there_is(asked: dict):
     with pytest.raises(ValueError, match="here has"):
         resolve(ResourceRequest(**asked), 2, 0, "here")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("cpu.max", "200000 100000", 2),
+        ("cpu.max", "150000 100000", 2),
+        ("cpu.max", "max 100000", sys.maxsize),
+        ("cpu.max", "", sys.maxsize),
+        ("cpu/cpu.cfs_quota_us", "400000", 4),
+        ("cpu/cpu.cfs_quota_us", "-1", sys.maxsize),
+    ],
+)
+def test_a_container_allows_so_many_cpus(tmp_path: Path, file: str, content: str, expected: int):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000")
+    (tmp_path / file).write_text(content)
+    assert cpu_quota(tmp_path) == expected
+
+
+def test_so_many_trials_run_at_once_that_the_sampler_learns():
+    assert [SearchSettings(num_samples=n).at_once(64) for n in (2, 16, 32, 400)] == [4, 4, 8, 64]
+    assert SearchSettings(num_samples=32).at_once(2) == 2
+    assert SearchSettings(num_samples=32, max_concurrent=20).at_once(20) == 20
+    assert SearchSettings(num_samples=32, sampler="random").at_once(64) == 64
+
+
+@pytest.mark.parametrize(("num_samples", "slots", "waves"), [(2, 16, 1), (5, 4, 2), (32, 2, 16)])
+def test_trials_are_whole_and_end_when_the_last_one_does(num_samples: int, slots: int, waves: int):
+    trial_s = (45_000 + 5_000 / 3) * 8 / 400
+    config = TrainConfig(recipe="reference", epochs=8)
+    told = told_time(
+        400, config, Resources(slots, 1, 0, slots, 0), num_samples=num_samples, scheduler="none", max_concurrent=slots
+    )
+    assert told.endswith(f"{slots} at a time: about {format_duration(waves * trial_s)}"), told
 
 
 def test_so_many_trials_get_a_gpu():
@@ -91,9 +128,10 @@ def test_days_come_with_advice_and_hours_do_not():
     assert "days" in told
     for advice in ("a GPU", "--width 16", "fewer --epochs"):
         assert advice in told
-    # 8 trials of 6 epochs: two whole, six of 4 + 2/3 epochs; (45,000 + 5,000 / 3) / 400 s an epoch, two at a time
+    # 8 trials of 6 epochs: two whole, six of 4 + 2/3 epochs; (45,000 + 5,000 / 3) / 400 s an epoch, two at a time, the
+    # last one whole beside an idle slot
     quick = told_time(400, TrainConfig(recipe="reference", width=16, epochs=6), num_samples=8)
-    assert quick == "400 images/s a trial, 2 at a time: about 39 min, at most 47 min"
+    assert quick == "400 images/s a trial, 2 at a time: about 45 min, at most 47 min"
     slow_gpu = told_time(4000, reference, Resources(1, 1, 1, 16, 1), num_samples=200)
     assert "a GPU" not in slow_gpu
     assert "fewer --epochs" in slow_gpu

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +30,7 @@ RAY_ENVIRONMENT = {
 }
 
 
+CGROUP = Path("/sys/fs/cgroup")
 START_ATTEMPTS = 3
 LOOK_TIMEOUT_S = 120  # for a node to start a worker, which imports torch, on a busy machine
 TOKEN_ADVICE = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
@@ -80,7 +83,20 @@ def round_down(gpus: float) -> float:
 def this_machine(device: str) -> tuple[int, int, str]:
     """Count the CPUs that this process may use and, where the device is one, the GPUs, as `resolve` takes them."""
     num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_cpus = min(num_cpus, cpu_quota(CGROUP))
     return num_cpus, torch.cuda.device_count() if choose_device(device).type == "cuda" else 0, "this machine"
+
+
+def cpu_quota(cgroup: Path) -> int:
+    """Return how many CPUs a container's cgroup allows, rounded up; very many where it sets no limit."""
+    with suppress(OSError, ValueError, ZeroDivisionError):  # "max 100000" is no limit
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return max(1, math.ceil(int(quota) / int(period)))
+    with suppress(OSError, ValueError, ZeroDivisionError):  # version 1; -1 is no limit
+        quota_us, period_us = (int((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        if quota_us > 0:
+            return max(1, math.ceil(quota_us / period_us))
+    return sys.maxsize
 
 
 def joined_cluster() -> tuple[int, int, str]:

@@ -181,7 +181,7 @@ def _begin(session: Session) -> dict[str, Any]:
         "mode": settings.mode,
         "num_samples": settings.num_samples,
         "grace_epochs": records.grace,
-        "max_concurrent": resources.max_concurrent,
+        "max_concurrent": settings.at_once(resources.max_concurrent),
         "num_train_images": len(plan.train.labels),
         "num_val_images": len(plan.val.labels),
     }
@@ -231,7 +231,6 @@ def _run_tuner(session: Session, live: LiveTable, timed: str | None) -> "SearchW
     except TuneError as error:
         logging.getLogger("ray.tune").exception("the search was broken off")
         watch.trouble = watch.trouble or f"Ray gave up ({str(error).strip().splitlines()[-1]}; more is in search.log)"
-    watch.catch_up(at_once=True)
     return watch
 
 
@@ -256,7 +255,7 @@ def _make_tuner(session: Session, watch: "SearchWatch", timed: str | None) -> "t
             search_alg=watch.searcher,
             scheduler=watch.scheduler,
             num_samples=settings.num_samples - len(records.ended),
-            max_concurrent_trials=resources.max_concurrent,
+            max_concurrent_trials=settings.at_once(resources.max_concurrent),
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(

@@ -22,8 +22,6 @@ import pandas as pd
 from byot import search_files
 from byot.config import CLASSIFIERS, NOT_IDENTITY, TrainConfig
 from byot.search_files import (
-    FIRST_COLUMNS,
-    LAST_COLUMNS,
     MEASURES,
     SEARCHABLE,
     TEXT_COLUMNS,
@@ -114,16 +112,8 @@ def find_role(trials: pd.DataFrame, role: str, metric: str) -> pd.Series | None:
 
 
 def _records(trials: pd.DataFrame) -> list[TrialRecord]:
-    parameters = parameter_columns(trials)
     rows: list[dict[Any, Any]] = trials.astype(object).where(trials.notna(), None).to_dict("records")
-    return [
-        TrialRecord(
-            **{name: row[name] for name in (*FIRST_COLUMNS, *LAST_COLUMNS)},
-            params={name: row[name] for name in parameters},
-            measures={name: row[name] for name in MEASURES},
-        )
-        for row in rows
-    ]
+    return [TrialRecord.from_row(row) for row in rows]
 
 
 def _chosen(trials: pd.DataFrame, records: list[TrialRecord]) -> pd.DataFrame:

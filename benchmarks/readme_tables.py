@@ -63,22 +63,16 @@ def format_weights(params: dict[str, Any], names: Sequence[str] = tuple(DEFAULT_
 def origin(records: Sequence[dict[str, Any]]) -> str:
     """Name hardware, versions and commits of the records, each once, and what a run took."""
 
-    def hardware(record: dict[str, Any]) -> str:
-        found = record["hardware"]
-        told = str(found["cpu"] if found["device"] == "cpu" else found["device"])
-        if found["device"] == "cpu" and "elapsed_s" in record:  # of a search they are the driver's threads
-            told += f", {found['threads']} thread{'s' * (found['threads'] > 1)} a run"
-        return told + (f", {record['precision']}" if "precision" in record else "")
-
-    def commit(record: dict[str, Any]) -> str:
-        name, dash, changed = (record.get("commit") or "unknown").partition("-")
-        return f"{name[:7]}{dash}{changed}"
-
-    def versions(record: dict[str, Any]) -> str:
-        return ", ".join(f"{name} {record['versions'][name]}" for name in ("python", "torch"))
-
-    said = ["; ".join(sorted(set(map(tell, records)))) for tell in (hardware, versions)]
-    text = f"{'; '.join(said)}; commit {', '.join(sorted(set(map(commit, records))))}"
+    machines, versions, commits = set(), set(), set()
+    for record in records:
+        hardware, (name, dash, changed) = record["hardware"], (record.get("commit") or "unknown").partition("-")
+        machine = str(hardware["cpu" if hardware["device"] == "cpu" else "device"])
+        if hardware["device"] == "cpu" and "elapsed_s" in record:  # of a search they are the driver's threads
+            machine += f", {hardware['threads']} thread{'s' * (hardware['threads'] > 1)} a run"
+        machines.add(machine + (f", {record['precision']}" if "precision" in record else ""))
+        versions.add(", ".join(f"{package} {record['versions'][package]}" for package in ("python", "torch")))
+        commits.add(f"{name[:7]}{dash}{changed}")
+    text = f"{'; '.join([*sorted(machines), *sorted(versions)])}; commit {', '.join(sorted(commits))}"
     if times := [record["elapsed_s"] for record in records if "elapsed_s" in record]:
         text += f"; {statistics.median(times):,.0f} s a run (median)"
     return f"{text}."

@@ -21,8 +21,8 @@ MAX_RETRIES = 3  # of a trial whose worker or node died before it did another ep
 MAX_FAILURES = 5  # of the first trials, or crashes one after another, before the search gives up
 
 
-class SearchWatch(tune.Callback):
-    """Records each trial that ends, once, and has a line printed for it; knows when the whole search has to stop.
+class SearchWatch(tune.Callback, tune.Stopper):
+    """Records each trial that ends, once, and has a line printed for it; ends the whole search where it has to stop.
 
     A trial has ended when it reached its last epoch, when ASHA stopped it or when it failed. One that is cut off with
     the search has not: it goes on with the search.
@@ -102,7 +102,6 @@ class SearchWatch(tune.Callback):
         """Ray calls this several times a second, whether anything has happened or not."""
         if not self.trouble:
             self._write(self.records.store.watch_lease)
-        self.catch_up()
         if self.live.is_due():
             self.live.show(
                 self.records,
@@ -110,15 +109,10 @@ class SearchWatch(tune.Callback):
                 num_samples=self.num_samples,
                 stops_early=self.scheduler.stops_early,
                 deadline=self.session.deadline,
-                stopping=self.has_to_stop(),
+                stopping=self.stop_all(),
             )
 
     # ------------------------------------------------------------ what is made of it
-
-    def catch_up(self, *, at_once: bool = False) -> None:
-        """Bring trials.csv up to date, where it is behind. What could not be written is tried once more, at the end."""
-        if self.records.is_behind and (at_once or not self.trouble):
-            self._write(lambda: self.records.write_table(at_once=at_once))
 
     def _write(self, write: Callable[[], Any]) -> Any:
         """Write a record; where that cannot be, what was to be recorded is as if it had not happened yet."""
@@ -142,7 +136,10 @@ class SearchWatch(tune.Callback):
         if none_worked or self.crashes_in_a_row >= MAX_FAILURES:
             self.trouble = f"{MAX_FAILURES} trials failed one after another, the last one so: {error}"
 
-    def has_to_stop(self) -> bool:
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False  # single trials are stopped by the scheduler
+
+    def stop_all(self) -> bool:
         return bool(self.trouble or self.session.stop_asked()) or self.out_of_time()
 
     def out_of_time(self) -> bool:
@@ -165,16 +162,3 @@ class SearchWatch(tune.Callback):
         elif best is not None:
             line += f"  best {format_value(metric, best.measures[metric])}"
         self.live.say(line)
-
-
-class StopWatch(tune.Stopper):
-    """Ends the search when its watch says so."""
-
-    def __init__(self, watch: SearchWatch) -> None:
-        self.watch = watch
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False  # single trials are stopped by the scheduler
-
-    def stop_all(self) -> bool:
-        return self.watch.has_to_stop()

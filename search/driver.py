@@ -158,7 +158,7 @@ def _run_trials(session: Session) -> int:
         watch = _run_tuner(session, live, timed)
         timed = None
         # Some may be missing because their worker died before they began: as long as others end, they are begun again.
-        if is_complete(plan, records) or watch.has_to_stop() or len(records.ended) == before:
+        if is_complete(plan, records) or watch.stop_all() or len(records.ended) == before:
             return _end(session, watch, record)
 
 
@@ -238,7 +238,7 @@ def _make_tuner(session: Session, watch: "SearchWatch", timed: str | None) -> "t
     from ray import tune
     from ray.tune.execution import class_cache
 
-    from search.callback import MAX_RETRIES, StopWatch
+    from search.callback import MAX_RETRIES
     from search.trial import TrialSetup, run_trial
 
     plan, resources, records, *_ = session
@@ -263,7 +263,7 @@ def _make_tuner(session: Session, watch: "SearchWatch", timed: str | None) -> "t
             storage_path=str(plan.folder),
             verbose=0,
             callbacks=[watch],
-            stop=StopWatch(watch),
+            stop=watch,
             failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
         ),
     )

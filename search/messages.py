@@ -107,7 +107,13 @@ def verdict(folder: Path, bucket: Bucket | None) -> str:
     best = read_json(folder / "best.json")
     metric = best["metric"]
     told = ", ".join(f"{name} {value:.4g}" for name, value in best["params"].items())
-    lines = [f"best: trial {best['trial_id']}, {told}: {metric} {format_value(metric, best['value'])}"]
+    try:
+        confirmation = load_confirmation(folder)
+        sentences = [] if confirmation is None else confirmation.verdict
+    except ValueError as error:
+        sentences = [f"{error}; --confirm makes it anew"]
+    which = "best single run" if sentences else "best"
+    lines = [f"{which}: trial {best['trial_id']}, {told}: {metric} {format_value(metric, best['value'])}"]
     for other in best["compared_with"]:
         if other["role"] != best["role"]:
             lines.append(f"      {ROLE_NAMES[other['role']]}: {metric} {format_value(metric, other['value'])}")
@@ -120,11 +126,6 @@ def verdict(folder: Path, bucket: Bucket | None) -> str:
         ]
     name = shlex.quote(folder.name)
     place = "" if bucket is None else f" --storage-path {shlex.quote(bucket.url)}"
-    try:
-        confirmation = load_confirmation(folder)
-        sentences = [] if confirmation is None else confirmation.verdict
-    except ValueError as error:
-        sentences = [f"{error}; --confirm makes it anew"]
     if sentences:
         lines += ["", *sentences, ""]
     else:

@@ -32,7 +32,7 @@ from search.settings import FRESH_SEEDS, VAL_FRACTION, SearchSettings
 from search.space import DEFAULT_SPACE, read_space
 from search.system.remote import COPY_OF, Bucket, Store, copied_from, open_bucket
 from search.system.resources import ResourceRequest, Resources, resolve, this_machine
-from search.warm import WARM_START, WarmStart, load_warm_start, make_warm_start
+from search.warm import WarmStart, load_warm_start, make_warm_start
 
 # What may change from one part of a search to the next.
 MAY_CHANGE = (
@@ -222,7 +222,7 @@ def _decide(
     if settings.warm_start is not None and recorded is None:
         warm = _make_warm_start(settings.warm_start, base, settings, space, searches, bucket)
     elif settings.warm_start is not None:
-        warm = _load_warm_start(folder, settings, space)
+        warm = load_warm_start(folder, space, settings.metric)
     return SearchPlan(
         store=store,
         base=base,
@@ -326,16 +326,6 @@ def _check_images(folder: Path, recorded: SearchRecord, **found: int) -> None:
                 f"the search {folder.name} was started with {name} {before}, the data set has {number} now; "
                 "give the --data-dir it was started with"
             )
-
-
-def _load_warm_start(folder: Path, settings: SearchSettings, space: Space) -> WarmStart:
-    """Read what the search was started with. Raises ValueError where that is lost."""
-    found = load_warm_start(folder, space, settings.metric)
-    if found is None:
-        raise ValueError(
-            f"{folder / WARM_START} is missing: without it the search cannot go on as it was started; --fresh"
-        )
-    return found
 
 
 def _make_warm_start(

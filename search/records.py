@@ -1,6 +1,5 @@
 """The trials of a search while it runs, in memory and on disk: all that it takes to go on after a stop or a crash."""
 
-import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,9 +26,6 @@ from search.system.remote import Store
 
 # What an object store keeps of a search's folder: without the first there is no search.
 KEPT = ("search.json", "trials.csv", "best.json", CONFIRMATION, "warm_start.json", "state", "trials", "confirmation")
-# A table of more rows takes so long to write that writing it at every change would make a search ever slower.
-MOST_ROWS_AT_ONCE = 100
-TABLE_SHARE = 0.02  # of the time may then go into it
 
 
 class SearchRecords:
@@ -68,8 +64,6 @@ class SearchRecords:
         # Trial id -> epoch -> value with which ASHA let it go on or stopped it; None where that record is lost.
         self.judged: dict[str, dict[int, float] | None] = {}
         self.notes: list[str] = []  # what was found damaged, one sentence each
-        self.is_behind = False  # trials.csv, of the trials' own records
-        self._next_table_at = 0.0  # on the monotonic clock
         self.trials = {trial.trial_id: trial for trial in self._read_trials()}
 
     def _read_trials(self) -> list[TrialRecord]:
@@ -199,19 +193,12 @@ class SearchRecords:
 
     def write_tables(self) -> None:
         """Bring trials.csv and best.json in line with the trials' own records."""
-        self.write_table(at_once=True)
+        self.write_table()
         self.write_best()
 
-    def write_table(self, *, at_once: bool = False) -> None:
-        """Write trials.csv now or, once it is long, soon: whoever goes on calling this sees it written."""
-        began_at = time.monotonic()
-        self.is_behind = True
-        if at_once or len(self.trials) <= MOST_ROWS_AT_ONCE or began_at >= self._next_table_at:
-            write_trials(self.folder / "trials.csv", self.trials.values(), self.parameters)
-            self.store.push(self.folder / "trials.csv")
-            self.is_behind = False
-            done_at = time.monotonic()
-            self._next_table_at = done_at + (done_at - began_at) / TABLE_SHARE
+    def write_table(self) -> None:
+        write_trials(self.folder / "trials.csv", self.trials.values(), self.parameters)
+        self.store.push(self.folder / "trials.csv")
 
     def write_best(self) -> None:
         if self.search is not None and self.best() is not None:

@@ -56,11 +56,11 @@ class WarmStart(NamedTuple):
         return folder / WARM_START
 
 
-def load_warm_start(folder: Path, space: Space, metrics: tuple[str, ...]) -> WarmStart | None:
-    """Read what a search's folder has of its warm start. Raises ValueError where that is damaged."""
+def load_warm_start(folder: Path, space: Space, metrics: tuple[str, ...]) -> WarmStart:
+    """Read what a search was started with. Raises ValueError where that is lost or damaged."""
     path = folder / WARM_START
     if not path.is_file():
-        return None
+        raise ValueError(f"{path} is missing: without it the search cannot go on as it was started; --fresh")
     record = read_json(path)
     try:
         warm = WarmStart(str(record["search"]), record["points"], [WarmTrial(**trial) for trial in record["trials"]])

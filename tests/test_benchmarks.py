@@ -120,7 +120,6 @@ def test_searches_are_measured(tmp_path: Path) -> None:
     blocks = measure("many --num-samples 6 --block 3")["blocks"]
     assert [row["trials"] for row in blocks] == [3, 6]
     for row in blocks:
-        assert row["all_s_a_trial"] > row["propose_s_a_trial"] > row["begin_s_a_trial"] > 0
         assert min(row.values()) > 0
     (row,) = measure("at-once --width 2 --batch-size 16 --most 1")["rows"]
     assert row["trials"] == 1

@@ -17,7 +17,7 @@ from byot.search_files import (
     write_trials,
 )
 from byot.system.files import read_json, write_json, write_text
-from search.records import MOST_ROWS_AT_ONCE, SearchRecords, save_search
+from search.records import SearchRecords, save_search
 from tests.made_up import BASE, make_trial, search_record
 
 PARAMS = {"alpha": 0.5, "temperature": 2.0, "beta": 1e-6}
@@ -121,28 +121,6 @@ def test_a_search_is_read_from_its_copy_where_it_is_no_json(tmp_path: Path):
 
 
 # ---------------------------------------------------------------- the running search
-
-
-def test_a_long_table_is_written_soon_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    records, clock = open_records(tmp_path), 0.0
-    monkeypatch.setattr("search.records.time.monotonic", lambda: clock)
-
-    def written_after(num_more: int) -> tuple[int, bool]:
-        for _ in range(num_more):
-            records.begin("sampled", PARAMS)
-        return len(read_trials(tmp_path / "trials.csv")), records.is_behind
-
-    assert written_after(MOST_ROWS_AT_ONCE) == (MOST_ROWS_AT_ONCE, False)
-    records._next_table_at = 1.0  # after a write that took long
-    assert written_after(1) == (MOST_ROWS_AT_ONCE, True)
-    assert len(list((tmp_path / "trials").glob("t*/trial.json"))) == MOST_ROWS_AT_ONCE + 1
-    clock = 2.0
-    records.write_table()
-    assert written_after(0) == (MOST_ROWS_AT_ONCE + 1, False)
-    records._next_table_at = 3.0
-    assert written_after(1) == (MOST_ROWS_AT_ONCE + 1, True)
-    records.write_table(at_once=True)
-    assert written_after(0) == (MOST_ROWS_AT_ONCE + 2, False)
 
 
 def test_an_epoch_reported_again_counts_once(tmp_path: Path):

@@ -125,11 +125,9 @@ def test_what_is_written_is_read_listed_fetched_moved_and_removed(bucket: Bucket
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("abfs://container@account.dfs.core.windows.net/x", r"object store \(s3, gs, gcs\), not abfs://"),
         ("s3://bucket/../x", "must be like s3://BUCKET/FOLDER"),
         ("s3://bucket/x#y", "must be like s3://BUCKET/FOLDER"),
         ("s3://a b/x", "Cannot parse URI"),
-        ("s3://name:xyzzy@bucket/x", "must have no secret in it"),
         ("s3://bucket/x?region=us-west-2&secret_key=xyzzy", "must have no secret in it"),
         ("s3://bucket/x?X-Amz-Security-Token=xyzzy", "must have no secret in it"),
     ],
@@ -402,9 +400,7 @@ class Elsewhere:
 
     def add_trial(self) -> None:
         plan = SearchPlan(self.store, self.base, SearchSettings(), DEFAULT_SPACE, *self.images, None)
-        records = open_records(plan)
-        records.begin("sampled", {"alpha": 0.5, "temperature": 3.0, "beta": 1e-6})
-        records.write_table(at_once=True)
+        open_records(plan).begin("sampled", {"alpha": 0.5, "temperature": 3.0, "beta": 1e-6})
 
 
 @pytest.fixture

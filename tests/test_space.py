@@ -64,5 +64,3 @@ def test_epochs_expected_of_asha():
     assert [grace_epochs(e, 75 / 200) for e in (1, 2, 6, 27, 200)] == [1, 2, 4, 12, 76]
     assert expected_work(1, 6, 2) == 6
     assert expected_work(5, 6, 6) == 30, "none is stopped"
-    # 200 epochs, rungs at 20, 60, 180: 20 + 40/3 + 120/9 + 20/27 a sampled trial
-    assert expected_work(10, 200, 20) == pytest.approx(2 * 200 + 8 * (20 + 40 / 3 + 120 / 9 + 20 / 27))

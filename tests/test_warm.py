@@ -122,7 +122,8 @@ def test_it_is_kept_with_the_search(searches: Path, tmp_path: Path):
     for warm in (make(searches), make(searches, BASE.with_settings(width=8))):
         warm.save(tmp_path / "new")
         assert load_warm_start(tmp_path / "new", DEFAULT_SPACE, SETTINGS.metric) == warm
-    assert load_warm_start(tmp_path, DEFAULT_SPACE, SETTINGS.metric) is None
+    with pytest.raises(ValueError, match=r"warm_start\.json is missing"):
+        load_warm_start(tmp_path, DEFAULT_SPACE, SETTINGS.metric)
 
 
 POINT = {"alpha": 0.5, "temperature": 3.0, "beta": 1e-6}

@@ -42,7 +42,7 @@ class Family(NamedTuple):
 
     space: Space
     epochs: int
-    train: Callable[[Role, dict[str, float], np.random.Generator], Run]
+    train: Callable[[dict[str, float], np.random.Generator], Run]
     best: float  # the best truth there is
     typical: float  # the mean truth of a random configuration
     grace: int  # epochs before our searches may stop a trial
@@ -104,7 +104,7 @@ SYNTHETIC, RECORDED = tuple(SHAPES), tuple(name for name, family in FAMILIES.ite
 
 
 def synthetic_family(shape: Shape) -> Family:
-    def train(role: Role, params: dict[str, float], rng: np.random.Generator) -> Run:
+    def train(params: dict[str, float], rng: np.random.Generator) -> Run:
         curve = shape(to_unit_cube(params, SYNTHETIC_SPACE), np.arange(1, SYNTHETIC_EPOCHS + 1))
         return Run((curve + NOISE * rng.standard_normal(SYNTHETIC_EPOCHS)).tolist(), float(curve[-1]))
 
@@ -125,8 +125,8 @@ def recorded_family(path: Path) -> Family:
 
     These are the four nearest in the unit cube of the space, one seed of each drawn at random, weighted by the inverse
     of their squared distance. With the nearest alone a search would be a lottery for the best cell. Where the nearest
-    diverged, so does the proposal. The settings that a search tries first have curves of their own. A configuration's
-    truth is the mean of its last values over the seeds; a run that diverged counts as 0 % there.
+    diverged, so does the proposal. A configuration's truth is the mean of its last values over the seeds; a run that
+    diverged counts as 0 % there.
     """
     recorded = load_curves(path)
     space, epochs = recorded.space, recorded.config.epochs
@@ -140,17 +140,11 @@ def recorded_family(path: Path) -> Family:
         runs = [curve.values["val_accuracy"] for curve in same]
         return float(np.mean([run[-1] if len(run) == epochs else 0.0 for run in runs]))
 
-    def draw(same: list[Curve], rng: np.random.Generator) -> list[float]:
-        return same[rng.integers(len(same))].values["val_accuracy"]
-
-    def train(role: Role, params: dict[str, float], rng: np.random.Generator) -> Run:
-        if role != "sampled":
-            (first,) = found[role]
-            return Run(draw(first, rng), truth_of(first))
+    def train(params: dict[str, float], rng: np.random.Generator) -> Run:
         squared = ((places - to_unit_cube(params, space)) ** 2).sum(axis=1)
         nearest = np.argsort(squared, kind="stable")[:NUM_NEIGHBOURS]
         around, weights = [found["sampled"][number] for number in nearest], 1 / (squared[nearest] + 1e-9)
-        runs = [draw(same, rng) for same in around]
+        runs = [same[rng.integers(len(same))].values["val_accuracy"] for same in around]
         truth = float(weights / weights.sum() @ np.array([truth_of(same) for same in around]))
         whole = [len(run) == epochs for run in runs]
         if not whole[0]:

@@ -33,6 +33,7 @@ from byot.system.paths import PROJECT_ROOT
 from byot.system.provenance import provenance
 from byot.system.stopping import DivergedError
 from byot.trainer import Trainer
+from search.probe import EnoughError
 
 RECORDS = PROJECT_ROOT / "results" / "recipe-levers.jsonl"
 TITLE = """# Levers of the recipe
@@ -114,10 +115,6 @@ ROWS: dict[str, Levers] = {
     "zero init": replace(BASE, zero_init=True),
     "averaging 0.99": replace(BASE, averaging=0.99),
 }
-
-
-class EnoughError(Exception):
-    """The budget is spent."""
 
 
 class LeverTrainer(Trainer):

@@ -33,20 +33,16 @@ from benchmarks import common
 from benchmarks.common import Estimate, estimate, half_width
 from benchmarks.quality.curves import FOLDER, curves_path
 from benchmarks.quality.families import RECORDED, SYNTHETIC, Family, load_family
-from byot.config import TrainConfig
 from byot.console import text_table
-from byot.search_files import DIVERGED, Role, Status, TrialRecord
+from byot.search_files import DIVERGED, Status, TrialRecord
 from byot.system.flags import Parser, one_sentence_errors
 from search.records import SearchRecords
-from search.space import first_points
 from search.study import BudgetAwareSearch, RecordedAsha, make_distributions
 
 METHODS = {  # name -> what tables call it, its colour
     "ours": ("ours", BLUE),
-    "shipped": ("ours, with the first points", "#39a0c4"),
     "stock": ("Ray's OptunaSearch + ASHA", ORANGE),
     "tpe": ("OptunaSearch, nothing stopped", GREEN),
-    "random_asha": ("random + Ray's ASHA", "#8460b0"),
     "random": ("random, nothing stopped", GREY),
 }
 METRIC = "val_accuracy"
@@ -60,7 +56,7 @@ class Proposal(NamedTuple):
     """A trial that begins."""
 
     trial_id: str
-    role: Role
+    role: str
     params: dict[str, float]
 
 
@@ -82,21 +78,20 @@ class RecordsInMemory(SearchRecords):
     def _write_trial(self, trial: TrialRecord) -> None:
         pass
 
-    def write_table(self, *, at_once: bool = False) -> None:
+    def write_table(self) -> None:
         pass
 
 
 class Ours:
     """BudgetAwareSearch and RecordedAsha, told of each epoch and each end as search/callback.py tells them."""
 
-    def __init__(self, family: Family, seed: int, *, first: bool) -> None:
+    def __init__(self, family: Family, seed: int) -> None:
         parameters, nowhere = list(family.space), Path(os.devnull)  # no file can be below it
         self.records = RecordsInMemory(
             nowhere, parameters=parameters, metrics=(METRIC,), epochs=family.epochs, grace=family.grace, seed=seed
         )
-        points = first_points(family.space, TrainConfig(recipe="reference")) if first else []
         self.searcher = BudgetAwareSearch(
-            self.records, family.space, first=points, num_samples=4 * NUM_WHOLE_TRIALS, seed=seed
+            self.records, family.space, first=[], num_samples=4 * NUM_WHOLE_TRIALS, seed=seed
         )
         self.scheduler = RecordedAsha(self.records)
 
@@ -125,11 +120,11 @@ class Stock:
     the trial ends, whoever ended it. A trial that diverges reports NaN once and ends.
     """
 
-    def __init__(self, family: Family, seed: int, *, random: bool, stops: bool) -> None:
-        sampler = {"sampler": optuna.samplers.RandomSampler(seed=seed)} if random else {"seed": seed}
+    def __init__(self, family: Family, seed: int, name: str) -> None:
+        sampler = {"sampler": optuna.samplers.RandomSampler(seed=seed)} if name == "random" else {"seed": seed}
         self.searcher = OptunaSearch(make_distributions(family.space), metric=METRIC, mode="max", **sampler)
         self.scheduler: TrialScheduler = FIFOScheduler()
-        if stops:
+        if name == "stock":
             self.scheduler = AsyncHyperBandScheduler(time_attr="epoch", metric=METRIC, mode="max", max_t=family.epochs)
         self.epochs = family.epochs
         self.num_begun = 0
@@ -159,12 +154,6 @@ class Stock:
         return SimpleNamespace(trial_id=trial_id)  # all that the schedulers look at
 
 
-def make_method(name: str, family: Family, seed: int) -> Ours | Stock:
-    if name in ("ours", "shipped"):
-        return Ours(family, seed, first=name == "shipped")
-    return Stock(family, seed, random=name.startswith("random"), stops=name in ("stock", "random_asha"))
-
-
 # ---------------------------------------------------------------- simulated time
 
 
@@ -188,7 +177,7 @@ def simulate(method: Method, family: Family, *, budget: int, seed: int) -> Outco
     def begin(time: float) -> None:
         nonlocal num_begun
         trial = method.begin()
-        push(time, num_begun, 1, trial, family.train(trial.role, trial.params, rng))
+        push(time, num_begun, 1, trial, family.train(trial.params, rng))
         num_begun += 1
 
     for _ in range(NUM_WORKERS):
@@ -203,7 +192,7 @@ def simulate(method: Method, family: Family, *, budget: int, seed: int) -> Outco
         else:
             if epoch == family.epochs and math.isfinite(value):
                 num_completed += 1
-                if value > best_value and trial.role != "control":  # another method
+                if value > best_value:
                     best_value, best_regret = value, family.best - run.truth
             begin(time)
         regret[spent] = best_regret
@@ -215,8 +204,8 @@ def run_search(name: str, method: str, seed: int, curves_folder: Path) -> tuple[
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger(OptunaSearch.__module__).setLevel(logging.ERROR)  # it warns of every NaN
     family = _family(name, curves_folder)
-    budget = NUM_WHOLE_TRIALS * family.epochs
-    return method, seed, simulate(make_method(method, family, seed), family, budget=budget, seed=seed)
+    tried = Ours(family, seed) if method == "ours" else Stock(family, seed, method)
+    return method, seed, simulate(tried, family, budget=NUM_WHOLE_TRIALS * family.epochs, seed=seed)
 
 
 _family = cache(load_family)
@@ -314,7 +303,6 @@ def main() -> None:
     everything = (*SYNTHETIC, *RECORDED)
     parser.add_argument("--families", nargs="+", choices=everything, help="[all, of the recorded those that are there]")
     parser.add_argument("--seeds", type=common.number(2), default=30, help="searches of each method [30]")
-    parser.add_argument("--first-seed", type=common.number(0), default=0, help="seeds are counted from here [0]")
     parser.add_argument("--workers", type=common.num_workers, default=1, help="searches at once [1]")
     parser.add_argument("--curves", type=common.path, metavar="DIR", default=FOLDER, help="[results/curves]")
     parser.add_argument("--output", type=common.file_to_write, metavar="FILE", help="write the record here as JSON")
@@ -325,7 +313,7 @@ def main() -> None:
         names = dict.fromkeys(arguments.families or [*SYNTHETIC, *recorded])
         for name in names:
             _family(name, arguments.curves)
-    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    seeds = range(arguments.seeds)
     families = {}
     for name in names:
         families[name] = compare(name, seeds, arguments.workers, arguments.curves)
@@ -333,7 +321,7 @@ def main() -> None:
     if arguments.figure:
         common.save_figure(draw(families), arguments.figure)
     labels = {name: label for name, (label, _) in METHODS.items()}
-    settings = {"seeds": [seeds.start, seeds.stop - 1], "workers": NUM_WORKERS, "labels": labels}
+    settings = {"seeds": [0, arguments.seeds - 1], "workers": NUM_WORKERS, "labels": labels}
     common.save_record(arguments.output, {**settings, "families": families})
 
 

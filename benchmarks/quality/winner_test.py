@@ -8,7 +8,6 @@ reference's; the others are sampled. A winner is wrong where another setting is 
 is wrong where the best is better than it by the margin or more.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +89,7 @@ def race(runs: np.ndarray, margin: float) -> tuple[Any, int]:
     return found, sum(lasts.get(str(arm), found.rounds) for arm in range(len(runs)))
 
 
-def make_table(records: list[dict[str, Any]]) -> Iterator[str]:
+def make_table(records: list[dict[str, Any]]) -> str:
     columns = ("right_winner", "wrong_winner", "equal", "wrong_equal")
     header = ("case", *(name.replace("_", " ") for name in columns), "not resolved", "runs")
     rows = []
@@ -98,7 +97,7 @@ def make_table(records: list[dict[str, Any]]) -> Iterator[str]:
         undecided = 1 - record["right_winner"] - record["wrong_winner"] - record["equal"]
         shares = (f"{value:.3f}" for value in (*(record[name] for name in columns), abs(undecided)))
         rows.append([record["case"], *shares, f"{record['num_runs']:.1f}"])
-    yield common.markdown(header, rows)
+    return common.markdown(header, rows)
 
 
 def main() -> None:
@@ -107,7 +106,7 @@ def main() -> None:
     parser.add_argument("--output", type=common.file_to_write, help="the record, as JSON, and a table beside it")
     arguments = parser.parse_args()
     records = [simulate(name, arguments.simulations) for name in CASES]
-    table = "\n".join([TITLE, *make_table(records)]) + "\n"
+    table = f"{TITLE}\n{make_table(records)}\n"
     print(table)
     if arguments.output is not None:
         common.save_record(arguments.output, {"cases": records})

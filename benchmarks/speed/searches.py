@@ -11,9 +11,8 @@ proposing, checkpoints, records.
 
 many: whether a search stays quick and small however many trials it has. Its trials are one step of a network of width 1
 on a few of the digits, so that what a trial costs is Ray, the proposal and the records. Each row is a block of trials,
-in seconds a trial: all; the driver's processor, which other work on the machine changes least; the parts in which the
-driver proposes, writes records, tells the Optuna journal and writes Ray's snapshots. The first block has the start of
-the workers in it. The driver's resident memory is that at the block's end, on Linux.
+in seconds a trial: all, and the driver's processor, which other work on the machine changes least. The first block has
+the start of the workers in it. The driver's resident memory is that at the block's end, on Linux.
 
 at-once: images a second that several trials train on together, against their number. On a GPU its memory and processor
 are shared; `tune.py --gpus-per-trial auto` chooses by the same measurement. On a CPU the cores are dealt out, so that
@@ -47,32 +46,25 @@ ONE_STEP = TrainConfig(width=1, epochs=1, batch_size=32, precision="fp32", **DIG
 NUM_VAL = 64  # images on which trials of one step are compared
 
 
-class Stopwatch:
-    """Seconds spent in some functions, by name."""
+@contextmanager
+def timed(functions: dict[str, str]) -> Iterator[dict[str, float]]:
+    """Within, add up the seconds spent in the functions that are given by name and dotted path."""
+    spent = dict.fromkeys(functions, 0.0)
 
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = {}
-        self.after: Callable[[str], None] = lambda name: None  # is called after each of them
-
-    @contextmanager
-    def watch(self, functions: dict[str, str]) -> Iterator[None]:
-        """Within, time the functions that are given by name and dotted path."""
-        with ExitStack() as patches:
-            for name, path in functions.items():
-                self.spent[name] = 0.0
-                patches.enter_context(mock.patch(path, self._timed(name, resolve_name(path))))
-            yield
-
-    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def time_calls(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any, **named: Any) -> Any:
             began_at = time.perf_counter()
             try:
                 return function(*given, **named)
             finally:
-                self.spent[name] += time.perf_counter() - began_at
-                self.after(name)
+                spent[name] += time.perf_counter() - began_at
 
         return call
+
+    with ExitStack() as patches:
+        for name, path in functions.items():
+            patches.enter_context(mock.patch(path, time_calls(name, resolve_name(path))))
+        yield spent
 
 
 def search(
@@ -98,19 +90,19 @@ def measure_overhead(base: TrainConfig, settings: SearchSettings, began_at: floa
     """Do the search in this process, started at `began_at`; return what its parts took, in seconds."""
     from search import driver, plan  # noqa: F401  the driver, so that its import is in imports_s
 
-    watch, imports_s = Stopwatch(), time.time() - began_at
+    imports_s = time.time() - began_at
     functions = {
         "data_s": "search.plan.load_search_data",
         "start_ray_s": "search.system.resources.start_ray",
         "fit_s": "search.driver._run_tuner",
         "search_s": "search.driver.run_search",
     }
-    with tempfile.TemporaryDirectory() as folder, watch.watch(functions):
+    with tempfile.TemporaryDirectory() as folder, timed(functions) as spent:
         slots = search(Path(folder) / "search", base, settings, *plan.load_search_data(base))
         files = Path(folder).glob("search/trials/*/metrics.jsonl")
         epochs = [record["elapsed_s"] for file in files for record in read_json_lines(file)]
-    trials, fit_s, training_s = settings.num_samples, watch.spent["fit_s"], sum(epochs)
-    return watch.spent | {
+    trials, fit_s, training_s = settings.num_samples, spent["fit_s"], sum(epochs)
+    return spent | {
         "imports_s": imports_s,
         "wall_s": time.time() - began_at,
         "training_s": training_s,
@@ -120,7 +112,7 @@ def measure_overhead(base: TrainConfig, settings: SearchSettings, began_at: floa
         "s_a_trial": fit_s / trials,
         "overhead_s_a_trial": (fit_s * slots - training_s) / trials,
         "busy_share": training_s / (fit_s * slots),
-        "wall_over_training": watch.spent["search_s"] / (training_s / slots),
+        "wall_over_training": spent["search_s"] / (training_s / slots),
     }
 
 
@@ -145,33 +137,26 @@ def measure_blocks(settings: SearchSettings, block: int) -> list[dict[str, float
     start_ray(resolve(ResourceRequest(), *this_machine(ONE_STEP.device)))  # before what imports Ray
 
     from search.plan import load_search_data
+    from search.records import SearchRecords
 
-    watch, rows, ended = Stopwatch(), list[dict[str, float]](), 0
+    rows, ended, end = list[dict[str, float]](), 0, SearchRecords.end
     began_at, began_cpu_s = time.perf_counter(), time.process_time()
 
-    def after(name: str) -> None:
+    def end_and_measure(*given: Any, **named: Any) -> Any:
         nonlocal ended, began_at, began_cpu_s
-        ended += name == "end"
-        if name == "end" and ended % block == 0:
+        record = end(*given, **named)
+        ended += 1
+        if ended % block == 0:
             now, cpu_s = time.perf_counter(), time.process_time()
-            spent = {"all": now - began_at, "cpu": cpu_s - began_cpu_s, **watch.spent}
-            row = {"trials": float(ended)} | {f"{part}_s_a_trial": value / block for part, value in spent.items()}
-            rows.append(row | {"memory_mib": resident_gib("VmRSS") * 1024})
-            watch.spent = dict.fromkeys(watch.spent, 0.0)
+            spent = {"all_s_a_trial": (now - began_at) / block, "cpu_s_a_trial": (cpu_s - began_cpu_s) / block}
+            rows.append({"trials": float(ended), **spent, "memory_mib": resident_gib("VmRSS") * 1024})
             began_at, began_cpu_s = now, cpu_s
+        return record
 
-    watch.after = after
-    functions = {
-        "propose": "search.study.BudgetAwareSearch.suggest",
-        "begin": "search.records.SearchRecords.begin",  # a part of propose
-        "end": "search.records.SearchRecords.end",
-        "journal": "search.study.OptunaMirror.add",
-        "snapshot": "ray.tune.execution.tune_controller.TuneController.checkpoint",
-    }
     train, val = load_search_data(ONE_STEP)
     few = LabelledImages(*(part[: ONE_STEP.batch_size] for part in train)), LabelledImages(*(p[:NUM_VAL] for p in val))
     is_started = mock.patch("search.system.resources.start_ray")
-    with tempfile.TemporaryDirectory() as folder, watch.watch(functions), is_started:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(SearchRecords, "end", end_and_measure), is_started:
         search(Path(folder) / "search", ONE_STEP, settings, *few)
     return rows
 

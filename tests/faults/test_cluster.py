@@ -1,10 +1,8 @@
 """Searches on a cluster: its nodes are given the code, all of them work, and a lost one costs nothing."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ from search.system.remote import Store
 from search.system.resources import RAY_ENVIRONMENT, environment_of_workers, try_folder
 from search.trial import UNWRITABLE, TrialSetup, run_trial
 from tests.faults.conftest import LONG
-from tests.faults.nodes import add_node, start_cluster
+from tests.faults.nodes import add_node, hiding, running_cluster
 from tests.faults.searches import Search
 from tests.faults.tally import TALLY
 from tests.helpers import PROJECT, assert_one_sentence, run_command
@@ -40,12 +38,8 @@ if _ray.is_initialized() and _ray.get_runtime_context().worker.mode == _ray.WORK
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head that runs no trials, and two nodes with room for one each."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}).items():
-            patch.setenv(name, os.environ.get(name, value))
-        made = start_cluster(NUM_NODES)
+    with running_cluster(NUM_NODES) as made:
         yield made
-        made.shutdown()
 
 
 @slow
@@ -69,12 +63,9 @@ def test_all_nodes_run_code_that_they_do_not_have(tmp_path: Path, cluster: Any) 
 @slow
 def test_a_folder_of_the_driver_alone(tmp_path: Path, cluster: Any) -> None:
     """As part of a job that has set what the search would set too."""
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("a process can have no mounts of its own here")
     search = Search(tmp_path / "outputs", "--address", cluster.address)
-    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(search.outputs)]
     job = {JOB_CONFIG: json.dumps({"runtime_env": {"env_vars": RAY_ENVIRONMENT}, "metadata": {}})}
-    done = run_command(search.flags, cwd=tmp_path, script="search/tune.py", before=hidden, **job)
+    done = run_command(search.flags, cwd=tmp_path, script="search/tune.py", before=hiding(search.outputs), **job)
     assert done.returncode == 2, done.stdout + done.stderr
     address = cluster.address.partition(":")[0]
     named = f"{NUM_NODES} of {NUM_NODES} nodes cannot work on {search.folder}"

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,7 @@ import pytest
 from byot.system.checkpoint import load_checkpoint
 from byot.system.files import read_json, read_json_lines
 from search.system.remote import COPY_OF, LEASE
-from search.system.resources import RAY_ENVIRONMENT
-from tests.faults.nodes import add_node, start_cluster
+from tests.faults.nodes import add_node, hiding, running_cluster
 from tests.faults.searches import kill_quietly, trial_workers
 from tests.faults.tally import TALLY
 from tests.helpers import (
@@ -60,7 +59,7 @@ class BucketSearch:
     def flags(self, machine: str, *more: object) -> list[object]:
         return ["--name", "s", "--storage-path", self.store.url(), "--outputs", self.folder / machine, *more]
 
-    def start(self, machine: str, *more: object, before: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    def start(self, machine: str, *more: object, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         with open(self.log, "ab") as log:
             return subprocess.Popen(
                 [*before, *command_line(TUNE, *self.flags(machine, *more))],
@@ -296,26 +295,19 @@ def test_seeds_side_by_side_confirmation_and_a_fresh_start(search: BucketSearch)
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cluster() -> Iterator[Any]:
     """A head that runs no trials and two nodes, with credentials."""
-    variables = RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | credentials()
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    made = start_cluster(2)
-    yield made
-    made.shutdown()
+    with running_cluster(2, **credentials()) as made:
+        yield made
 
 
 def test_nodes_that_share_nothing_but_the_bucket(search: BucketSearch, cluster: Any) -> None:
     """What the driver writes is not seen by the nodes; one of them is lost on the way."""
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("a process can have no mounts of its own here")
     outputs = search.folder / "a"
     outputs.mkdir()
-    hidden = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(outputs))
     flags = (*FLAGS[:-2], "--address", cluster.address)
     with TALLY.attempt("kill -9 of a node of two whose search is in a bucket"):
-        process = search.start("a", *flags, before=hidden)
+        process = search.start("a", *flags, before=hiding(outputs))
         search.wait_for(f"{KEPT}trials/t0001/checkpoints/epoch-0002.pt", process)
         cluster.remove_node(sorted(cluster.worker_nodes, key=id)[0], allow_graceful=False)
         add_node(cluster)

@@ -32,8 +32,8 @@ def main() -> None:
 
         from analysis.listing import bullets, ranking_table
         from analysis.trials import last_sign_of_life, load_trials, rank
-        from analysis.verdict import count_statuses, describe_status, judge_search, next_commands
-        from byot.search_files import find_search, load_confirmation, load_search
+        from analysis.verdict import count_statuses, describe_status, judge_search
+        from byot.search_files import find_search, load_confirmation, load_search, next_commands
 
         folder = find_search(outputs, arguments.search)
         search, trials = load_search(folder), load_trials(folder)

@@ -47,10 +47,9 @@ def render_page(folder: Path, outputs: Path) -> str:
         describe_status,
         judge_retrained,
         judge_search,
-        next_commands,
     )
     from byot.console import format_duration
-    from byot.search_files import load_confirmation, load_search
+    from byot.search_files import load_confirmation, load_search, next_commands
 
     search, trials, confirmation = load_search(folder), files.load_trials(folder), load_confirmation(folder)
     retrained = files.retrained_runs(files.load_runs(outputs), search, trials)

@@ -5,9 +5,7 @@ compared seed by seed, so a difference between them is "resolved" or "not resolv
 """
 
 import math
-import shlex
 from datetime import datetime
-from pathlib import Path
 from typing import get_args
 
 import pandas as pd
@@ -16,7 +14,6 @@ from analysis.trials import find_role, pareto_front, rank, summarise_runs
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS
 from byot.console import format_duration
 from byot.search_files import ROLE_NAMES, SearchRecord, Status, format_value, metric_mode, unit
-from byot.system.paths import default_outputs
 from search.significance import ERROR, MOST_RUNS_NAMED, compare
 
 NUM_STANDARD_ERRORS = 2
@@ -229,17 +226,3 @@ def _judge_pairs(metric: str, best: pd.DataFrame, other: pd.DataFrame) -> str:
         return f"{text}: not resolved."
     more = f"about {one.runs_needed} more run{'s' * (one.runs_needed > 1)} of each would show it"
     return f"{text}: not resolved. Were the difference this large, {more}."
-
-
-# ---------------------------------------------------------------- commands
-
-
-def next_commands(folder: Path, outputs: Path) -> list[str]:
-    """What to run after a search, as typed in the project's folder."""
-    name = shlex.quote(folder.name if folder.parent == outputs / "searches" else str(folder))
-    where = "" if outputs == default_outputs() else f" --outputs {shlex.quote(str(outputs))}"
-    return [
-        f"python byot/train.py --best {name}{where}",
-        f"python analysis/retrain.py {name} --top 3 --seeds 3{where}",
-        f"python analysis/report.py {name}{where}",
-    ]

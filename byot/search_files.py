@@ -17,6 +17,7 @@ Readers raise ValueError, one sentence with the file's name, for what no search 
 
 import csv
 import io
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -27,7 +28,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 from byot.config import CLASSIFIERS, LARGEST_COUNT, TrainConfig
 from byot.system.files import errors_in, read_json, read_json_lines, write_json, write_text
-from byot.system.paths import PROJECT_ROOT, absolute_path, check_name
+from byot.system.paths import PROJECT_ROOT, absolute_path, check_name, default_outputs
 
 Role = Literal["sampled", "reference", "control"]
 Status = Literal["completed", "stopped", "failed", "running"]  # running: begun and not ended, whether it runs or not
@@ -553,3 +554,14 @@ def _read_choice(path: Path, source: str) -> SearchedChoice:
         TrainConfig.from_dict(record.get("config"))
     found = record.get("found_with")
     return SearchedChoice(record["config"], f"{source} ({found})" if found else source)
+
+
+def next_commands(folder: Path, outputs: Path) -> list[str]:
+    """List what to run after a search, as typed in the project's folder."""
+    name = shlex.quote(folder.name if folder.parent == outputs / "searches" else str(folder))
+    where = "" if outputs == default_outputs() else f" --outputs {shlex.quote(str(outputs))}"
+    return [
+        f"python byot/train.py --best {name}{where}",
+        f"python analysis/retrain.py {name} --top 3 --seeds 3{where}",
+        f"python analysis/report.py {name}{where}",
+    ]

@@ -7,8 +7,17 @@ from statistics import fmean
 
 from byot.config import work_after
 from byot.console import format_duration, text_table
-from byot.search_files import ACCURACIES, ROLE_NAMES, TrialRecord, format_value, load_confirmation, metric_mode
+from byot.search_files import (
+    ACCURACIES,
+    ROLE_NAMES,
+    TrialRecord,
+    format_value,
+    load_confirmation,
+    metric_mode,
+    next_commands,
+)
 from byot.system.files import read_json
+from byot.system.paths import default_outputs
 from search.plan import SearchPlan
 from search.race import Confirmation
 from search.records import SearchRecords
@@ -124,7 +133,8 @@ def verdict(folder: Path, bucket: Bucket | None) -> str:
             + "  ".join(f"{name} {format_value(name, value)}" for name, value in one["values"].items())
             for one in front
         ]
-    name = shlex.quote(folder.name)
+    outputs = folder.parent.parent
+    where = "" if outputs == default_outputs() else f" --outputs {shlex.quote(str(outputs))}"
     place = "" if bucket is None else f" --storage-path {shlex.quote(bucket.url)}"
     if sentences:
         lines += ["", *sentences, ""]
@@ -132,12 +142,6 @@ def verdict(folder: Path, bucket: Bucket | None) -> str:
         lines += [
             "one run each: whether the difference is more than noise, a confirmation over fresh seeds says",
             "",
-            f"python search/tune.py --name {name}{place} --resume --confirm 3",
+            f"python search/tune.py --name {shlex.quote(folder.name)}{place}{where} --resume --confirm 3",
         ]
-    lines += [
-        f"python analysis/best.py {name}",
-        f"python byot/train.py --best {name}",
-        f"python analysis/retrain.py {name} --top 3 --seeds 3",
-        f"python analysis/report.py {name}",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *next_commands(folder, outputs)])

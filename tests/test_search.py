@@ -203,7 +203,7 @@ def test_the_best_are_confirmed_over_fresh_seeds(finished: Finished, tmp_path: P
     assert record["status"] == "finished"
     assert {arm["role"] for arm in record["arms"]} >= {"reference", "control"}
     assert record["num_rounds"] in (3, 4), "they may be told apart at the first look"
-    assert all(len(arm["values"]) == record["num_rounds"] for arm in record["arms"] if arm["still_in"])
+    assert all(len(arm["values"]) >= record["num_rounds"] for arm in record["arms"] if arm["still_in"])
     assert all(sentence in result.stdout for sentence in record["verdict"])
     assert picture_of(folder / "trials") == before, "the search itself is as it was"
     for run in folder.glob("confirmation/*"):

@@ -10,7 +10,7 @@ from typing import get_args
 
 import pandas as pd
 
-from analysis.trials import find_role, pareto_front, rank, summarise_runs
+from analysis.trials import find_role, pareto_front, rank
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS
 from byot.console import format_duration
 from byot.search_files import ROLE_NAMES, SearchRecord, Status, format_value, metric_mode, unit
@@ -176,9 +176,9 @@ def judge_retrained(
     one is compared: picking the best of several on the test set would flatter it.
     """
     metric = search.metric.replace("val_", "test_", 1)
+    order = [confirmed, *rank(trials, search.metric)["trial_id"]]
     sentences = []
     for epochs, runs in retrained.groupby("epochs"):
-        order = [confirmed, *rank(trials, search.metric)["trial_id"]]
         chosen = next((trial_id for trial_id in order if trial_id in set(runs["trial_id"])), None)
         if chosen is None:
             continue
@@ -200,8 +200,7 @@ def judge_retrained(
 
 
 def _format_mean(metric: str, runs: pd.DataFrame) -> str:
-    summary = summarise_runs(runs).iloc[0]
-    mean, sd = (format_value(metric, summary[column]) for column in (metric, f"{metric}_sd"))
+    mean, sd = (format_value(metric, value) for value in (runs[metric].mean(), runs[metric].std(ddof=1)))
     if len(runs) < 2:
         return f"{mean} {unit(metric)} (one run)"
     return f"{mean} ± {sd} {unit(metric)} ({len(runs)} runs, ± standard deviation)"

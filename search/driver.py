@@ -18,6 +18,7 @@ from byot.config import work_after
 from byot.search_files import SearchRecord, space_to_dict
 from byot.system.files import describe_refusal, remove_leftovers
 from byot.system.flags import one_sentence_errors
+from byot.system.paths import default_outputs
 from byot.system.provenance import find_commit, find_versions, provenance
 from byot.system.stopping import catch_stop_signals
 from search.messages import describe_confirmation, trials_table, verdict
@@ -326,7 +327,9 @@ def tell_result(plan: SearchPlan, records: SearchRecords) -> int:
     if not (plan.folder / "best.json").is_file():
         print(f"no trial reached its last epoch; what went wrong is in {plan.folder}", flush=True)
         return 1
-    print(verdict(plan.folder, plan.store.bucket))
+    searches = plan.folder.parent
+    outputs = searches.parent if searches.name == "searches" else default_outputs()
+    print(verdict(plan.folder, outputs, go_on(plan, "--confirm", "3")))
     return 0
 
 

@@ -1,7 +1,6 @@
 """What a search tells a person beside its trials: how long it will take, what it found, what to run next."""
 
 import math
-import shlex
 from pathlib import Path
 from statistics import fmean
 
@@ -17,13 +16,11 @@ from byot.search_files import (
     next_commands,
 )
 from byot.system.files import read_json
-from byot.system.paths import default_outputs
 from search.plan import SearchPlan
 from search.race import Confirmation
 from search.records import SearchRecords
 from search.settings import choose_grace, expected_work
 from search.significance import FIRST_LOOK
-from search.system.remote import Bucket
 from search.system.resources import Resources
 
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
@@ -111,8 +108,11 @@ def trials_table(records: SearchRecords) -> str:
     return text_table(header, rows, num_text=3)
 
 
-def verdict(folder: Path, bucket: Bucket | None) -> str:
-    """Tell the best configuration, what it is compared with, and the commands to run next."""
+def verdict(folder: Path, outputs: Path, go_on: str) -> str:
+    """Tell the best configuration, what it is compared with, and the commands to run next.
+
+    `go_on` is the command that goes on with the search and confirms it.
+    """
     best = read_json(folder / "best.json")
     metric = best["metric"]
     told = ", ".join(f"{name} {value:.4g}" for name, value in best["params"].items())
@@ -133,15 +133,12 @@ def verdict(folder: Path, bucket: Bucket | None) -> str:
             + "  ".join(f"{name} {format_value(name, value)}" for name, value in one["values"].items())
             for one in front
         ]
-    outputs = folder.parent.parent
-    where = "" if outputs == default_outputs() else f" --outputs {shlex.quote(str(outputs))}"
-    place = "" if bucket is None else f" --storage-path {shlex.quote(bucket.url)}"
     if sentences:
         lines += ["", *sentences, ""]
     else:
         lines += [
             "one run each: whether the difference is more than noise, a confirmation over fresh seeds says",
             "",
-            f"python search/tune.py --name {shlex.quote(folder.name)}{place}{where} --resume --confirm 3",
+            go_on,
         ]
     return "\n".join([*lines, *next_commands(folder, outputs)])

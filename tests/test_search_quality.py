@@ -97,6 +97,7 @@ def test_every_method_in_every_way_of_ending(name: str, planted: Path) -> None:
     method = Ours(family, 0) if name == "ours" else Stock(family, 0, name)
     outcome = simulate(method, family, budget=120, seed=0)
     assert outcome.num_completed > 0
+    assert outcome.regret.min() >= 0.0, "the control is never what was found"
     study: Any = method.searcher.make_study() if isinstance(method, Ours) else method.searcher._ot_study
     states = [trial.state for trial in study.trials]
     # Ours tells Optuna of every end; Ray's tell of a NaN is refused, and its trial runs for ever.

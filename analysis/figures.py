@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.trials import find_role, parameter_columns, pareto_front, rank
+from analysis.trials import NOT_POOLED, find_role, parameter_columns, pareto_front, rank
 from analysis.verdict import accuracy_standard_error, describe_metric
 from byot.config import CLASSIFIERS
 from byot.search_files import ROLE_NAMES, ConfirmationRecord, SearchRecord, format_value, unit
@@ -78,8 +78,9 @@ def draw_pictures(
             "curves": draw_curves(search, trials, curves),
             "classifiers": draw_classifiers(search, trials),
         }
-        for epochs, rows in summary.groupby("epochs"):
-            drawings[f"retrained-{epochs}"] = draw_retrained(retrained[retrained["epochs"] == epochs], rows)
+        for budget, rows in summary.groupby(NOT_POOLED):
+            of_it = (retrained[NOT_POOLED] == list(budget)).all(axis="columns")
+            drawings["-".join(["retrained", *map(str, budget)])] = draw_retrained(retrained[of_it], rows)
     return {name: drawing for name, drawing in drawings.items() if drawing is not None}
 
 

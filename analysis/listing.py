@@ -67,13 +67,13 @@ def summary_table(summary: pd.DataFrame, trials: pd.DataFrame) -> Table:
     parameters, by_id = parameter_columns(trials), trials.set_index("trial_id")
     rows = [
         [
-            *(runs["trial_id"], runs["role"], str(runs["epochs"]), str(runs["num_runs"])),
+            *(runs["trial_id"], runs["role"], str(runs["epochs"]), runs["precision"], str(runs["num_runs"])),
             *_parameters(by_id.loc[runs["trial_id"]], parameters),
             *map(" ± ".join, zip(_accuracies(runs, "test"), _accuracies(runs, "test", "_sd"), strict=True)),
         ]
         for _, runs in summary.iterrows()
     ]
-    header = ["trial", "role", "epochs", "n", *parameters, *(f"{name} %" for name in CLASSIFIERS.values())]
+    header = ["trial", "role", "epochs", "precision", "n", *parameters, *(f"{name} %" for name in CLASSIFIERS.values())]
     return Table(header, rows, num_text=2)
 
 

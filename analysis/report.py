@@ -9,15 +9,21 @@ The page is one file with its figures inside. Reads files alone, also of a searc
 import base64
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from byot.config import TrainConfig
+from byot.search_files import (
+    ROLE_SETTINGS,
+    SearchRecord,
+    Space,
+    confirmed_trial,
+    find_search,
+    load_confirmation,
+    load_search,
+    next_commands,
+)
 from byot.system.files import write_output
 from byot.system.flags import Parser, flag_name, one_sentence_errors
 from byot.system.paths import check_writable_file, outputs_folder
-
-if TYPE_CHECKING:
-    from byot.search_files import SearchRecord, Space
 
 TEMPLATE = "report_page.html"
 TOP = 10  # configurations in the ranking
@@ -49,7 +55,6 @@ def render_page(folder: Path, outputs: Path) -> str:
         judge_search,
     )
     from byot.console import format_duration
-    from byot.search_files import load_confirmation, load_search, next_commands
 
     search, trials, confirmation = load_search(folder), files.load_trials(folder), load_confirmation(folder)
     retrained = files.retrained_runs(files.load_runs(outputs), search, trials)
@@ -66,7 +71,7 @@ def render_page(folder: Path, outputs: Path) -> str:
     verdicts = [
         confirmation.verdict if confirmation else [],
         judge_search(search, trials),
-        judge_retrained(search, trials, retrained, confirmation.final_choice if confirmation else ""),
+        judge_retrained(search, trials, retrained, confirmed_trial(folder)),
     ]
     return environment.get_template(TEMPLATE).render(
         search=search,
@@ -92,20 +97,22 @@ def render_page(folder: Path, outputs: Path) -> str:
     )
 
 
-def space_file(space: "Space") -> str:
+def space_file(space: Space) -> str:
     """Write the search space as the TOML file that search/tune.py --space reads."""
     ranges = ((n, f"low = {r.low!r}, high = {r.high!r}, log = {str(r.log).lower()}") for n, r in space.items())
     return "\n".join(f"{name} = {{ {bounds} }}" for name, bounds in ranges)
 
 
-def tune_command(search: "SearchRecord") -> str:
+def tune_command(search: SearchRecord) -> str:
     """Write the command that starts the same search: its settings, and those of the trials that are no defaults."""
     # A trial has other epochs than a run where none are given, and the recipe decides what the other defaults are.
     defaults = TrainConfig(recipe=search.config.recipe).to_dict() | {"recipe": TrainConfig().recipe, "epochs": None}
-    config = {name: value for name, value in search.config.to_dict().items() if value != defaults[name]}
+    fixed = set(ROLE_SETTINGS["reference"]) - set(search.space)
+    config = {n: value for n, value in search.config.to_dict().items() if value != defaults[n] or n in fixed}
     words = ["python", "search/tune.py", "--space", "space.toml"]
-    for name, value in (search.settings | config).items():
-        if value is not None and name not in search.space:
+    searched = search.settings | {"confirm": search.settings.get("confirm") or 0}  # null in older searches
+    for name, value in (searched | config).items():
+        if value not in (None, []) and name not in search.space:
             words += [flag_name(name), *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
@@ -115,8 +122,6 @@ def main() -> None:
     with one_sentence_errors("report.py"):
         outputs = outputs_folder(arguments.outputs)
         page = None if arguments.output is None else check_writable_file(arguments.output)
-
-        from byot.search_files import find_search
 
         folder = find_search(outputs, arguments.search)
         page = page or check_writable_file(outputs / "reports" / f"{folder.name}.html")

@@ -18,9 +18,9 @@ from byot.config import TrainConfig, check_range
 from byot.search_files import (
     SearchRecord,
     TrialRecord,
+    confirmed_trial,
     find_role,
     find_search,
-    load_confirmation,
     load_search,
     ranked,
     read_trials,
@@ -89,15 +89,17 @@ def choose_configurations(
     The trial that was confirmed over fresh seeds is the best, whatever its single run says. Trials with the same
     settings count once. Raises ValueError if no trial has reached the last epoch.
     """
-    from search.race import Arm, choose_arms
+    from search.race import choose_arms, make_arm
 
     if not ranked(trials, search.metric):
         epochs = search.config.epochs
         raise ValueError(f"no trial of the search {search.name} has reached its last epoch ({epochs}) yet")
     roles = (find_role(trials, "reference", search.metric), find_role(trials, "control", search.metric))
-    controls = [Arm(trial.trial_id, trial.role, trial.params) for trial in roles if trial is not None]
-    chosen = [Arm(trial.trial_id, trial.role, trial.params) for trial in trials if trial.trial_id == confirmed]
-    arms = choose_arms(trials, search.metric, top, controls if with_controls else [], first=chosen)
+    controls, chosen = (
+        [make_arm(trial.trial_id, trial.role, trial.params, search.config) for trial in found if trial is not None]
+        for found in (roles, [trial for trial in trials if trial.trial_id == confirmed])
+    )
+    arms = choose_arms(trials, search.config, search.metric, top, controls if with_controls else [], first=chosen)
     return {arm.trial_id: search.config.with_settings(**arm.params, val_fraction=0.0) for arm in arms}
 
 
@@ -119,8 +121,7 @@ def main() -> None:
         folder = find_search(outputs, arguments.search)
         search = load_search(folder)
         trials = read_trials(folder / "trials.csv")
-        confirmation = load_confirmation(folder)
-        confirmed = confirmation.final_choice if confirmation else ""
+        confirmed = confirmed_trial(folder)
         configurations = choose_configurations(search, trials, arguments.top, arguments.with_controls, confirmed)
         changes: dict[str, Any] = {} if arguments.epochs is None else {"epochs": arguments.epochs}
         if arguments.data_dir is not None:

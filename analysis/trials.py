@@ -30,6 +30,7 @@ from byot.search_files import (
     is_number,
     read_epochs,
     read_trials,
+    settings_of,
     trial_columns,
 )
 from byot.system.files import read_json
@@ -42,6 +43,7 @@ TEST_MEASURES = tuple(
 )
 # In these a retrained run may differ from the trial whose settings it takes up.
 NOT_COMPARED = (*NOT_IDENTITY, "seed", "epochs", "val_fraction", "split_seed", "precision")
+NOT_POOLED = ["epochs", "precision"]  # runs that differ in these are not compared, and have no common mean
 
 
 # ---------------------------------------------------------------- trials
@@ -135,6 +137,7 @@ def load_runs(outputs: Path) -> pd.DataFrame:
         except ValueError:
             continue
         row = {"run": path.parent.name, **config.to_dict(), **{name: result.get(name) for name in others}}
+        row["precision"] = result.get("precision", config.precision)  # what auto came to
         rows.append(row | {name: result[name] for name in measured if is_number(result.get(name))})
     columns = ["run", *SETTINGS, *others[:2], *measured, "commit"]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(measured, "float64"))
@@ -142,16 +145,15 @@ def load_runs(outputs: Path) -> pd.DataFrame:
 
 def trial_config(search: SearchRecord, trial: Mapping[str, Any] | pd.Series) -> TrainConfig:
     """Make the settings of a trial for a run on all training images, as best.json has them for the best one."""
-    return search.config.with_settings(
-        **{name: float(trial[name]) for name in search.space if name in trial}, val_fraction=0.0
-    )
+    params = {name: float(trial[name]) for name in search.space if name in trial}
+    return search.config.with_settings(**settings_of(search.config, trial["role"], params), val_fraction=0.0)
 
 
 def retrained_runs(runs: pd.DataFrame, search: SearchRecord, trials: pd.DataFrame) -> pd.DataFrame:
     """Find the runs on all training images that took up a trial's settings; that trial's id and role come first.
 
-    Best trial first, then the rest in their order; within a trial by epochs and seed. Of trials with the same settings
-    the runs go to the best.
+    Best trial first, then the rest in their order; within a trial by epochs, precision and seed. Of trials with the
+    same settings the runs go to the best.
     """
     ranked = rank(trials, search.metric)
     order = pd.concat([ranked, trials[~trials["trial_id"].isin(ranked["trial_id"])]], ignore_index=True)
@@ -161,7 +163,7 @@ def retrained_runs(runs: pd.DataFrame, search: SearchRecord, trials: pd.DataFram
     places = [owners.get(_compared_settings(run), -1) for run in runs.to_dict("records")]
     found = runs.assign(place=pd.Series(places, index=runs.index, dtype="int64"))
     found = found[(found["place"] >= 0) & (found["val_fraction"] == 0)]
-    found = found.sort_values(["place", "epochs", "seed"], kind="stable", ignore_index=True)
+    found = found.sort_values(["place", *NOT_POOLED, "seed"], kind="stable", ignore_index=True)
     owner = order.loc[found.pop("place"), ["trial_id", "role"]].reset_index(drop=True)
     return pd.concat([owner, found], axis="columns")
 
@@ -171,15 +173,17 @@ def _compared_settings(config: Mapping[Any, Any]) -> tuple[Any, ...]:
 
 
 def summarise_runs(retrained: pd.DataFrame) -> pd.DataFrame:
-    """Compute mean and standard deviation over the seeds of each configuration and budget (ddof 1, NaN of one run).
+    """Compute mean and standard deviation over the seeds of each configuration (ddof 1, NaN of one run).
 
-    Columns: trial_id, role, epochs, num_runs, and for each test measure its mean, under its own name, and `…_sd`.
+    Runs of other epochs or in another precision are apart. Columns: trial_id, role, epochs, precision, num_runs, and
+    for each test measure its mean, under its own name, and `…_sd`.
     """
     rows = []
-    for (trial_id, epochs), runs in retrained.groupby(["trial_id", "epochs"], sort=False):
-        row = {"trial_id": trial_id, "role": runs["role"].iloc[0], "epochs": epochs, "num_runs": len(runs)}
+    for (trial_id, epochs, precision), runs in retrained.groupby(["trial_id", *NOT_POOLED], sort=False):
+        row = {"trial_id": trial_id, "role": runs["role"].iloc[0], "epochs": epochs, "precision": precision}
+        row["num_runs"] = len(runs)
         for name in TEST_MEASURES:
             row |= {name: runs[name].mean(), f"{name}_sd": runs[name].std(ddof=1)}
         rows.append(row)
     measures = [column for name in TEST_MEASURES for column in (name, f"{name}_sd")]
-    return pd.DataFrame(rows, columns=["trial_id", "role", "epochs", "num_runs", *measures])
+    return pd.DataFrame(rows, columns=["trial_id", "role", *NOT_POOLED, "num_runs", *measures])

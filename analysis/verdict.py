@@ -10,7 +10,7 @@ from typing import get_args
 
 import pandas as pd
 
-from analysis.trials import find_role, pareto_front, rank
+from analysis.trials import NOT_POOLED, find_role, pareto_front, rank
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS
 from byot.console import format_duration
 from byot.search_files import ROLE_NAMES, SearchRecord, Status, format_value, metric_mode, unit
@@ -178,7 +178,7 @@ def judge_retrained(
     metric = search.metric.replace("val_", "test_", 1)
     order = [confirmed, *rank(trials, search.metric)["trial_id"]]
     sentences = []
-    for epochs, runs in retrained.groupby("epochs"):
+    for (epochs, precision), runs in retrained.groupby(NOT_POOLED):
         chosen = next((trial_id for trial_id in order if trial_id in set(runs["trial_id"])), None)
         if chosen is None:
             continue
@@ -187,7 +187,7 @@ def judge_retrained(
         measure = describe_metric(metric)
         sentences.append(
             f"{measure[0].upper()}{measure[1:]}, of trial {chosen} ({how}) "
-            f"after {epochs} epochs on all training images: {_format_mean(metric, best)}."
+            f"after {epochs} epochs in {precision} on all training images: {_format_mean(metric, best)}."
         )
         for role, name in ROLE_NAMES.items():
             others = runs[(runs["role"] == role) & (runs["trial_id"] != chosen)]
@@ -195,7 +195,7 @@ def judge_retrained(
                 same = others[others["trial_id"] == others["trial_id"].iloc[0]]
                 sentences.append(f"Against {name}, {_format_mean(metric, same)}: {_judge_pairs(metric, best, same)}")
             elif best["role"].iloc[0] != role:
-                sentences.append(f"{name.capitalize()} was not retrained for {epochs} epochs.")
+                sentences.append(f"{name.capitalize()} was not retrained for {epochs} epochs in {precision}.")
     return sentences
 
 

@@ -131,6 +131,7 @@ def run_search_plan(name: str, arguments: argparse.Namespace, outputs: Path, res
     defaults = TrainConfig(recipe=base.recipe).to_dict() | {"recipe": None, "epochs": None}
     changed = {setting: value for setting, value in base.to_dict().items() if value != defaults[setting]}
     command: list[Any] = [PROJECT_ROOT / "search" / "tune.py", "--name", name, "--outputs", outputs, *flags]
+    command += ["--confirm", 0]
     command += [part for setting, value in changed.items() for part in (flag_name(setting), value)]
     if arguments.data_dir:
         command += ["--data-dir", arguments.data_dir]

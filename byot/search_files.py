@@ -35,6 +35,10 @@ Status = Literal["completed", "stopped", "failed", "running"]  # running: begun 
 Mode = Literal["max", "min"]
 
 ROLE_NAMES = {"reference": "the reference's setting", "control": "deep supervision alone"}  # in sentences
+ROLE_SETTINGS = {
+    "reference": {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6},
+    "control": {"alpha": 0.0, "temperature": 3.0, "beta": 0.0},
+}
 DIVERGED = "diverged: "  # how the error of such a trial begins; tried again it would diverge again
 SEARCHABLE = ("alpha", "temperature", "beta", "lr", "weight_decay", "label_smoothing")
 ACCURACIES = ("val_accuracy", *(f"val_accuracy_{classifier}" for classifier in CLASSIFIERS))
@@ -336,6 +340,15 @@ def read_epochs(path: Path) -> dict[int, dict[str, float]]:
     return dict(sorted(epochs.items()))
 
 
+def settings_of(base: TrainConfig, role: str, params: Mapping[str, float]) -> dict[str, float]:
+    """Return the loss weights of a trial and whatever else was searched; `base` has the weights that were not.
+
+    The reference's setting and the control have weights of their own, whatever is searched.
+    """
+    weights = ROLE_SETTINGS.get(role) or {name: getattr(base, name) for name in ROLE_SETTINGS["reference"]}
+    return {**weights, **params}
+
+
 # ---------------------------------------------------------------- which is best
 
 
@@ -427,7 +440,8 @@ def write_best(folder: Path, search: SearchRecord, trials: Iterable[TrialRecord]
             for one in pareto_front(whole, search.metrics)
         ]
     # Retraining uses all training images: nothing is held out.
-    record["config"] = search.config.to_dict() | best.params | {"val_fraction": 0.0}
+    settings = settings_of(search.config, best.role, best.params)
+    record["config"] = search.config.to_dict() | settings | {"val_fraction": 0.0}
     record |= {name: search.fields.get(name) for name in ("commit", "versions", "hardware")}
     write_json(folder / "best.json", record)
 
@@ -492,6 +506,12 @@ def load_confirmation(folder: Path) -> ConfirmationRecord | None:
     record = read_json(path)
     with errors_in(path):
         return ConfirmationRecord.from_dict(record)
+
+
+def confirmed_trial(folder: Path) -> str:
+    """Return the id of the trial that is the best of a search over fresh seeds; empty where that was not found out."""
+    confirmation = load_confirmation(folder)
+    return confirmation.final_choice if confirmation else ""
 
 
 # ---------------------------------------------------------------- the configuration that a search chose

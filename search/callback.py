@@ -12,7 +12,7 @@ from byot.search_files import Status, TrialRecord, format_value
 from byot.system.files import describe_refusal, write_text
 from search.messages import describe_time
 from search.plan import Session
-from search.space import first_points
+from search.space import first_points, read_point
 from search.study import BudgetAwareSearch, OptunaMirror, RecordedAsha
 from search.table import LiveTable
 from search.trial import FAILED, PACE, UNWRITABLE
@@ -37,6 +37,7 @@ class SearchWatch(tune.Callback, tune.Stopper):
             records,
             plan.space,
             first=first_points(plan.space, plan.base),
+            tried=[read_point(point, plan.space, plan.base) for point in plan.settings.try_],
             num_samples=plan.settings.num_samples,
             seed=plan.base.seed,
             sampler=plan.settings.sampler,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from byot.config import work_after
-from byot.search_files import SearchRecord, space_to_dict
+from byot.console import format_duration
+from byot.search_files import SearchRecord, load_confirmation, space_to_dict
 from byot.system.files import describe_refusal, remove_leftovers
 from byot.system.flags import one_sentence_errors
 from byot.system.paths import default_outputs
@@ -60,15 +61,15 @@ def _run_on_ray(plan: SearchPlan, records: SearchRecords) -> int:
     """Run what is left of the trials, then of the confirmation; returns the exit code."""
     plan, resources = _complete(plan)
     _log_to_file(plan.folder / "search.log")
-    budget_s = plan.settings.time_budget_s()
-    deadline = None if budget_s is None else time.monotonic() + budget_s
+    budget_s, trials_s = plan.settings.time_budget_s(), plan.settings.trials_budget_s()
+    deadline, trials_end = (None if s is None else time.monotonic() + s for s in (budget_s, trials_s))
     with catch_stop_signals() as stop_asked:  # after ray.init, which has a handler of its own
-        session = Session(plan, resources, records, stop_asked, deadline)
+        session = Session(plan, resources, records, stop_asked, trials_end)
         code = 0
         if plan.recorded is None or not is_complete(plan, records):  # None: new, or only search.json is lost
             code = _run_trials(session)
-        if code == 0 and is_complete(plan, records):
-            code = _confirm(session)
+        if code == 0:
+            code = _confirm(session._replace(deadline=deadline))
     return code or tell_result(plan, records)
 
 
@@ -120,7 +121,7 @@ def is_complete(plan: SearchPlan, records: SearchRecords) -> bool:
 
 def find_confirmation(plan: SearchPlan, records: SearchRecords) -> Confirmation | None:
     """Return what is to be run again over fresh seeds, and what of it is done; None where there is nothing."""
-    if plan.settings.confirm is None or records.best() is None:
+    if not plan.settings.confirm or records.best() is None:
         return None
     trials = list(records.trials.values())
     return Confirmation(plan.store, trials, plan.space, plan.base, plan.settings, len(plan.val.labels))
@@ -294,9 +295,8 @@ def _end(session: Session, watch: "SearchWatch", record: dict[str, Any]) -> int:
         )
         return 128 + number if number else 1
     if missing > 0:
-        print(
-            f"{plan.settings.time_budget} are over with {missing} trials to end; go on with: {go_on(plan)}", flush=True
-        )
+        spent = format_duration(plan.settings.trials_budget_s() or 0.0)
+        print(f"{spent} are over with {missing} trials to end; go on with: {go_on(plan)}", flush=True)
     return 0
 
 
@@ -318,6 +318,13 @@ def _confirm(session: Session) -> int:
         return 1
     if not is_over:
         print(f"{plan.settings.time_budget} are over; go on with: {go_on(plan)}", flush=True)
+        return 0
+
+    from search.study import OptunaMirror
+
+    found = load_confirmation(plan.folder)
+    assert found is not None, "it has just been written"
+    OptunaMirror(records, plan.space).tell_verdict(found)
     return 0
 
 

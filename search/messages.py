@@ -19,12 +19,13 @@ from byot.system.files import read_json
 from search.plan import SearchPlan
 from search.race import Confirmation
 from search.records import SearchRecords
-from search.settings import choose_grace, expected_work
+from search.settings import NUM_FIRST_POINTS, choose_grace, expected_work
 from search.significance import FIRST_LOOK
 from search.system.resources import Resources
 
 EVALUATION_COST = 1 / 3  # of an image's training step: the forward pass alone
 QUICK_WIDTH = 16
+SHARE_OF_ROUNDS = 0.9  # of the runs that a confirmation may take: 0.78 to 1, results/benchmarks/winner-test.md
 
 
 def describe_time(images_per_s: float, plan: SearchPlan, resources: Resources) -> str:
@@ -44,7 +45,18 @@ def describe_time(images_per_s: float, plan: SearchPlan, resources: Resources) -
     at_most = math.ceil(settings.num_samples / slots) * trial_s(base.epochs)
     all_work = expected_work(settings.num_samples, base.epochs, grace, trial_s)
     about = min(at_most, (all_work + (slots - 1) * trial_s(base.epochs)) / slots)  # the last ones run beside idle slots
-    text = f"{images_per_s:.0f} images/s a trial, {slots} at a time: about {format_duration(about)}"
+    text = f"{images_per_s:.0f} images/s a trial, {slots} at a time: about "
+    if settings.confirm:
+        sampled = max(0, settings.num_samples - NUM_FIRST_POINTS)
+        runs = (min(settings.confirm, sampled) + NUM_FIRST_POINTS) * settings.confirm_seeds
+        run_s = trial_s(base.epochs) / settings.seeds_per_trial
+        longest, confirming = (
+            math.ceil(share * runs / resources.max_concurrent) * run_s for share in (1, SHARE_OF_ROUNDS)
+        )
+        about, at_most = about + confirming, at_most + longest
+        text += f"{format_duration(about)}, {format_duration(confirming)} of it over fresh seeds"
+    else:
+        text += format_duration(about)
     if at_most > about:
         text += f", at most {format_duration(at_most)}"
     budget = settings.time_budget_s()

@@ -29,7 +29,7 @@ from byot.system.paths import absolute_path, check_name, check_writable, outputs
 from byot.trainer import choose_device, records_graphs
 from search.records import KEPT, SearchRecords
 from search.settings import FRESH_SEEDS, VAL_FRACTION, SearchSettings
-from search.space import DEFAULT_SPACE, read_space
+from search.space import DEFAULT_SPACE, choose_space, read_point
 from search.system.remote import COPY_OF, Bucket, Store, copied_from, open_bucket
 from search.system.resources import ResourceRequest, Resources, resolve, this_machine
 from search.warm import WarmStart, load_warm_start, make_warm_start
@@ -160,7 +160,7 @@ def _is_unfinished(folder: Path, search: SearchRecord) -> bool:
     """Check whether trials, or runs over fresh seeds that were asked for, are still to be done."""
     if search.status != "finished":
         return True
-    if search.settings.get("confirm") is None:
+    if not search.settings.get("confirm"):
         return False
     try:
         confirmation = load_confirmation(folder)
@@ -195,7 +195,8 @@ def _decide(
         raise ValueError("val_fraction must be above 0 in a search: trials are compared on the images held out")
     named = {*given, *(given_search := given_settings(arguments, SearchSettings))}
     settings = SearchSettings(**given_search)
-    space = DEFAULT_SPACE if arguments.space is None else read_space(absolute_path(arguments.space))
+    path = None if arguments.space is None else absolute_path(arguments.space)
+    space = choose_space(path, fixed=given)
     recorded = None
     if bucket is None and not arguments.fresh and (place := copied_from(folder)):
         raise ValueError(f"{folder} is a copy of {place}: go on with --storage-path and its URL")
@@ -205,10 +206,12 @@ def _decide(
         raise ValueError(f"there is no search {folder.name} in {bucket or searches}")
     if recorded is not None:
         asked = {**base.to_dict(), **settings.to_dict(), "space": space_to_dict(space)}
-        named |= set() if arguments.space is None else {"space"}
+        named |= set() if space == DEFAULT_SPACE else {"space"}
         given = {name: asked[name] for name in named}
         base, settings, space = _as_recorded(folder, recorded, given if arguments.resume else asked, given)
     _check_seeds(base, settings)
+    for point in settings.try_:
+        read_point(point, space, base)
     resources = None
     if arguments.address is None:
         resources = resolve(resource_request(settings), *this_machine(base.device))
@@ -298,7 +301,7 @@ def _as_recorded(
 def _check_seeds(base: TrainConfig, settings: SearchSettings) -> None:
     """Raise ValueError if some run of the search would have a seed too large."""
     base.with_settings(seed=base.seed + settings.seeds_per_trial - 1)
-    if settings.confirm is not None:
+    if settings.confirm:
         last = FRESH_SEEDS + settings.confirm_seeds - 1
         base.with_settings(seed=base.seed + last, split_seed=base.split_seed + last)
 
@@ -338,7 +341,7 @@ def _make_warm_start(
     with TemporaryDirectory() as looked_at:
         if bucket is not None and not (searches / earlier).exists():
             with suppress(ValueError):  # the path of a folder is no name in the bucket
-                records = [f"{check_name(earlier)}/{record}" for record in ("search.json", "trials.csv")]
+                records = [f"{check_name(earlier)}/{record}" for record in ("search.json", "trials.csv", CONFIRMATION)]
                 bucket.fetch(records, Path(looked_at))
                 if any(Path(looked_at).iterdir()):
                     searches = Path(looked_at)

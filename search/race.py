@@ -32,6 +32,7 @@ from byot.search_files import (
     is_number,
     load_confirmation,
     ranked,
+    settings_of,
     unit,
 )
 from byot.system.files import read_json, write_json
@@ -54,7 +55,7 @@ class Arm(NamedTuple):
 
     trial_id: str
     role: Role
-    params: dict[str, float]
+    params: dict[str, float]  # with the loss weights that were not searched
 
     def describe(self) -> str:
         return ROLE_NAMES.get(self.role, f"trial {self.trial_id}")
@@ -70,8 +71,13 @@ class Run(NamedTuple):
     round: int  # from 0
 
 
+def make_arm(trial_id: str, role: Role, params: dict[str, float], base: TrainConfig) -> Arm:
+    return Arm(trial_id, role, settings_of(base, role, params))
+
+
 def choose_arms(
     trials: Iterable[TrialRecord],
+    base: TrainConfig,
     metric: str,
     top: int,
     controls: list[Arm],
@@ -85,8 +91,9 @@ def choose_arms(
     arms = list(first)
     for trial in ranked(trials, metric):
         asked = len(arms) < top or trial.trial_id in in_before
-        if asked and trial.params not in [arm.params for arm in arms]:
-            arms.append(Arm(trial.trial_id, trial.role, trial.params))
+        arm = make_arm(trial.trial_id, trial.role, trial.params, base)
+        if asked and arm.params not in [other.params for other in arms]:
+            arms.append(arm)
     return arms + [control for control in controls if control.params not in [arm.params for arm in arms]]
 
 
@@ -135,8 +142,8 @@ class Confirmation:
         written = self._read_written()
         in_before = [arm.trial_id for arm in written.arms if arm.still_in] if written else []
         ids = {trial.role: trial.trial_id for trial in trials}
-        controls = [Arm(ids.get(point.role, point.role), *point) for point in first_points(space, base)]
-        arms = choose_arms(trials, self.metric, settings.confirm or 0, controls, in_before)
+        controls = [make_arm(ids.get(role, role), role, params, base) for role, params in first_points(space, base)]
+        arms = choose_arms(trials, base, self.metric, settings.confirm, controls, in_before)
         self.arms = {arm.trial_id: arm for arm in arms}
         origin = written.fields if written else {}  # of the runs, until more are done
         kept = (name for name in ("commit", "versions", "hardware") if name in origin)

@@ -48,7 +48,10 @@ class SearchSettings:
         "(default: 1 where there is a GPU, else 0)",
     )
     cpus_per_trial: int | None = setting(None, "CPU threads a trial (default: 1)", low=1)
-    time_budget: str | None = setting(None, "stop after this time, such as 90s, 30m, 8h or 2d")
+    time_budget: str | None = setting(
+        None,
+        "stop after this time, such as 90s, 30m, 8h or 2d; trials may take half of it where the best are confirmed",
+    )
     metric: tuple[Metric, ...] = setting(
         ("val_accuracy",),
         "what is searched for: val_accuracy, the deepest classifier's, val_accuracy_1 to _4 or _ensemble, val_nll or "
@@ -63,14 +66,17 @@ class SearchSettings:
         "epochs before asha may stop a trial (default: a tenth; until the learning rate has dropped or images grown)",
         low=1,
     )
+    try_: tuple[str, ...] = setting(
+        (), "settings to try early, such as alpha=0.3,temperature=4; what they leave out is the reference's"
+    )
     seeds_per_trial: int = setting(
         1, "runs of each trial, with seeds one after the other; their mean is compared", low=1, high=1000
     )
     warm_start: str | None = setting(None, "name of an earlier search: its trials are known, or its best tried early")
-    confirm: int | None = setting(
-        None,
-        "then run the best so many and both controls again over fresh seeds, until it is clear which is best",
-        low=1,
+    confirm: int = setting(
+        3,
+        "then run the best so many and both controls again over fresh seeds, until it is clear which is best; 0: no",
+        low=0,
     )
     # One seed says nothing of the noise.
     confirm_seeds: int = setting(8, "fresh seeds of each, at most", low=2, high=1000)
@@ -82,6 +88,7 @@ class SearchSettings:
         check_fields(self, *(f.name for f in fields(self) if f.name != "gpus_per_trial"))
         object.__setattr__(self, "gpus_per_trial", _read_gpus(self.gpus_per_trial))
         object.__setattr__(self, "metric", _read_metrics(self.metric))
+        object.__setattr__(self, "try_", _read_texts(self.try_))
         if len(self.metric) > 1 and self.scheduler == "asha":
             raise ValueError("asha stops trials by one metric: give one --metric, or --scheduler none")
         if self.gpus_per_trial == "auto" and self.seeds_per_trial > 1:
@@ -90,9 +97,13 @@ class SearchSettings:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Build from what a search recorded, also an older one: it knew patience, cmaes and trials_per_gpu."""
+        """Build from what a search recorded, also an older one: it knew patience, cmaes and trials_per_gpu.
+
+        Where it was not asked to confirm, that was null or not there.
+        """
         if isinstance(values, dict):
             values = dict(values)
+            values["confirm"] = values.get("confirm") or 0
             trials, patience = values.pop("trials_per_gpu", None), values.pop("patience", None)
             if trials is not None:
                 values["gpus_per_trial"] = 1 / int(trials) if re.fullmatch("[1-9][0-9]*", str(trials)) else trials
@@ -131,9 +142,14 @@ class SearchSettings:
             raise ValueError(f"time_budget must be a time such as 90s, 30m, 8h or 2d, not {self.time_budget!r}")
         return float(match[1]) * SECONDS[match[2] or "s"]
 
+    def trials_budget_s(self) -> float | None:
+        """Return the seconds that the trials may take: half, where the best are then run again."""
+        budget_s = self.time_budget_s()
+        return budget_s / 2 if budget_s is not None and self.confirm else budget_s
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""
-        return asdict(self) | {"metric": list(self.metric)}
+        return asdict(self) | {"metric": list(self.metric), "try_": list(self.try_)}
 
 
 def _read_gpus(given: Any) -> str | float | None:
@@ -147,6 +163,12 @@ def _read_gpus(given: Any) -> str | float | None:
     if isinstance(given, bool) or not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
         raise ValueError(f"gpus_per_trial must be a fraction of 1, a whole number or auto, not {given!r:.40}")
     return gpus
+
+
+def _read_texts(given: Any) -> tuple[str, ...]:
+    if not isinstance(given, tuple | list) or not all(isinstance(text, str) for text in given):
+        raise ValueError(f"try_ must be a list of texts, not {given!r:.40}")
+    return tuple(given)
 
 
 def _read_metrics(given: Any) -> tuple[Metric, ...]:

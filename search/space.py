@@ -1,12 +1,14 @@
 """The search space, and the settings that are tried first, whatever the sampler would propose."""
 
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from byot.config import TrainConfig
-from byot.search_files import Range, Role, Space, space_from_dict
+from byot.search_files import ROLE_SETTINGS, Range, Role, Space, space_from_dict
 from byot.system.files import errors_in
+from byot.system.flags import flag_name
 
 DEFAULT_SPACE: Space = {
     "alpha": Range(0.0, 1.0),
@@ -24,14 +26,49 @@ class FirstPoint(NamedTuple):
 
 def first_points(space: Space, base: TrainConfig) -> list[FirstPoint]:
     """Make the reference implementation's setting, then deep supervision alone (alpha = beta = 0) as a control."""
-    others = {name: getattr(base, name) for name in space if name not in DEFAULT_SPACE}
-    reference = {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6, **others}
-    control = {"alpha": 0.0, "temperature": 3.0, "beta": 0.0, **others}
-    return [FirstPoint("reference", reference), FirstPoint("control", control)]
+    roles: tuple[Role, ...] = ("reference", "control")
+    return [
+        FirstPoint(role, {name: ROLE_SETTINGS[role].get(name, getattr(base, name)) for name in space}) for role in roles
+    ]
+
+
+def read_point(text: str, space: Space, base: TrainConfig) -> FirstPoint:
+    """Read a setting to be tried early, such as alpha=0.3,temperature=4; the reference's values are the others.
+
+    Raises ValueError for what is not searched, or lies outside its range.
+    """
+    params = first_points(space, base)[0].params
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in space:
+            raise ValueError(f"--try {text}: {name!r} is not searched; {', '.join(space)} are")
+        try:
+            params[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--try {text}: {name} must be a number, not {value!r}") from None
+        if not space[name].holds(params[name]):
+            raise ValueError(f"--try {text}: {name} must lie between {space[name].low:g} and {space[name].high:g}")
+    return FirstPoint("sampled", params)
+
+
+def choose_space(path: Path | None, fixed: Iterable[str]) -> Space:
+    """Return the default space with the changes of a file, without what is fixed.
+
+    Raises ValueError where the file searches what is fixed, or nothing is left.
+    """
+    changes = {} if path is None else read_space(path)
+    fixed = set(fixed) & set(DEFAULT_SPACE)
+    if both := fixed & set(changes):
+        name = min(both)
+        raise ValueError(f"{name} is fixed by {flag_name(name)} and searched by {path}: leave out one of them")
+    space = {name: bounds for name, bounds in (DEFAULT_SPACE | changes).items() if name not in fixed}
+    if not space:
+        raise ValueError("alpha, temperature and beta are all fixed: that is one run of byot/train.py, and no search")
+    return space
 
 
 def read_space(path: Path) -> Space:
-    """Read a TOML file that changes ranges of the default space or adds lr, weight_decay and label_smoothing.
+    """Read the ranges in a TOML file, of alpha, temperature, beta, lr, weight_decay and label_smoothing.
 
         [alpha]
         low = 0.0
@@ -51,4 +88,4 @@ def read_space(path: Path) -> Space:
     except (ValueError, RecursionError) as error:  # too deeply nested
         raise ValueError(f"the search space {path} is not valid TOML ({error})") from error
     with errors_in(path):
-        return {**DEFAULT_SPACE, **space_from_dict(tables)}
+        return space_from_dict(tables)

@@ -5,6 +5,7 @@ is no other state to restore.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
-from byot.search_files import Space, TrialRecord, metric_mode
+from byot.search_files import ConfirmationRecord, Space, TrialRecord, metric_mode
 from search.records import SearchRecords
 from search.settings import REDUCTION_FACTOR, Sampler
 from search.space import FirstPoint
@@ -49,6 +50,8 @@ def is_known_to_sampler(trial: TrialRecord, space: Space) -> bool:
 def to_optuna(trial: TrialRecord, records: SearchRecords, space: Space) -> FrozenTrial:
     """Make the trial that Optuna is to know; one outside the space has no parameters there, only attributes.
 
+    Nor has it a value: optuna-dashboard would call it the best without saying what it is.
+
     Ray would call a trial stopped early complete, with the value it had then, so that low-epoch values compete with
     final ones. Here it is pruned, with its epochs: TPE then ranks by epochs first. A diverged one is pruned without
     any value, which ranks last; as failed its region would look unexplored. A crash says nothing of the region.
@@ -56,16 +59,18 @@ def to_optuna(trial: TrialRecord, records: SearchRecords, space: Space) -> Froze
     states = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "running": TrialState.RUNNING}
     state = TrialState.PRUNED if trial.diverged else states.get(trial.status, TrialState.FAIL)
     known = is_known_to_sampler(trial, space)
-    values: list[Any] = [trial.measures[name] for name in records.metrics]
+    values: dict[str, Any] = {name: trial.measures[name] for name in records.metrics}
+    if not known and state == TrialState.COMPLETE:
+        state = TrialState.PRUNED
     has_curve = trial.status in ("completed", "stopped") and len(records.metrics) == 1  # Optuna has none for several
     return optuna.trial.create_trial(
         state=state,
-        values=values if state == TrialState.COMPLETE else None,
+        values=list(values.values()) if state == TrialState.COMPLETE else None,
         params=trial.params if known else {},
         distributions=make_distributions(space) if known else {},
         intermediate_values=records.curves[trial.trial_id] if has_curve else {},
         user_attrs={name: getattr(trial, name) for name in ("trial_id", "role", "status", "error", "seconds")}
-        | ({} if known else trial.params),
+        | ({} if known else trial.params | values),
     )
 
 
@@ -99,6 +104,11 @@ class OptunaMirror:
     def add(self, trial: TrialRecord) -> None:
         self._study.add_trial(to_optuna(trial, self._records, self._space))
 
+    def tell_verdict(self, confirmation: ConfirmationRecord) -> None:
+        """Note the trial that is the best over fresh seeds, whatever its single run says."""
+        self._study.set_user_attr("best over fresh seeds", confirmation.final_choice)
+        self._study.set_user_attr("verdict", " ".join(confirmation.verdict))
+
 
 def make_sampler(name: Sampler, seed: int, startup: int) -> optuna.samplers.BaseSampler:
     """Make a sampler; of TPE and GP the first `startup` proposals are random."""
@@ -128,6 +138,7 @@ class BudgetAwareSearch(Searcher):
         space: Space,
         *,
         first: list[FirstPoint],
+        tried: Sequence[FirstPoint] = (),
         num_samples: int,
         seed: int,
         sampler: Sampler = "tpe",
@@ -141,9 +152,8 @@ class BudgetAwareSearch(Searcher):
         self._sampler = sampler
         self._unfinished = records.unfinished
         roles = [trial.role for trial in records.trials.values()]
-        self._first = [point for point in first if point.role not in roles]
-        if warm is not None:  # of its points those that have not been begun: the first that the study proposed
-            self._first += [FirstPoint("sampled", params) for params in warm.points[roles.count("sampled") :]]
+        early = [*tried, *(FirstPoint("sampled", params) for params in (warm.points if warm else []))]
+        self._first = [point for point in first if point.role not in roles] + early[roles.count("sampled") :]
         self._ended: dict[str, FrozenTrial] = {}
         self._earlier = [] if warm is None else [warm_to_optuna(trial, space) for trial in warm.trials]
 

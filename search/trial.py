@@ -19,7 +19,7 @@ from ray.util import get_node_ip_address
 from byot.config import TrainConfig
 from byot.data import LabelledImages
 from byot.runs import OnSave, restore_trainer, train_saving
-from byot.search_files import DIVERGED
+from byot.search_files import DIVERGED, settings_of
 from byot.system.files import append_json_line, describe_refusal, write_json_lines
 from byot.system.lock import WORKER_WAIT_S, LockedError, lock_folder
 from byot.system.stopping import DivergedError, TrainingError
@@ -62,7 +62,8 @@ def run_trial(suggestion: dict[str, Any], *, setup: TrialSetup, train: LabelledI
                 told = f"the node {get_node_ip_address()} does not see it"
                 raise FileNotFoundError(ENOENT, told, str(setup.store.place(folder) or folder))
             with lock_folder(here, wait_s=WORKER_WAIT_S):
-                config = setup.base.with_settings(**suggestion["params"])
+                settings = settings_of(setup.base, suggestion["role"], suggestion["params"])
+                config = setup.base.with_settings(**settings)
                 timed = setup.metric if trial_id == setup.timed else None
                 for record in train_seeds(config, setup.num_seeds, here, train, val, timed, save):
                     save()

@@ -42,8 +42,9 @@ def build_parser() -> Parser:
         "s3://BUCKET/FOLDER: its records are then in OUTPUTS/searches as well",
     )
     add_settings(parser, SearchSettings)
-    defaults = {"val_fraction": VAL_FRACTION, **recipe_defaults("trial_epochs")}
-    add_settings(parser, TrainConfig, omit=(*DEFAULT_SPACE, "batch_norm"), defaults=defaults)
+    searched = dict.fromkeys(DEFAULT_SPACE, "searched")
+    defaults = {"val_fraction": VAL_FRACTION, **recipe_defaults("trial_epochs"), **searched}
+    add_settings(parser, TrainConfig, omit=("batch_norm",), defaults=defaults)
     return parser
 
 

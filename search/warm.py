@@ -14,11 +14,13 @@ from byot.search_files import (
     SearchRecord,
     Space,
     TrialRecord,
+    confirmed_trial,
     find_folder,
     is_number,
     load_search,
     ranked,
     read_trials,
+    settings_of,
 )
 from byot.system.files import read_json, write_json
 from search.settings import SearchSettings
@@ -87,7 +89,8 @@ def make_warm_start(searches: Path, name: str, base: TrainConfig, settings: Sear
     trials = []
     for trial in read_trials(folder / "trials.csv"):
         # A parameter that was not searched had the value of all its trials.
-        params = {name: trial.params.get(name, getattr(earlier.config, name)) for name in space}
+        had = earlier.config.to_dict() | settings_of(earlier.config, trial.role, trial.params)
+        params = {name: had[name] for name in space}
         if _is_usable(trial, settings.metric) and _is_in(space, params):
             trials.append(replace(trial, params=trial.params | params))
     if _measures_the_same(earlier, base, settings, space):
@@ -97,7 +100,10 @@ def make_warm_start(searches: Path, name: str, base: TrainConfig, settings: Sear
         if same:
             return WarmStart(folder.name, [], [_lend(trial, settings.metric, space) for trial in same])
     tried_anyway = [point.params for point in first_points(space, base)]
-    best = ({name: trial.params[name] for name in space} for trial in ranked(trials, settings.main_metric))
+    confirmed = confirmed_trial(folder)
+    order = ranked(trials, settings.main_metric)
+    order.sort(key=lambda trial: trial.trial_id != confirmed)  # the confirmed one comes first
+    best = ({name: trial.params[name] for name in space} for trial in order)
     points = [params for params in best if params not in tried_anyway][:NUM_POINTS]
     if not points:
         raise ValueError(f"the search {folder.name} has no trial within this space to start from")

@@ -45,7 +45,7 @@ def search_record(config: TrainConfig = BASE, **fields: Any) -> dict[str, Any]:
         "started_at": "2026-11-20T10:00:00+00:00",
         "finished_at": "2026-11-20T12:30:00+00:00",
         "config": config.to_dict(),
-        "settings": SearchSettings().to_dict(),
+        "settings": SearchSettings(confirm=0).to_dict(),
         "space": space_to_dict(DEFAULT_SPACE),
         "metric": "val_accuracy",
         "mode": "max",

@@ -102,8 +102,9 @@ def full_search(outputs, **fields):
     )
 
 
-def make_run(outputs, config, accuracy):
+def make_run(outputs, config, accuracy, precision="fp32"):
     result = {"config": config.to_dict(), "num_train_images": 1438, "num_test_images": 359, "elapsed_s": 30.0}
+    result["precision"] = precision
     path = outputs / "runs" / config.run_name() / "result.json"
     write_json(path, {**result, **measures(accuracy, "test"), "commit": None})
     return path
@@ -194,17 +195,22 @@ def test_retrained_runs_are_those_with_a_trials_settings(outputs, folder):
     make_run(outputs, trial_config(search, by_id.loc["a30febcf"]), 77.0)
     make_run(outputs, config.with_settings(seed=1, device="cpu", data_dir="/elsewhere", precision="fp32"), 78.5)
     make_run(outputs, config, 78.0)
+    make_run(outputs, config.with_settings(seed=2), 70.0, precision="bf16")
     make_run(outputs, config.with_settings(epochs=3), 60.0)
     for other in ({"val_fraction": 0.1}, {"alpha": 0.28}, {"width": 8}):
         make_run(outputs, config.with_settings(**other), 1.0)
     make_run(outputs, config.with_settings(seed=7), 4.0).write_text("{")
     found = retrained_runs(load_runs(outputs), search, trials)
-    assert found["trial_id"].tolist() == ["1234e567"] * 3 + ["a30febcf"]
-    assert found["role"].tolist() == ["sampled"] * 3 + ["control"]
-    assert found["epochs"].tolist() == [3, EPOCHS, EPOCHS, EPOCHS]
-    assert found["test_accuracy"].tolist() == [60.0, 78.0, 78.5, 77.0]
+    assert found["trial_id"].tolist() == ["1234e567"] * 4 + ["a30febcf"]
+    assert found["role"].tolist() == ["sampled"] * 4 + ["control"]
+    assert found["epochs"].tolist() == [3, *[EPOCHS] * 4]
+    assert found["test_accuracy"].tolist() == [60.0, 70.0, 78.0, 78.5, 77.0]
     rows = summary_table(summarise_runs(found), trials).rows
-    assert [row[-2:] for row in rows[:2]] == [[f"60.00 ± {DASH}", f"61.00 ± {DASH}"], ["78.25 ± 0.35", "79.25 ± 0.35"]]
+    assert [row[-2:] for row in rows[:3]] == [
+        [f"60.00 ± {DASH}", f"61.00 ± {DASH}"],
+        [f"70.00 ± {DASH}", f"71.00 ± {DASH}"],
+        ["78.25 ± 0.35", "79.25 ± 0.35"],
+    ], "what was computed in another precision is not pooled"
 
 
 # ---------------------------------------------------------------- what the noise allows to say
@@ -277,7 +283,7 @@ def test_verdict_of_a_likelihood_claims_no_error(outputs):
             {"1234e567": [78.0], "d9c2825f": [70.0]},
             "78.00 % (one run).",
             "it takes at least two seeds that both were trained with to say whether the difference is real.",
-            f"Deep supervision alone was not retrained for {EPOCHS} epochs.",
+            f"Deep supervision alone was not retrained for {EPOCHS} epochs in fp32.",
         ),
     ],
     ids=["three seeds", "one seed"],
@@ -318,7 +324,7 @@ def test_every_figure_of_a_full_search_is_drawn(outputs, metric, mode, unit):
     folder = full_search(outputs, metric=metric, mode=mode)
     retrain_by_hand(outputs, folder, {"1234e567": [78.0, 78.2], "a30febcf": [76.0]})
     pictures = draw(outputs, folder)
-    assert list(pictures) == ["history", "parameters", "curves", "classifiers", f"retrained-{EPOCHS}"]
+    assert list(pictures) == ["history", "parameters", "curves", "classifiers", f"retrained-{EPOCHS}-fp32"]
     for figure, words in pictures.values():
         assert len(words) > 40
         assert to_svg(figure).lstrip().startswith(b"<?xml")
@@ -435,7 +441,7 @@ def test_the_commands_of_the_page_are_understood_by_the_search(outputs, folder, 
     with ExitStack() as held:
         plan = make_plan(arguments, held)
     assert plan.base == CONFIG
-    assert plan.settings == SearchSettings()
+    assert plan.settings == SearchSettings(confirm=0)
 
 
 @pytest.mark.parametrize(

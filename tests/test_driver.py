@@ -118,7 +118,8 @@ def test_settings_that_no_search_has(wrong: dict, words: str):
 def told_time(images_per_s: float, base: TrainConfig, resources: Resources = CPUS, **settings: Any) -> str:
     train: Any = SimpleNamespace(labels=range(45_000))
     val: Any = SimpleNamespace(labels=range(5_000))
-    plan = SearchPlan(Store(Path("s")), base, SearchSettings(**settings), DEFAULT_SPACE, train, val, resources)
+    searched = SearchSettings(**{"confirm": 0, **settings})
+    plan = SearchPlan(Store(Path("s")), base, searched, DEFAULT_SPACE, train, val, resources)
     return describe_time(images_per_s, plan, resources)
 
 
@@ -139,6 +140,9 @@ def test_days_come_with_advice_and_hours_do_not():
     # 2 trials of 8 epochs, measured at a quarter of the pixels: (45,000 * 4.375 + 8 * 5,000 / 3) * 4 / 400 s
     growing = told_time(400, TrainConfig(epochs=8), num_samples=2)
     assert growing == "400 images/s a trial, 2 at a time: about 35 min"
+    # The same with 4 trials, then four settings over 8 fresh seeds: 32 runs at most, 28.8 as a rule, two at a time.
+    raced = told_time(400, TrainConfig(epochs=8), num_samples=4, confirm=3)
+    assert raced == "400 images/s a trial, 2 at a time: about 9.9 h, 8.8 h of it over fresh seeds, at most 10.5 h"
 
 
 def test_the_time_of_a_confirmation_is_told_by_the_pace_of_the_trials(tmp_path: Path):

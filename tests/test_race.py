@@ -188,7 +188,7 @@ def test_the_best_different_settings_and_both_controls():
         (2, ["t0003", "t0002", "t0000", "t0001"]),
         (9, ["t0003", "t0002", "t0000", "t0001"]),  # the reference is among the best: it is run once
     ):
-        assert [arm.trial_id for arm in choose_arms(TRIALS, "val_accuracy", top, controls)] == expected
+        assert [arm.trial_id for arm in choose_arms(TRIALS, BASE, "val_accuracy", top, controls)] == expected
 
 
 def test_seeds_are_fresh_and_shared(tmp_path: Path):

@@ -393,7 +393,7 @@ class Elsewhere:
 
     def save(self, *, num_samples: int, **changed: Any) -> None:
         train, val = (len(images.labels) for images in self.images)
-        settings = SearchSettings(num_samples=num_samples).to_dict()
+        settings = SearchSettings(num_samples=num_samples, confirm=0).to_dict()
         images = {"num_train_images": train, "num_val_images": val}
         record = search_record(self.base, status="running", settings=settings, **{**images, **changed})
         save_search(self.store.folder, record, self.store)

@@ -35,7 +35,7 @@ from tests.made_up import read_rows
 TUNE = "search/tune.py"
 EPOCHS = 4
 NUM_SAMPLES = 6
-SMALL = ("--dataset", "digits", "--width", 4, "--epochs", EPOCHS, "--num-samples", NUM_SAMPLES)
+SMALL = ("--dataset", "digits", "--width", 4, "--epochs", EPOCHS, "--confirm", 0, "--num-samples", NUM_SAMPLES)
 
 
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
@@ -243,7 +243,7 @@ def test_a_time_budget_cuts_trials_off(tmp_path: Path):
     arguments = ("--dataset", "digits", "--width", 4, "--epochs", 2000, "--num-samples", 2, "--name", "s")
     result = search_again(tmp_path, *arguments, "--time-budget", "10s")
     assert result.returncode == 1, "no trial has reached its last epoch"
-    assert "10s are over with 2 trials to end; go on with: " in result.stdout
+    assert "5 s are over with 2 trials to end; go on with: " in result.stdout, "the other half is for confirming"
     folder = tmp_path / "searches" / "s"
     assert read_json(folder / "search.json")["status"] == "finished"
     assert [row["status"] for row in rows_of(folder)] == ["running", "running"]
@@ -280,7 +280,9 @@ def test_noise_for_test_labels_changes_no_choice(tmp_path: Path, parquet_folder:
         small = ["--dataset", "cifar10", "--width", 4, "--epochs", 2, "--data-dir", folder, "--outputs", outputs]
         # One trial at a time: with two, TPE's proposals depend on which of them ends first.
         search = run_command(
-            [*small, "--num-samples", 4, "--max-concurrent", 1, "--name", "s"], cwd=tmp_path, script=TUNE
+            [*small, "--num-samples", 4, "--max-concurrent", 1, "--confirm", 0, "--name", "s"],
+            cwd=tmp_path,
+            script=TUNE,
         )
         assert search.returncode == 0, search.stderr
         trained = run_command(["--best", "s", "--outputs", outputs, "--name", "r"], cwd=tmp_path)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from byot.config import TrainConfig
-from byot.search_files import Range, space_from_dict, space_to_dict
+from byot.search_files import Range, settings_of, space_from_dict, space_to_dict
 from search.settings import SearchSettings, expected_work, grace_epochs
-from search.space import DEFAULT_SPACE, first_points, read_space
+from search.space import DEFAULT_SPACE, choose_space, first_points, read_point, read_space
 
 
 def write(folder: Path, text: str) -> Path:
@@ -24,9 +24,40 @@ def test_reference_first_then_deep_supervision_as_a_control():
 
 
 def test_file_changes_one_range_adds_another_and_leaves_the_rest(tmp_path: Path):
-    space = read_space(write(tmp_path, "[alpha]\nlow = 0.2\nhigh = 0.6\n[lr]\nlow = 0.01\nhigh = 1\nlog = true\n"))
+    path = write(tmp_path, "[alpha]\nlow = 0.2\nhigh = 0.6\n[lr]\nlow = 0.01\nhigh = 1\nlog = true\n")
+    space = choose_space(path, fixed=["width"])
     assert space == {**DEFAULT_SPACE, "alpha": Range(0.2, 0.6), "lr": Range(0.01, 1.0, log=True)}
     assert space_from_dict(space_to_dict(space)) == space
+    assert list(choose_space(path, fixed=["temperature", "lr"])) == ["alpha", "beta", "lr"], "lr alone starts there"
+    with pytest.raises(ValueError, match=r"alpha is fixed by --alpha and searched by .*space\.toml: leave out one"):
+        choose_space(path, fixed=["alpha"])
+    with pytest.raises(ValueError, match="all fixed: that is one run of"):
+        choose_space(None, fixed=["alpha", "temperature", "beta"])
+
+
+def test_what_is_fixed_is_fixed_for_all_but_the_controls():
+    """The reference's setting and deep supervision alone stay what they are called."""
+    base = TrainConfig(alpha=0.7, temperature=5.0)
+    space = choose_space(None, fixed=["alpha", "temperature"])
+    reference, control = first_points(space, base)
+    assert (reference.params, control.params) == ({"beta": 1e-6}, {"beta": 0.0})
+    assert settings_of(base, "sampled", {"beta": 1e-4}) == {"alpha": 0.7, "temperature": 5.0, "beta": 1e-4}
+    assert settings_of(base, *reference) == {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6}
+    assert settings_of(base, *control) == {"alpha": 0.0, "temperature": 3.0, "beta": 0.0}
+
+
+def test_a_setting_to_try_has_the_references_values_where_it_says_nothing():
+    space = {**DEFAULT_SPACE, "lr": Range(0.01, 0.5, log=True)}
+    tried = read_point("alpha=0.3,beta=1e-4", space, TrainConfig(lr=0.05))
+    assert tried == ("sampled", {"alpha": 0.3, "temperature": 3.0, "beta": 1e-4, "lr": 0.05})
+    for text, words in (
+        ("alpha=2", "alpha must lie between 0 and 1"),
+        ("alpha=x", "alpha must be a number, not 'x'"),
+        ("weight_decay=0", "'weight_decay' is not searched; alpha, temperature, beta, lr are"),
+        ("", "'' is not searched"),
+    ):
+        with pytest.raises(ValueError, match=f"^--try {text}: {words}"):
+            read_point(text, space, TrainConfig())
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from byot.config import TrainConfig
 from byot.search_files import DIVERGED, MEASURES, Range
 from byot.system.files import append_json_line
 from search.records import SearchRecords
-from search.space import DEFAULT_SPACE, first_points
-from search.study import BudgetAwareSearch, RecordedAsha
+from search.space import DEFAULT_SPACE, FirstPoint, first_points
+from search.study import BudgetAwareSearch, RecordedAsha, to_optuna
 
 EPOCHS = 18
 CONTROLLER: Any = None  # the scheduler does without
@@ -92,6 +92,26 @@ def test_first_trials_and_what_the_study_knows_of_them(search: MadeUpSearch):
     assert all(DEFAULT_SPACE[name].holds(value) for name, value in third["params"].items())
     assert [one["trial_id"] for one in (first, second, third)] == ["t0000", "t0001", "t0002"]
     assert [trial.params for trial in search.known()] == [first["params"], third["params"]], "never of the control"
+
+
+def test_settings_to_try_follow_the_first_two_and_each_is_begun_once(tmp_path: Path):
+    tried = [FirstPoint("sampled", {"alpha": alpha, "temperature": 2.0, "beta": 1e-5}) for alpha in (0.3, 0.9)]
+    search = MadeUpSearch(tmp_path, tried=tried)
+    alphas = []
+    for _ in range(5):
+        alphas.append(search.complete(50.0)["params"]["alpha"])
+        search.restart()
+    assert alphas[:4] == [0.1, 0.0, 0.3, 0.9]
+    assert alphas[4] not in alphas[:4]
+
+
+def test_a_dashboard_is_shown_no_best_trial_without_parameters(begun: MadeUpSearch):
+    """The control is there with its value, and is no candidate."""
+    (control,) = (trial for trial in begun.records.ended if trial.role == "control")
+    shown = to_optuna(control, begun.records, DEFAULT_SPACE)
+    assert (shown.state, shown.params) == (TrialState.PRUNED, {})
+    assert shown.user_attrs["val_accuracy"] == control.measures["val_accuracy"] == 50.0
+    assert (shown.user_attrs["alpha"], shown.user_attrs["beta"]) == (0.0, 0.0)
 
 
 def test_a_reference_outside_the_space_is_run_but_not_known(tmp_path: Path):

@@ -7,7 +7,7 @@ import pytest
 from optuna.trial import TrialState
 
 from byot.config import TrainConfig
-from byot.search_files import DIVERGED, Range, space_to_dict, write_trials
+from byot.search_files import CONFIRMATION, DIVERGED, ArmRecord, Range, space_to_dict, write_trials
 from byot.system.files import write_json
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE
@@ -74,6 +74,13 @@ def test_other_training_and_other_values_lend_the_best_settings(
     warm = make(searches, BASE.with_settings(**change), **settings)
     assert warm.trials == []
     assert [point["alpha"] for point in warm.points] == alphas
+
+
+def test_what_was_confirmed_over_fresh_seeds_is_tried_before_the_best_single_run(searches: Path):
+    arms = [ArmRecord("t0002", "sampled", {"alpha": 0.3}, [71.0], still_in=True)._asdict()]
+    record = {"status": "finished", "metric": "val_accuracy", "choice": "t0002", "num_rounds": 1, "verdict": ["So."]}
+    write_json(searches / "earlier" / CONFIRMATION, record | {"arms": arms})
+    assert [point["alpha"] for point in make(searches, BASE.with_settings(width=8)).points] == [0.3, 0.4]
 
 
 def test_another_space(searches: Path):

@@ -122,7 +122,9 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.data_dir:
             real = real.with_settings(dataset="cifar100", data_dir=arguments.data_dir, val_fraction=0.1)
         searches = {"trivial": (TRIVIAL, 8), "real": (real, arguments.num_samples)}
-        jobs = {name: (base, SearchSettings(num_samples=trials)) for name, (base, trials) in searches.items()}
+        jobs = {
+            name: (base, SearchSettings(num_samples=trials, confirm=0)) for name, (base, trials) in searches.items()
+        }
     rows = {name: common.in_fresh_process(measure_overhead, *job, time.time()) for name, job in jobs.items()}
     cells = [[measure, *(f"{row[measure]:.4g}" for row in rows.values())] for measure in rows["real"]]
     print(text_table(["", *rows], cells))
@@ -163,7 +165,7 @@ def measure_blocks(settings: SearchSettings, block: int) -> list[dict[str, float
 
 def many(arguments: argparse.Namespace) -> dict[str, Any]:
     with one_sentence_errors("searches.py"):
-        settings = SearchSettings(num_samples=arguments.num_samples)
+        settings = SearchSettings(num_samples=arguments.num_samples, confirm=0)
         if arguments.block > settings.num_samples:
             raise ValueError(f"--block must be at most --num-samples, not {arguments.block}")
     rows = measure_blocks(settings, arguments.block)

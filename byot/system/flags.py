@@ -39,7 +39,8 @@ def one_line(message: str) -> str:
 
 
 def flag_name(setting: str) -> str:
-    return "--" + setting.replace("_", "-")
+    """Write the flag of a setting; one that is a word of Python ends in an underscore, which the flag leaves out."""
+    return "--" + setting.rstrip("_").replace("_", "-")
 
 
 def add_settings(

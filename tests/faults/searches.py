@@ -18,7 +18,8 @@ from tests.helpers import command_environment, command_line, run_command
 
 EPOCHS = 18
 NUM_SAMPLES = 12
-FLAGS = ("--dataset", "digits", "--width", 4, "--epochs", EPOCHS, "--num-samples", NUM_SAMPLES, "--val-fraction", 0.2)
+SMALL = ("--dataset", "digits", "--width", 4, "--val-fraction", 0.2, "--confirm", 0)
+FLAGS = (*SMALL, "--epochs", EPOCHS, "--num-samples", NUM_SAMPLES)
 
 
 class Search:

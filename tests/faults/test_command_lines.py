@@ -80,7 +80,10 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("cifar.pt --data-dir folder --device cpu", "neither test*.parquet"),
     ],
     "tune.py": [
-        ("--alpha 0.5", "unrecognized arguments: --alpha 0.5"),  # it is searched
+        ("--alpha 0.5 --temperature 3 --beta 0", "alpha, temperature and beta are all fixed: that is one run of"),
+        ("--alpha 0.5 --space space.toml", "alpha is fixed by --alpha and searched by"),
+        ("--dataset digits --try alpha=2", "--try alpha=2: alpha must lie between 0 and 1"),
+        ("--resume --name done --temperature 3", "can only go on so"),
         ("--batch-norm local", "unrecognized arguments: --batch-norm local"),
         ("--sampler grid", "--sampler: invalid choice: 'grid'"),
         ("--metric", "--metric: expected at least one argument"),

@@ -33,7 +33,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 EPOCHS = 6
 NUM_SAMPLES = 5
 # One at a time: with two, proposals depend on which of them ends first.
-FLAGS = ("--dataset", "digits", "--width", 4, "--epochs", EPOCHS, "--num-samples", NUM_SAMPLES, "--max-concurrent", 1)
+SMALL = ("--dataset", "digits", "--width", 4, "--confirm", 0, "--epochs")
+FLAGS = (*SMALL, EPOCHS, "--num-samples", NUM_SAMPLES, "--max-concurrent", 1)
 TUNE = "search/tune.py"
 KEPT = "searches/s/"  # the search's keys in the bucket
 THIRD = f"{KEPT}trials/t0002/"  # its first sampled trial
@@ -263,7 +264,7 @@ def test_a_second_driver_takes_the_search_over(search: BucketSearch, whole: Outc
 
 def test_seeds_side_by_side_confirmation_and_a_fresh_start(search: BucketSearch) -> None:
     """Ctrl-C in the search and in the confirmation, gone on with elsewhere; then all of it is set aside."""
-    few = ("--dataset", "digits", "--width", 4, "--epochs", 3, "--num-samples", 2)
+    few = (*SMALL, 3, "--num-samples", 2)
     run = f"{KEPT}confirmation/t0000-seed-1000/"
     for machine, flags, key in (
         (

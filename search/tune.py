@@ -5,7 +5,8 @@
   python search/tune.py --model resnet18 --resume           go on after a stop or a crash, or with more --num-samples
 
 The search sees the training images only: a tenth of them, stratified, is held out to compare trials. The setting of
-the reference implementation is always tried first and deep supervision alone (alpha = beta = 0) second.
+the reference implementation is always tried first and deep supervision alone (alpha = beta = 0) second. At the end
+both and the best others are run again over fresh seeds, until it is clear which is best.
 Everything is left in outputs/searches/NAME. The same command goes on with its own search, --fresh starts it anew.
 """
 

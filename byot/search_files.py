@@ -17,6 +17,7 @@ Readers raise ValueError, one sentence with the file's name, for what no search 
 
 import csv
 import io
+import math
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -87,6 +88,17 @@ class Range(NamedTuple):
 
     def holds(self, value: float) -> bool:
         return self.low <= value <= self.high
+
+    def place(self, value: float) -> float:
+        """Scale a value to its place from 0 to 1; one below the range, as a beta of 0, is at 0."""
+        scale = math.log if self.log else float
+        low, high = scale(self.low), scale(self.high)
+        return (scale(max(value, self.low)) - low) / (high - low)
+
+    def at(self, place: float) -> float:
+        """Return the value at a place from 0 to 1."""
+        value = self.low * (self.high / self.low) ** place if self.log else self.low + (self.high - self.low) * place
+        return min(max(value, self.low), self.high)  # rounding may have left the range
 
 
 Space = dict[str, Range]

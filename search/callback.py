@@ -41,6 +41,7 @@ class SearchWatch(tune.Callback, tune.Stopper):
             num_samples=plan.settings.num_samples,
             seed=plan.base.seed,
             sampler=plan.settings.sampler,
+            has_prior=plan.settings.prior == "reference" and plan.settings.sampler != "random",
             warm=plan.warm,
         )
         self.scheduler = RecordedAsha(records, stops_early=plan.settings.stops_early)

@@ -22,6 +22,7 @@ Metric = Literal[
 
 Scheduler = Literal["asha", "none"]
 Sampler = Literal["tpe", "gp", "random"]
+Prior = Literal["reference", "none"]
 
 REDUCTION_FACTOR = 3  # of the trials at a rung, the best third goes on
 LEARNING_STEPS = 4  # of all trials at most a quarter runs at once
@@ -66,6 +67,10 @@ class SearchSettings:
         "epochs before asha may stop a trial (default: a tenth; until the learning rate has dropped or images grown)",
         low=1,
     )
+    prior: Prior = setting(
+        "reference",
+        "where random proposals of tpe and gp lie: two thirds of them around the reference's setting, or everywhere",
+    )
     try_: tuple[str, ...] = setting(
         (), "settings to try early, such as alpha=0.3,temperature=4; what they leave out is the reference's"
     )
@@ -99,10 +104,10 @@ class SearchSettings:
     def from_dict(cls, values: Any) -> Self:
         """Build from what a search recorded, also an older one: it knew patience, cmaes and trials_per_gpu.
 
-        Where it was not asked to confirm, that was null or not there.
+        It had no prior, and where it was not asked to confirm, that was null or not there.
         """
         if isinstance(values, dict):
-            values = dict(values)
+            values = {"prior": "none"} | values
             values["confirm"] = values.get("confirm") or 0
             trials, patience = values.pop("trials_per_gpu", None), values.pop("patience", None)
             if trials is not None:

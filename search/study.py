@@ -29,6 +29,8 @@ from search.trial import PACE
 from search.warm import WarmStart, WarmTrial
 
 MAX_STARTUP_TRIALS = 10  # Optuna's default number of random trials before TPE models anything
+PRIOR_SHARE = 2 / 3  # of the random proposals lie around the reference's setting
+PRIOR_SD = 0.2  # of the range
 
 
 def study_directions(metrics: tuple[str, ...]) -> list[StudyDirection]:
@@ -142,6 +144,7 @@ class BudgetAwareSearch(Searcher):
         num_samples: int,
         seed: int,
         sampler: Sampler = "tpe",
+        has_prior: bool = False,
         warm: WarmStart | None = None,
     ) -> None:
         super().__init__(metric=records.metric, mode=records.mode)
@@ -150,6 +153,7 @@ class BudgetAwareSearch(Searcher):
         self._startup = max(2, min(MAX_STARTUP_TRIALS, num_samples // 4))
         self._seed = seed
         self._sampler = sampler
+        self._prior = first[0].params if has_prior else None  # where random proposals are likely to lie
         self._unfinished = records.unfinished
         roles = [trial.role for trial in records.trials.values()]
         early = [*tried, *(FirstPoint("sampled", params) for params in (warm.points if warm else []))]
@@ -159,7 +163,7 @@ class BudgetAwareSearch(Searcher):
 
     def make_study(self) -> optuna.Study:
         """Make a study of all trials begun, for the next proposal."""
-        seed = np.random.SeedSequence((self._seed, self._records.next_number)).generate_state(1)[0]
+        (seed,) = self._seeds().generate_state(1)
         study = optuna.create_study(
             directions=study_directions(self._records.metrics),
             sampler=make_sampler(self._sampler, int(seed), self._startup),
@@ -176,14 +180,35 @@ class BudgetAwareSearch(Searcher):
             self._ended[trial.trial_id] = to_optuna(trial, self._records, self._space)
         return self._ended[trial.trial_id]
 
+    def _seeds(self) -> np.random.SeedSequence:
+        """Return what the next proposal is drawn from."""
+        return np.random.SeedSequence((self._seed, self._records.next_number))
+
+    def _ask(self) -> dict[str, float]:
+        """Return what the sampler proposes."""
+        return self.make_study().ask(make_distributions(self._space)).params
+
+    def _draw_near(self) -> dict[str, float]:
+        """Draw a random proposal around the prior; nothing where the sampler is to propose.
+
+        That is in a third of the random proposals, and once it knows enough: its own are random no more.
+        """
+        rng = np.random.default_rng(self._seeds())
+        known = len(self._earlier) + sum(is_known_to_sampler(t, self._space) for t in self._records.trials.values())
+        if self._prior is None or known >= self._startup or rng.random() > PRIOR_SHARE:
+            return {}
+        places = {name: bounds.place(self._prior[name]) for name, bounds in self._space.items()}
+        drawn = {name: place + PRIOR_SD * rng.standard_normal() for name, place in places.items()}
+        # What would leave the range is reflected at its end.
+        return {name: self._space[name].at(1 - abs(1 - abs(place) % 2)) for name, place in drawn.items()}
+
     def suggest(self, trial_id: str) -> dict[str, Any]:
         if self._unfinished:
             trial = self._unfinished.pop(0)
         elif self._first:
             trial = self._records.begin(*self._first.pop(0))
         else:
-            asked = self.make_study().ask(make_distributions(self._space))
-            trial = self._records.begin("sampled", asked.params)
+            trial = self._records.begin("sampled", self._draw_near() or self._ask())
         return {"trial_id": trial.trial_id, "role": trial.role, "params": trial.params}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

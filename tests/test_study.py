@@ -13,7 +13,7 @@ from byot.search_files import DIVERGED, MEASURES, Range
 from byot.system.files import append_json_line
 from search.records import SearchRecords
 from search.space import DEFAULT_SPACE, FirstPoint, first_points
-from search.study import BudgetAwareSearch, RecordedAsha, to_optuna
+from search.study import PRIOR_SD, BudgetAwareSearch, RecordedAsha, to_optuna
 
 EPOCHS = 18
 CONTROLLER: Any = None  # the scheduler does without
@@ -165,7 +165,7 @@ def test_a_restart_changes_no_proposal(tmp_path: Path, sampler: str):
     proposals = []
     for name, restarts in (("whole", False), ("broken", True)):
         (tmp_path / name).mkdir()
-        search = MadeUpSearch(tmp_path / name, sampler=sampler)
+        search = MadeUpSearch(tmp_path / name, sampler=sampler, has_prior=sampler == "tpe")
         running = search.suggest()
         for value in range(14):
             if restarts:
@@ -174,6 +174,24 @@ def test_a_restart_changes_no_proposal(tmp_path: Path, sampler: str):
             search.complete(float(value))
         proposals.append([(trial.role, trial.params) for trial in search.records.trials.values()])
     assert proposals[0] == proposals[1]
+
+
+def test_random_proposals_lie_around_the_references_setting_or_everywhere(tmp_path: Path):
+    """The first of 200 seeds: two thirds within two standard deviations of it, and a third anywhere."""
+    reference = DEFAULT_SPACE["temperature"].place(3.0)
+    near = {}
+    for has_prior in (True, False):
+        places = []
+        for seed in range(200):
+            records = open_records(tmp_path / f"{has_prior}-{seed}")
+            params = make_searcher(records, seed=seed, has_prior=has_prior)._draw_near()
+            assert all(DEFAULT_SPACE[name].holds(value) for name, value in params.items())
+            places += [DEFAULT_SPACE["temperature"].place(params["temperature"])] if params else []
+        near[has_prior] = places
+    assert near[False] == []
+    assert 0.55 < len(near[True]) / 200 < 0.77
+    inside = [place for place in near[True] if abs(place - reference) < 2 * PRIOR_SD]
+    assert 0.9 < len(inside) / len(near[True]) <= 1, "what would leave the range is reflected"
 
 
 def test_asha_stops_the_worse(begun: MadeUpSearch):

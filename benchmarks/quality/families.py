@@ -3,7 +3,6 @@
 A family answers a configuration with a whole learning curve, and knows how good the configuration truly is.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -54,14 +53,8 @@ def load_family(name: str, curves_folder: Path) -> Family:
 
 
 def to_unit_cube(params: dict[str, float], space: Space) -> np.ndarray:
-    """Scale each parameter to its place from 0 to 1; one below its range, as a beta of 0, is at 0."""
-
-    def share(value: float, bounds: Range) -> float:
-        scale = math.log if bounds.log else float
-        low, high = scale(bounds.low), scale(bounds.high)
-        return (scale(max(value, bounds.low)) - low) / (high - low)
-
-    return np.array([share(params[name], bounds) for name, bounds in space.items()])
+    """Scale each parameter to its place from 0 to 1."""
+    return np.array([bounds.place(params[name]) for name, bounds in space.items()])
 
 
 # ---------------------------------------------------------------- synthetic

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis.trials import NOT_POOLED, find_role, parameter_columns, pareto_front, rank
 from analysis.verdict import accuracy_standard_error, describe_metric
 from byot.config import CLASSIFIERS
-from byot.search_files import ROLE_NAMES, ConfirmationRecord, SearchRecord, format_value, unit
+from byot.search_files import ROLE_NAMES, ConfirmationRecord, Range, SearchRecord, format_value, unit
 
 BLUE, ORANGE, GREEN, GREY, PALE = "#0b5cad", "#d1600a", "#1a8f63", "#8a8f98", "#c9cdd3"
 INK, RED = "#3c434c", "#b3261e"
@@ -125,7 +125,7 @@ def draw_parameters(search: SearchRecord, trials: pd.DataFrame) -> Drawing | Non
     figure, panels = _make_panels(min(3, len(names)), 2.8 * rows + 0.4, rows, sharey=True)
     for axes, name in zip(panels, names, strict=False):
         bounds = search.space.get(name)
-        if bounds is not None:
+        if isinstance(bounds, Range):
             axes.set_xscale("log" if bounds.log else "linear")
             axes.plot([bounds.low, bounds.high], [trials[search.metric].max()] * 2, linestyle="none")  # its whole range
         _draw_trials(axes, search, trials, name)

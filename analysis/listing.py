@@ -9,7 +9,7 @@ from analysis.trials import find_role, parameter_columns, rank
 from analysis.verdict import accuracy_standard_error, num_images_behind
 from byot.config import CLASSIFIERS
 from byot.console import text_table
-from byot.search_files import SearchRecord, format_value, unit
+from byot.search_files import SearchRecord, format_parameter, format_value, unit
 
 NOTHING = "\N{EN DASH}"
 
@@ -82,7 +82,7 @@ def bullets(sentences: Iterable[str]) -> str:
 
 
 def _parameters(trial: pd.Series, names: list[str]) -> list[str]:
-    return [f"{trial[name]:.3g}" for name in names]
+    return [format_parameter(trial[name]) for name in names]
 
 
 def _accuracies(row: pd.Series, split: str, ending: str = "") -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from byot.config import TrainConfig
 from byot.search_files import (
     ROLE_SETTINGS,
+    Range,
     SearchRecord,
     Space,
     confirmed_trial,
@@ -99,8 +100,14 @@ def render_page(folder: Path, outputs: Path) -> str:
 
 def space_file(space: Space) -> str:
     """Write the search space as the TOML file that search/tune.py --space reads."""
-    ranges = ((n, f"low = {r.low!r}, high = {r.high!r}, log = {str(r.log).lower()}") for n, r in space.items())
-    return "\n".join(f"{name} = {{ {bounds} }}" for name, bounds in ranges)
+    lines = []
+    for name, bounds in space.items():
+        if isinstance(bounds, Range):
+            table = f"low = {bounds.low!r}, high = {bounds.high!r}, log = {str(bounds.log).lower()}"
+        else:
+            table = f"choices = {list(bounds.choices)!r}"
+        lines.append(f"{name} = {{ {table} }}")
+    return "\n".join(lines)
 
 
 def tune_command(search: SearchRecord) -> str:

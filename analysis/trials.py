@@ -25,6 +25,7 @@ from byot.search_files import (
     MEASURES,
     SEARCHABLE,
     TEXT_COLUMNS,
+    TEXT_PARAMETERS,
     SearchRecord,
     TrialRecord,
     is_number,
@@ -62,7 +63,8 @@ def load_trials(path: Path) -> pd.DataFrame:
     with open(table_path, encoding="utf-8") as file:
         header = file.readline().strip().split(",")
     columns = trial_columns([name for name in header if name in SEARCHABLE])
-    types = dict.fromkeys(columns, "float64") | dict.fromkeys(TEXT_COLUMNS, "str")
+    types = dict.fromkeys(columns, "float64")
+    types |= {name: "str" for name in columns if name in (*TEXT_COLUMNS, *TEXT_PARAMETERS)}
     frame = pd.DataFrame([trial.to_row() for trial in trials], columns=columns)
     return frame.astype({**types, "epochs_done": "int64", "seed": "Int64"})
 
@@ -145,7 +147,7 @@ def load_runs(outputs: Path) -> pd.DataFrame:
 
 def trial_config(search: SearchRecord, trial: Mapping[str, Any] | pd.Series) -> TrainConfig:
     """Make the settings of a trial for a run on all training images, as best.json has them for the best one."""
-    params = {name: float(trial[name]) for name in search.space if name in trial}
+    params = {name: trial[name] for name in search.space if name in trial}
     return search.config.with_settings(**settings_of(search.config, trial["role"], params), val_fraction=0.0)
 
 

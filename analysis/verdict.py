@@ -13,7 +13,7 @@ import pandas as pd
 from analysis.trials import NOT_POOLED, find_role, pareto_front, rank
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS
 from byot.console import format_duration
-from byot.search_files import ROLE_NAMES, SearchRecord, Status, format_value, metric_mode, unit
+from byot.search_files import ROLE_NAMES, SearchRecord, Status, format_parameter, format_value, metric_mode, unit
 from search.significance import ERROR, MOST_RUNS_NAMED, compare
 
 NUM_STANDARD_ERRORS = 2
@@ -65,7 +65,7 @@ def format_gain(metric: str, gain: float) -> str:
 
 
 def format_parameters(search: SearchRecord, trial: pd.Series) -> str:
-    return ", ".join(f"{name} {trial[name]:.3g}" for name in search.space if name in trial)
+    return ", ".join(f"{name} {format_parameter(trial[name])}" for name in search.space if name in trial)
 
 
 def count_statuses(trials: pd.DataFrame) -> str:

@@ -41,7 +41,8 @@ ROLE_SETTINGS = {
     "control": {"alpha": 0.0, "temperature": 3.0, "beta": 0.0},
 }
 DIVERGED = "diverged: "  # how the error of such a trial begins; tried again it would diverge again
-SEARCHABLE = ("alpha", "temperature", "beta", "lr", "weight_decay", "label_smoothing")
+TEXT_PARAMETERS = ("teacher",)  # whose values are texts
+SEARCHABLE = ("alpha", "temperature", "beta", "lr", "weight_decay", "label_smoothing", *TEXT_PARAMETERS)
 ACCURACIES = ("val_accuracy", *(f"val_accuracy_{classifier}" for classifier in CLASSIFIERS))
 MEASURES = (*ACCURACIES, "val_nll", "val_nll_ensemble", "val_ece", "val_ece_ensemble")
 # The columns of trials.csv, but for the parameters and the measures between them.
@@ -86,8 +87,11 @@ class Range(NamedTuple):
     high: float
     log: bool = False
 
-    def holds(self, value: float) -> bool:
-        return self.low <= value <= self.high
+    def __str__(self) -> str:
+        return f"lie between {self.low:g} and {self.high:g}"
+
+    def holds(self, value: Any) -> bool:
+        return is_number(value) and self.low <= value <= self.high
 
     def place(self, value: float) -> float:
         """Scale a value to its place from 0 to 1; one below the range, as a beta of 0, is at 0."""
@@ -101,7 +105,27 @@ class Range(NamedTuple):
         return min(max(value, self.low), self.high)  # rounding may have left the range
 
 
-Space = dict[str, Range]
+class Choices(NamedTuple):
+    """The values of one parameter, as a list."""
+
+    choices: tuple[float | str, ...]
+
+    def __str__(self) -> str:
+        return f"be one of {', '.join(map(str, self.choices))}"
+
+    def holds(self, value: Any) -> bool:
+        return value in self.choices
+
+    def place(self, value: Any) -> float:
+        """Scale a value to its place from 0 to 1; one that is not in the list is at 0."""
+        return self.choices.index(value) / len(self.choices) if value in self.choices else 0.0
+
+    def at(self, place: float) -> Any:
+        """Return the value at a place from 0 to 1: each has as much room."""
+        return self.choices[min(int(place * len(self.choices)), len(self.choices) - 1)]
+
+
+Space = dict[str, Range | Choices]
 
 
 def space_to_dict(space: Space) -> dict[str, dict[str, Any]]:
@@ -109,15 +133,20 @@ def space_to_dict(space: Space) -> dict[str, dict[str, Any]]:
 
 
 def space_from_dict(tables: Any) -> Space:
-    """Make ranges of tables of low, high and log."""
+    """Make ranges of tables of low, high and log, and lists of tables of choices."""
     if not isinstance(tables, dict):
         raise ValueError(f"a search space must be tables of low, high and log, not {tables!r:.40}")
-    space = {}
+    space: Space = {}
     for name, table in tables.items():
         if name not in SEARCHABLE:
             raise ValueError(f"the search space names {name!r}; {', '.join(SEARCHABLE)} can be searched")
+        if isinstance(table, dict) and set(table) == {"choices"}:
+            space[name] = _read_choices(name, table["choices"])
+            continue
         if not isinstance(table, dict) or not {"low", "high"} <= set(table) <= {"low", "high", "log"}:
-            raise ValueError(f"the range of {name} needs low and high, and may have log = true, nothing else")
+            raise ValueError(
+                f"the range of {name} needs low and high, and may have log = true, nothing else; or choices alone"
+            )
         with errors_in(f"the range of {name}"):
             space[name] = bounds = Range(
                 **take({"log": False} | table, bool, "log"), **take(table, float, "low", "high")
@@ -129,6 +158,25 @@ def space_from_dict(tables: Any) -> Space:
             for end in (bounds.low, bounds.high):
                 TrainConfig().with_settings(**{name: end})  # raises ValueError for a value no run would take
     return space
+
+
+def _read_choices(name: str, values: Any) -> Choices:
+    if not isinstance(values, list) or len(values) < 2:
+        raise ValueError(f"the choices of {name} must be a list of two values or more, not {values!r:.40}")
+    settings = [TrainConfig().with_settings(**{name: value}) for value in values]  # raises ValueError for a wrong one
+    choices = Choices(tuple(getattr(one, name) for one in settings))
+    if len(set(choices.choices)) < len(values):
+        raise ValueError(f"the choices of {name} name one value twice: {', '.join(map(str, values))}")
+    return choices
+
+
+def take_parameters(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take the values of these parameters from a record."""
+    return {n: take(record, str if n in TEXT_PARAMETERS else float, n)[n] for n in names}
+
+
+def format_parameter(value: float | str, digits: int = 3) -> str:
+    return value if isinstance(value, str) else f"{value:.{digits}g}"
 
 
 # ---------------------------------------------------------------- search.json
@@ -252,7 +300,7 @@ class TrialRecord:
     role: Role
     status: Status
     epochs_done: int
-    params: dict[str, float]
+    params: dict[str, Any]
     measures: dict[str, float | None]  # after the last epoch done; None before the first
     seconds: float
     seed: int
@@ -282,7 +330,7 @@ class TrialRecord:
             **take(row, str, *TEXT_COLUMNS),
             **take(row, int, "epochs_done", "seed"),
             **take(row, float, "seconds"),
-            params=take(row, float, *(name for name in row if name in SEARCHABLE)),
+            params=take_parameters(row, (name for name in row if name in SEARCHABLE)),
             measures=dict.fromkeys(MEASURES) | take(row, float, *(n for n in MEASURES if row.get(n) is not None)),
         )
         check_name(trial.trial_id)
@@ -352,7 +400,7 @@ def read_epochs(path: Path) -> dict[int, dict[str, float]]:
     return dict(sorted(epochs.items()))
 
 
-def settings_of(base: TrainConfig, role: str, params: Mapping[str, float]) -> dict[str, float]:
+def settings_of(base: TrainConfig, role: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the loss weights of a trial and whatever else was searched; `base` has the weights that were not.
 
     The reference's setting and the control have weights of their own, whatever is searched.
@@ -463,7 +511,7 @@ class ArmRecord(NamedTuple):
 
     trial_id: str
     role: str
-    params: dict[str, float]
+    params: dict[str, Any]
     values: list[float | None]  # by seed; None where the run diverged or is not done
     still_in: bool
 
@@ -507,7 +555,7 @@ def _read_arm(arm: Any) -> ArmRecord:
     if not all(value is None or is_number(value) for value in values):
         raise ValueError(f"values must be numbers, not {values!r:.40}")
     names = take(arm, str, "trial_id", "role")
-    return ArmRecord(**names, params=take(params, float, *params), values=values, still_in=bool(arm.get("still_in")))
+    return ArmRecord(**names, params=take_parameters(params, params), values=values, still_in=bool(arm.get("still_in")))
 
 
 def load_confirmation(folder: Path) -> ConfirmationRecord | None:

@@ -8,7 +8,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
-from byot.search_files import Status, TrialRecord, format_value
+from byot.search_files import Status, TrialRecord, format_parameter, format_value
 from byot.system.files import describe_refusal, write_text
 from search.messages import describe_time
 from search.plan import Session
@@ -157,7 +157,7 @@ class SearchWatch(tune.Callback, tune.Stopper):
         metric, best = self.records.metric, self.records.best()
         line = f"{len(self.records.ended):>3}/{self.num_samples}  {trial.trial_id}  {trial.status:<9}"
         line += f"  {trial.epochs_done:>3} epochs  {metric} {format_value(metric, trial.measures[metric])}"
-        line += "".join(f"  {name} {trial.params[name]:.3g}" for name in self.records.parameters)
+        line += "".join(f"  {name} {format_parameter(trial.params[name])}" for name in self.records.parameters)
         line += f"  {trial.seconds:.0f} s"
         if trial.error:
             line += f"  {trial.error}"

@@ -10,6 +10,7 @@ from byot.search_files import (
     ACCURACIES,
     ROLE_NAMES,
     TrialRecord,
+    format_parameter,
     format_value,
     load_confirmation,
     metric_mode,
@@ -111,7 +112,7 @@ def trials_table(records: SearchRecords) -> str:
             trial.role,
             trial.status,
             str(trial.epochs_done),
-            *(f"{trial.params[name]:.3g}" for name in records.parameters),
+            *(format_parameter(trial.params[name]) for name in records.parameters),
             *(format_value(name, trial.measures[name]) for name in shown),
             f"{trial.seconds:.0f}",
         ]
@@ -127,7 +128,7 @@ def verdict(folder: Path, outputs: Path, go_on: str) -> str:
     """
     best = read_json(folder / "best.json")
     metric = best["metric"]
-    told = ", ".join(f"{name} {value:.4g}" for name, value in best["params"].items())
+    told = ", ".join(f"{name} {format_parameter(value, 4)}" for name, value in best["params"].items())
     try:
         confirmation = load_confirmation(folder)
         sentences = [] if confirmation is None else confirmation.verdict

@@ -28,6 +28,7 @@ from byot.search_files import (
     Role,
     Space,
     TrialRecord,
+    format_parameter,
     format_value,
     is_number,
     load_confirmation,
@@ -55,13 +56,13 @@ class Arm(NamedTuple):
 
     trial_id: str
     role: Role
-    params: dict[str, float]  # with the loss weights that were not searched
+    params: dict[str, Any]  # with the loss weights that were not searched
 
     def describe(self) -> str:
         return ROLE_NAMES.get(self.role, f"trial {self.trial_id}")
 
     def settings(self) -> str:
-        return ", ".join(f"{name} {value:.3g}" for name, value in self.params.items())
+        return ", ".join(f"{name} {format_parameter(value)}" for name, value in self.params.items())
 
 
 class Run(NamedTuple):
@@ -71,7 +72,7 @@ class Run(NamedTuple):
     round: int  # from 0
 
 
-def make_arm(trial_id: str, role: Role, params: dict[str, float], base: TrainConfig) -> Arm:
+def make_arm(trial_id: str, role: Role, params: dict[str, Any], base: TrainConfig) -> Arm:
     return Arm(trial_id, role, settings_of(base, role, params))
 
 

@@ -131,7 +131,7 @@ class SearchRecords:
     def next_id(self) -> str:
         return f"t{self.next_number:04d}"  # no spreadsheet takes it for a number
 
-    def begin(self, role: Role, params: dict[str, float]) -> TrialRecord:
+    def begin(self, role: Role, params: dict[str, Any]) -> TrialRecord:
         """Record a trial that is proposed, before anything of it is done."""
         trial = TrialRecord(
             trial_id=self.next_id,

@@ -68,8 +68,8 @@ class SearchSettings:
         low=1,
     )
     prior: Prior = setting(
-        "reference",
-        "where random proposals of tpe and gp lie: two thirds of them around the reference's setting, or everywhere",
+        "none",
+        "where random proposals of tpe and gp lie: two thirds of them around the reference's setting, or anywhere",
     )
     try_: tuple[str, ...] = setting(
         (), "settings to try early, such as alpha=0.3,temperature=4; what they leave out is the reference's"
@@ -104,11 +104,10 @@ class SearchSettings:
     def from_dict(cls, values: Any) -> Self:
         """Build from what a search recorded, also an older one: it knew patience, cmaes and trials_per_gpu.
 
-        It had no prior, and where it was not asked to confirm, that was null or not there.
+        Where it was not asked to confirm, that was null or not there.
         """
         if isinstance(values, dict):
-            values = {"prior": "none"} | values
-            values["confirm"] = values.get("confirm") or 0
+            values = values | {"confirm": values.get("confirm") or 0}
             trials, patience = values.pop("trials_per_gpu", None), values.pop("patience", None)
             if trials is not None:
                 values["gpus_per_trial"] = 1 / int(trials) if re.fullmatch("[1-9][0-9]*", str(trials)) else trials

@@ -3,10 +3,10 @@
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from byot.config import TrainConfig
-from byot.search_files import ROLE_SETTINGS, Range, Role, Space, space_from_dict
+from byot.search_files import ROLE_SETTINGS, TEXT_PARAMETERS, Range, Role, Space, space_from_dict
 from byot.system.files import errors_in
 from byot.system.flags import flag_name
 
@@ -21,7 +21,7 @@ class FirstPoint(NamedTuple):
     """A setting run before any sampled one."""
 
     role: Role
-    params: dict[str, float]
+    params: dict[str, Any]
 
 
 def first_points(space: Space, base: TrainConfig) -> list[FirstPoint]:
@@ -43,11 +43,11 @@ def read_point(text: str, space: Space, base: TrainConfig) -> FirstPoint:
         if name not in space:
             raise ValueError(f"--try {text}: {name!r} is not searched; {', '.join(space)} are")
         try:
-            params[name] = float(value)
+            params[name] = value if name in TEXT_PARAMETERS else float(value)
         except ValueError:
             raise ValueError(f"--try {text}: {name} must be a number, not {value!r}") from None
         if not space[name].holds(params[name]):
-            raise ValueError(f"--try {text}: {name} must lie between {space[name].low:g} and {space[name].high:g}")
+            raise ValueError(f"--try {text}: {name} must {space[name]}")
     return FirstPoint("sampled", params)
 
 
@@ -68,7 +68,7 @@ def choose_space(path: Path | None, fixed: Iterable[str]) -> Space:
 
 
 def read_space(path: Path) -> Space:
-    """Read the ranges in a TOML file, of alpha, temperature, beta, lr, weight_decay and label_smoothing.
+    """Read the ranges in a TOML file, of alpha, temperature, beta, lr, weight_decay, label_smoothing and teacher.
 
         [alpha]
         low = 0.0
@@ -78,6 +78,9 @@ def read_space(path: Path) -> Space:
         low = 0.01
         high = 0.5
         log = true
+
+        [teacher]
+        choices = ["deepest", "ensemble"]
 
     Raises ValueError, in one sentence, for a file that cannot be read or a range that makes no sense.
     """

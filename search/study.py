@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
@@ -21,7 +21,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
-from byot.search_files import ConfirmationRecord, Space, TrialRecord, metric_mode
+from byot.search_files import ConfirmationRecord, Range, Space, TrialRecord, metric_mode
 from search.records import SearchRecords
 from search.settings import REDUCTION_FACTOR, Sampler
 from search.space import FirstPoint
@@ -38,7 +38,12 @@ def study_directions(metrics: tuple[str, ...]) -> list[StudyDirection]:
 
 
 def make_distributions(space: Space) -> dict[str, BaseDistribution]:
-    return {name: FloatDistribution(r.low, r.high, log=r.log) for name, r in space.items()}
+    return {
+        name: FloatDistribution(bounds.low, bounds.high, log=bounds.log)
+        if isinstance(bounds, Range)
+        else CategoricalDistribution(bounds.choices)
+        for name, bounds in space.items()
+    }
 
 
 def is_known_to_sampler(trial: TrialRecord, space: Space) -> bool:
@@ -184,11 +189,11 @@ class BudgetAwareSearch(Searcher):
         """Return what the next proposal is drawn from."""
         return np.random.SeedSequence((self._seed, self._records.next_number))
 
-    def _ask(self) -> dict[str, float]:
+    def _ask(self) -> dict[str, Any]:
         """Return what the sampler proposes."""
         return self.make_study().ask(make_distributions(self._space)).params
 
-    def _draw_near(self) -> dict[str, float]:
+    def _draw_near(self) -> dict[str, Any]:
         """Draw a random proposal around the prior; nothing where the sampler is to propose.
 
         That is in a third of the random proposals, and once it knows enough: its own are random no more.
@@ -197,10 +202,13 @@ class BudgetAwareSearch(Searcher):
         known = len(self._earlier) + sum(is_known_to_sampler(t, self._space) for t in self._records.trials.values())
         if self._prior is None or known >= self._startup or rng.random() > PRIOR_SHARE:
             return {}
-        places = {name: bounds.place(self._prior[name]) for name, bounds in self._space.items()}
-        drawn = {name: place + PRIOR_SD * rng.standard_normal() for name, place in places.items()}
-        # What would leave the range is reflected at its end.
-        return {name: self._space[name].at(1 - abs(1 - abs(place) % 2)) for name, place in drawn.items()}
+        drawn = {}
+        for name, bounds in self._space.items():
+            place = rng.random()
+            if isinstance(bounds, Range):  # what would leave it is reflected at its end
+                place = 1 - abs(1 - abs(bounds.place(self._prior[name]) + PRIOR_SD * rng.standard_normal()) % 2)
+            drawn[name] = bounds.at(place)
+        return drawn
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         if self._unfinished:
@@ -242,7 +250,7 @@ class RecordedAsha(AsyncHyperBandScheduler):
         self.stops_early = stops_early
         self.stopped: set[str] = set()  # trial ids
         self._sign = 1.0 if records.mode == "max" else -1.0
-        self._rungs: dict[float, dict[str, float]] = dict(self._brackets[0]._rungs)  # epoch -> trial id -> value
+        self._rungs: dict[float, dict[str, Any]] = dict(self._brackets[0]._rungs)  # epoch -> trial id -> value
         for trial_id, trial in records.trials.items():
             if trial.role != "sampled":
                 continue

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from byot.console import format_duration
-from byot.search_files import format_value
+from byot.search_files import format_parameter, format_value
 from search.records import SearchRecords
 from search.settings import expected_work, expected_work_left
 
@@ -72,7 +72,7 @@ def render(
     best = records.best()
     for trial in ([] if best is None else [best]) + [records.trials[trial_id] for trial_id in running]:
         marks = ("best" if trial is best else "", trial.role if trial.role != "sampled" else "")
-        params = {name: f"{trial.params[name]:.3g}" for name in records.parameters}
+        params = {name: format_parameter(trial.params[name]) for name in records.parameters}
         table.add_row(
             " ".join(filter(None, marks)),
             trial.trial_id,

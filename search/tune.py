@@ -31,8 +31,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--space",
         metavar="FILE",
-        help="TOML file: a table with low, high and log for each of alpha, temperature, beta, lr, weight_decay, "
-        "label_smoothing",
+        help="TOML file: a table with low, high and log, or with choices, for each of alpha, temperature, beta, lr, "
+        "weight_decay, label_smoothing, teacher",
     )
     parser.add_argument("--address", help="address of a running Ray cluster, or auto (default: this machine alone)")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")

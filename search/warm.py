@@ -6,7 +6,7 @@ values mean something else, and the best of their settings are tried early, each
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from byot.config import TrainConfig
 from byot.search_files import (
@@ -33,7 +33,7 @@ NUM_POINTS = 3  # settings tried early
 class WarmTrial(NamedTuple):
     """How a trial of the earlier search ended."""
 
-    params: dict[str, float]
+    params: dict[str, Any]
     epochs_done: int
     values: list[float]  # of each metric after its last epoch; empty where it diverged
     completed: bool
@@ -43,7 +43,7 @@ class WarmStart(NamedTuple):
     """Of the two lists one is empty."""
 
     search: str
-    points: list[dict[str, float]]  # tried early
+    points: list[dict[str, Any]]  # tried early
     trials: list[WarmTrial]  # told to the sampler
 
     def describe(self) -> str:
@@ -110,8 +110,8 @@ def make_warm_start(searches: Path, name: str, base: TrainConfig, settings: Sear
     return WarmStart(folder.name, points, [])
 
 
-def _is_in(space: Space, params: dict[str, float]) -> bool:
-    return all(is_number(params[name]) and bounds.holds(params[name]) for name, bounds in space.items())
+def _is_in(space: Space, params: dict[str, Any]) -> bool:
+    return all(bounds.holds(params[name]) for name, bounds in space.items())
 
 
 def _measures_the_same(earlier: SearchRecord, base: TrainConfig, settings: SearchSettings, space: Space) -> bool:

@@ -147,7 +147,7 @@ def test_the_best_of_a_synthetic_family(name: str) -> None:
     family = load_family(name, NOWHERE)
     rng = np.random.default_rng(1)
     drawn = [
-        {n: float(r.low * (r.high / r.low) ** u if r.log else r.low + u * (r.high - r.low)) for (n, r), u in pairs}
+        {name: bounds.at(place) for (name, bounds), place in pairs}
         for pairs in (list(zip(family.space.items(), rng.random(4), strict=True)) for _ in range(2000))
     ]
     runs = [family.train(params, rng) for params in drawn]

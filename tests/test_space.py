@@ -75,6 +75,11 @@ def test_a_setting_to_try_has_the_references_values_where_it_says_nothing():
         ("[beta]\nlow = true\nhigh = 1", "low must be a number"),
         ("[beta]\nlow = 1e-8\nhigh = 1\nlog = 'yes'", "log"),
         ("[lr]\nlow = 0\nhigh = 1", "lr"),
+        ("[teacher]\nlow = 0\nhigh = 1", "teacher must be one of deepest, ensemble"),
+        ("[teacher]\nchoices = ['deepest']", "two values or more"),
+        ("[teacher]\nchoices = ['deepest', 'me']", "teacher must be one of deepest, ensemble"),
+        ("[label_smoothing]\nchoices = [0.1, 0.1]", "name one value twice"),
+        ("[label_smoothing]\nchoices = [0, 1]", "below 1"),
     ],
 )
 def test_bad_files_are_told_in_one_sentence(tmp_path: Path, text: str, word: str):

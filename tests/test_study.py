@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from analysis.trials import load_trials
 from byot.config import TrainConfig
-from byot.search_files import DIVERGED, MEASURES, Range
+from byot.search_files import DIVERGED, MEASURES, Choices, Range, Space, read_trials
 from byot.system.files import append_json_line
 from search.records import SearchRecords
 from search.space import DEFAULT_SPACE, FirstPoint, first_points
@@ -174,6 +175,24 @@ def test_a_restart_changes_no_proposal(tmp_path: Path, sampler: str):
             search.complete(float(value))
         proposals.append([(trial.role, trial.params) for trial in search.records.trials.values()])
     assert proposals[0] == proposals[1]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
+def test_a_choice_is_proposed_recorded_and_learnt_from(tmp_path: Path, sampler: Any):
+    space: Space = {**DEFAULT_SPACE, "teacher": Choices(("deepest", "ensemble"))}
+    first = first_points(space, TrainConfig())
+    proposed = []
+    for number in range(12):  # each time anew from what is on disk
+        records = SearchRecords(tmp_path, parameters=[*space], metrics=("val_accuracy",), epochs=2, grace=2, seed=0)
+        options: dict[str, Any] = {"first": first, "num_samples": 12, "seed": 0, "sampler": sampler, "has_prior": True}
+        params = BudgetAwareSearch(records, space, **options).suggest("x")["params"]
+        proposed.append(params["teacher"])
+        records.add_epoch(f"t{number:04d}", {"epoch": 2, "elapsed_s": 1.0, "val_accuracy": float(number)})
+        records.end(f"t{number:04d}", "completed")
+    assert proposed[:2] == ["deepest", "deepest"], "the teacher of a run that says nothing else"
+    assert set(proposed) == {"deepest", "ensemble"}
+    assert [trial.params["teacher"] for trial in read_trials(tmp_path / "trials.csv")] == proposed
+    assert load_trials(tmp_path)["teacher"].tolist() == proposed
 
 
 def test_random_proposals_lie_around_the_references_setting_or_everywhere(tmp_path: Path):

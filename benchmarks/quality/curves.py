@@ -145,16 +145,15 @@ def configurations(family: Family) -> list[tuple[int, Role, dict[str, float]]]:
     points = first_points(family.space, family.base)[: family.num_first]
     first = [(n, point.role, point.params) for n, point in enumerate(points, start=-2)]
     sequence = qmc.Sobol(len(family.space), seed=SOBOL_SEED).random_base2(family.num_configurations.bit_length())
-    return first + [
-        (number, "sampled", dict(zip(family.space, map(place_in, family.space.values(), point), strict=True)))
-        for number, point in enumerate(sequence[: family.num_configurations].tolist())
+    places = sequence[: family.num_configurations].tolist()
+    rounded = [
+        {
+            name: float(f"{bounds.at(place):.4g}")
+            for (name, bounds), place in zip(family.space.items(), point, strict=True)
+        }
+        for point in places
     ]
-
-
-def place_in(bounds: Range, share: float) -> float:
-    """Return the value at a share of the range, from 0 to 1."""
-    low, high, log = bounds
-    return float(f"{low * (high / low) ** share if log else low + share * (high - low):.4g}")
+    return first + [(number, "sampled", params) for number, params in enumerate(rounded)]
 
 
 @lru_cache(maxsize=1)  # a group has many families of the same images

@@ -105,7 +105,7 @@ def space_file(space: Space) -> str:
         if isinstance(bounds, Range):
             table = f"low = {bounds.low!r}, high = {bounds.high!r}, log = {str(bounds.log).lower()}"
         else:
-            table = f"choices = {list(bounds.choices)!r}"
+            table = f"choices = {bounds.choices!r}"
         lines.append(f"{name} = {{ {table} }}")
     return "\n".join(lines)
 

@@ -88,7 +88,7 @@ class Range(NamedTuple):
     log: bool = False
 
     def __str__(self) -> str:
-        return f"lie between {self.low:g} and {self.high:g}"
+        return f"{self.low:g} to {self.high:g}{', logarithmic' if self.log else ''}"
 
     def holds(self, value: Any) -> bool:
         return is_number(value) and self.low <= value <= self.high
@@ -108,10 +108,10 @@ class Range(NamedTuple):
 class Choices(NamedTuple):
     """The values of one parameter, as a list."""
 
-    choices: tuple[float | str, ...]
+    choices: list[float | str]
 
     def __str__(self) -> str:
-        return f"be one of {', '.join(map(str, self.choices))}"
+        return " or ".join(map(str, self.choices))
 
     def holds(self, value: Any) -> bool:
         return value in self.choices
@@ -164,7 +164,7 @@ def _read_choices(name: str, values: Any) -> Choices:
     if not isinstance(values, list) or len(values) < 2:
         raise ValueError(f"the choices of {name} must be a list of two values or more, not {values!r:.40}")
     settings = [TrainConfig().with_settings(**{name: value}) for value in values]  # raises ValueError for a wrong one
-    choices = Choices(tuple(getattr(one, name) for one in settings))
+    choices = Choices([getattr(one, name) for one in settings])
     if len(set(choices.choices)) < len(values):
         raise ValueError(f"the choices of {name} name one value twice: {', '.join(map(str, values))}")
     return choices

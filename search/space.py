@@ -47,7 +47,7 @@ def read_point(text: str, space: Space, base: TrainConfig) -> FirstPoint:
         except ValueError:
             raise ValueError(f"--try {text}: {name} must be a number, not {value!r}") from None
         if not space[name].holds(params[name]):
-            raise ValueError(f"--try {text}: {name} must {space[name]}")
+            raise ValueError(f"--try {text}: {name} is searched in {space[name]}")
     return FirstPoint("sampled", params)
 
 

@@ -31,7 +31,7 @@ from analysis.verdict import (
     noise_margin,
 )
 from byot.config import CLASSIFIERS, TrainConfig
-from byot.search_files import MEASURES, load_confirmation, load_search, read_trials, write_best, write_trials
+from byot.search_files import MEASURES, Choices, load_confirmation, load_search, read_trials, write_best, write_trials
 from byot.system.files import append_json_line, read_json, write_json, write_json_lines
 from search.plan import make_plan
 from search.settings import SearchSettings
@@ -431,10 +431,14 @@ def test_the_page_holds_verdict_tables_figures_and_commands(outputs, folder):
 
 
 def test_the_commands_of_the_page_are_understood_by_the_search(outputs, folder, tmp_path):
+    record = read_json(folder / "search.json")
+    choices = {"teacher": {"choices": ["deepest", "ensemble"]}}
+    write_json(folder / "search.json", {**record, "space": record["space"] | choices})
+    assert "teacher deepest or ensemble" in text_of(report.render_page(folder, outputs))
     search = load_search(folder)
     path = tmp_path / "space.toml"
     path.write_text(report.space_file(search.space))
-    assert read_space(path) == search.space == DEFAULT_SPACE
+    assert read_space(path) == search.space == {**DEFAULT_SPACE, "teacher": Choices(["deepest", "ensemble"])}
     words = shlex.split(report.tune_command(search))
     assert words[:4] == ["python", "search/tune.py", "--space", "space.toml"]
     arguments = build_parser().parse_args([*words[2:3], str(path), *words[4:], "--outputs", str(outputs)])

@@ -179,7 +179,7 @@ def test_a_restart_changes_no_proposal(tmp_path: Path, sampler: str):
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
 def test_a_choice_is_proposed_recorded_and_learnt_from(tmp_path: Path, sampler: Any):
-    space: Space = {**DEFAULT_SPACE, "teacher": Choices(("deepest", "ensemble"))}
+    space: Space = {**DEFAULT_SPACE, "teacher": Choices(["deepest", "ensemble"])}
     first = first_points(space, TrainConfig())
     proposed = []
     for number in range(12):  # each time anew from what is on disk

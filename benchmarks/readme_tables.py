@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.verdict import accuracy_standard_error
-from benchmarks.common import format_difference, markdown, mean_and_sd, paired_difference
+from benchmarks.common import format_difference, markdown, mean_and_sd
 from benchmarks.plans import ARM_NAMES, FIXED_ARMS, RESULTS, TABLE_PLANS, Arm, TablePlan, searched_settings
 from byot.config import CLASSIFIERS, TrainConfig, work_after
 from byot.search_files import ROLE_NAMES, load_confirmation, load_search, read_trials
@@ -167,9 +167,7 @@ def difference_rows(runs: Runs) -> list[list[str]]:
         cells = []
         pair = (by_classifier([runs[one][seed] for seed in seeds]) for one in (arm, other))
         for values, others in zip(*pair, strict=True):
-            found = None if None in (*values, *others) else paired_difference(values, others)
-            text = NOTHING if found is None else format_difference(found)
-            cells.append(f"**{text}**" if found is not None and found.resolved else text)
+            cells.append(NOTHING if None in (*values, *others) else format_difference(values, others, bold=True))
         rows.append([f"{ARM_NAMES[arm]} minus {ARM_NAMES[other]}", str(len(seeds)), *cells])
     return rows
 

@@ -223,7 +223,7 @@ def make_tables(records: list[dict[str, Any]]) -> Iterator[str]:
                 pairs = [(run[measure][-2], base[run["seed"]]) for run in runs if run["seed"] in base]
                 difference = ""
                 if row != "base" and pairs:
-                    difference = common.format_difference(common.paired_difference(*zip(*pairs, strict=True)))
+                    difference = common.format_difference(*zip(*pairs, strict=True))
                 accuracies = map(common.mean_and_sd, zip(*(run[measure] for run in runs), strict=True))
                 rows.append([row, str(len(runs)), *accuracies, difference, f"{fmean(r['cpu_s'] for r in runs):.0f}"])
             title = f"Width {width}, the arithmetic of {budget:g} epochs at 32 pixels, on {images}:"

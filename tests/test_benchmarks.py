@@ -225,8 +225,7 @@ def test_levers_train_what_is_missing_on_held_out_images(
 ) -> None:
     """Every lever at once, on few images: one run is recorded, and the same command trains none again."""
     monkeypatch.setattr(recipe_levers, "load_images", lambda *given: train_speed.some_images(None, 2000))
-    levers: dict[str, Any] = {"averaging": 0.9, "alternating_flip": True, "cutout": 8, "alpha_ramp": 0.5}
-    levers |= {"zero_init": True, "batch_size": 450, "cosine": True, "decay_norms": True}
+    levers: dict[str, Any] = {"cutout": 8, "padding": 4, "batch_size": 450, "cosine": True, "optimizer": "sgd"}
     monkeypatch.setitem(recipe_levers.ROWS, "all", recipe_levers.replace(BASE, **levers))
     output = tmp_path / "levers.jsonl"
     append_json_line(output, {"row": "all", "budget": 1.0, "width": 4, "seed": 1, "accuracy": [1.0] * 5, "cpu_s": 9})

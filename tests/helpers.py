@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 PROJECT = Path(__file__).resolve().parents[1]
+Call = Callable[..., tuple[int, str, str]]
 ParquetMaker = Callable[..., Path]
 Refuse = Callable[..., None]  # of the program, its arguments as a tuple, and words its sentence must have
 LABEL_COLUMN = {"cifar100": "fine_label", "cifar10": "label"}

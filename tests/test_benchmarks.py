@@ -1,6 +1,5 @@
 """The plain loop that speed is measured against is the same method, and the measuring commands measure."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,9 @@ from byot.model import Branch, BranchedResNet
 from byot.search_files import MEASURES, space_to_dict
 from byot.system.files import append_json_line, read_json
 from search.space import DEFAULT_SPACE
-from tests.helpers import assert_one_sentence, call_main, picture_of, run_command
+from tests.helpers import Call, assert_one_sentence, picture_of, run_command
 
 BATCH_SIZE = 128  # at which the reference quotes its hint loss
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Calls a benchmark with arguments: its exit code, and what it says on stdout and stderr."""
-    return lambda module, *arguments: call_main(module, "x", arguments, monkeypatch, capsys)
 
 
 # ---------------------------------------------------------------- what all use

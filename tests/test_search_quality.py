@@ -13,14 +13,13 @@ from ray.tune.search.optuna import OptunaSearch
 from benchmarks.quality import families, search_quality
 from benchmarks.quality.curves import Curve, curves_path, save_curves
 from benchmarks.quality.families import NUM_LOOKED_AT, SYNTHETIC, Family, Run, load_family
-from benchmarks.quality.search_quality import METHODS, Ours, Proposal, Stock, run_search, simulate
+from benchmarks.quality.search_quality import METHODS, Ours, Proposal, Stock, simulate
 from byot.search_files import MEASURES, space_to_dict
 from byot.system.files import read_json
 from search.space import DEFAULT_SPACE
 from search.study import BudgetAwareSearch, RecordedAsha
-from tests.helpers import call_main
+from tests.helpers import Call
 
-NOWHERE = Path("no such folder")
 EPOCHS = 3
 CORNERS = {"low": (0.1, 2.0, 1e-7), "high": (0.9, 9.0, 1e-4)}  # alpha, temperature, beta
 PLANTED = {  # (corner or role, seed): val_accuracy by epoch
@@ -144,7 +143,7 @@ def test_a_proposal_between_configurations_takes_their_mean(planted: Path, monke
 @pytest.mark.parametrize("name", SYNTHETIC)
 def test_the_best_of_a_synthetic_family(name: str) -> None:
     """No configuration is better than what regret is measured from, and training ends at the truth but for noise."""
-    family = load_family(name, NOWHERE)
+    family = load_family(name, Path("no such folder"))
     rng = np.random.default_rng(1)
     drawn = [
         {n: float(r.low * (r.high / r.low) ** u if r.log else r.low + u * (r.high - r.low)) for (n, r), u in pairs}
@@ -157,15 +156,6 @@ def test_the_best_of_a_synthetic_family(name: str) -> None:
     errors = np.array([run.values[-1] - run.truth for run in runs])
     assert errors.std() == pytest.approx(families.NOISE, rel=0.1)
     assert all(len(run.values) == family.epochs for run in runs)
-
-
-@pytest.mark.parametrize("name", ["ours", "stock"])
-def test_the_same_seed_gives_the_same_search(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 5)
-    first, again, other = (run_search("acc", name, seed, NOWHERE)[2] for seed in (5, 5, 6))
-    assert first.regret.tolist() == again.regret.tolist()
-    assert first.num_begun == again.num_begun
-    assert first.regret.tolist() != other.regret.tolist()
 
 
 def test_what_is_compared_is_the_real_thing(planted: Path) -> None:
@@ -185,12 +175,13 @@ def test_what_is_compared_is_the_real_thing(planted: Path) -> None:
     assert (type(ours.searcher), type(ours.scheduler)) == (BudgetAwareSearch, RecordedAsha)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 4)
     record, figure = tmp_path / "made" / "record.json", tmp_path / "figure.png"
     arguments = ["--families", "acc", "--seeds", 2, "--output", record, "--figure", figure]
-    code, out, _ = call_main(search_quality, "search_quality.py", arguments, monkeypatch, capsys)
+    code, out, _ = call(search_quality, *arguments)
     assert code == 0
+    assert call(search_quality, *arguments[:4]) == (0, out, ""), "the same seeds, the same searches"
     found = read_json(record)
     assert found["versions"]["ray"]
     acc = found["families"]["acc"]
@@ -202,5 +193,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert row["final"]["mean"] == pytest.approx(np.mean(row["final_by_seed"])) == pytest.approx(row["regret"][-1])
         paired = np.subtract(row["final_by_seed"], acc["methods"]["stock"]["final_by_seed"])
         assert row["minus_stock"]["mean"] == pytest.approx(paired.mean())
+        assert len(set(row["final_by_seed"])) == 2, "another seed, another search"
     assert acc["methods"]["random"]["reaches_random_at"] <= acc["budget"]
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -17,7 +17,7 @@ from benchmarks.plans import (
     read_record,
     searched_settings,
 )
-from benchmarks.readme_tables import BEGIN, END, load_runs, plan_section, with_tables
+from benchmarks.readme_tables import load_runs, plan_section
 from benchmarks.tables import TOY, keep_record
 from byot.config import TrainConfig
 from byot.system.files import read_json, write_json, write_text
@@ -185,11 +185,3 @@ def test_runs_of_other_settings_make_no_table(tmp_path: Path):
         with pytest.raises(ValueError, match=rf"{name}\.json is not of the plan tiny"):
             load_runs("tiny", tmp_path)
         write_json(tmp_path / "runs" / "tiny-reference-s0.json", {"config": base.with_settings(**TOY).to_dict()})
-
-
-def test_tables_go_between_their_marks():
-    page = f"# a\n\n{BEGIN}\n\nold\n\n{END}\n\nb\n"
-    assert with_tables(page, "new") == f"# a\n\n{BEGIN}\n\nnew\n\n{END}\n\nb\n"
-    assert with_tables(with_tables(page, "new"), "old") == page
-    with pytest.raises(ValueError, match="for the tables to go between"):
-        with_tables("# a\n", "new")

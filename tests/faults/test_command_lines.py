@@ -18,6 +18,7 @@ pytest_plugins = ["tests.faults.place"]
 
 LONG = "n" * 300  # more than a file system takes for one name
 HUGE = "9" * 400  # more than a float holds
+NO_SECRET = "tune.py: --storage-path must have no secret in it: credentials come from the environment\n"  # and no more
 
 LINES: dict[str, list[tuple[str, str]]] = {
     "train.py": [
@@ -106,7 +107,12 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("--storage-path file:///tmp/a", "--storage-path must be a folder or the URL of an object store (s3, gs, gcs"),
         ("--storage-path s3:///a", "--storage-path s3:///a must be like s3://BUCKET/FOLDER"),
         ("--storage-path s3://[bucket/a", "--storage-path s3://[bucket/a is not a URL"),
-        ("--storage-path s3://name:word@bucket/a", "--storage-path must have no secret in it"),
+        ("--storage-path s3://bucket/../x", "must be like s3://BUCKET/FOLDER"),
+        ("--storage-path s3://bucket/x#y", "must be like s3://BUCKET/FOLDER"),
+        ("--storage-path 's3://a b/x'", "Cannot parse URI"),
+        ("--storage-path s3://name:word@bucket/a", NO_SECRET),
+        ("--storage-path 's3://bucket/x?region=us-west-2&secret_key=xyzzy'", NO_SECRET),
+        ("--storage-path s3://bucket/x?X-Amz-Security-Token=xyzzy", NO_SECRET),
         ("--storage-path s3://bucket/a?x=1", "Unexpected query parameter in S3 URI: 'x'"),
         ("--space nowhere.toml", "nowhere.toml cannot be read (No such file or directory)"),
         ("--space folder", "folder cannot be read (Is a directory)"),

@@ -47,13 +47,13 @@ NOT_COMPARED = (*NOT_IDENTITY, "seed", "epochs", "val_fraction", "split_seed", "
 # ---------------------------------------------------------------- trials
 
 
-def load_trials(path: Path) -> pd.DataFrame:
-    """Read the trial table of a search's folder, or of its trials.csv.
+def load_trials(folder: Path | str) -> pd.DataFrame:
+    """Read the trial table of a search's folder.
 
     Trials that were running when the table was written are brought up to date from their metrics.jsonl.
     Raises ValueError if the table is missing or damaged.
     """
-    table_path = path if path.suffix == ".csv" else path / "trials.csv"
+    table_path = Path(folder) / "trials.csv"
     if not table_path.exists():
         raise ValueError(f"there is no {table_path}: no trial of that search has started yet")
     trials = [_up_to_date(trial, table_path.parent) for trial in read_trials(table_path)]

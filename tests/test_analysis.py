@@ -153,7 +153,7 @@ def rows_of(path):
 
 
 def test_trials_are_read_as_they_were_written(outputs, folder):
-    trials = load_trials(folder)
+    trials = load_trials(str(folder))  # as docs/analyse.md has it
     # Ids that look like numbers or like nothing, and the exact parameters.
     ids = ["d9c2825f", "a30febcf", "1234e567", "00000012", "94bed0ac", "0e5", "aaf72d0a", "nan"]
     assert trials["trial_id"].tolist() == ids

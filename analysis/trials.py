@@ -57,9 +57,7 @@ def load_trials(folder: Path | str) -> pd.DataFrame:
     if not table_path.exists():
         raise ValueError(f"there is no {table_path}: no trial of that search has started yet")
     trials = [_up_to_date(trial, table_path.parent) for trial in read_trials(table_path)]
-    with open(table_path, encoding="utf-8") as file:
-        header = file.readline().strip().split(",")
-    columns = trial_columns([name for name in header if name in SEARCHABLE])
+    columns = trial_columns(trials[0].params if trials else ())
     types = dict.fromkeys(columns, "float64") | dict.fromkeys(TEXT_COLUMNS, "str")
     frame = pd.DataFrame([trial.to_row() for trial in trials], columns=columns)
     return frame.astype({**types, "epochs_done": "int64", "seed": "Int64"})

@@ -14,15 +14,11 @@ from byot.search_files import (
     write_trials,
 )
 from byot.system.files import read_json, write_json, write_text
-from search.records import SearchRecords, save_search
-from tests.made_up import BASE, make_trial, search_record
+from search.records import save_search
+from tests.made_up import BASE, make_trial, open_records, search_record
 
 PARAMS = {"alpha": 0.5, "temperature": 2.0, "beta": 1e-6}
 PARAMETERS = list(PARAMS)
-
-
-def open_records(folder: Path, metrics: tuple[str, ...] = ("val_accuracy",)) -> SearchRecords:
-    return SearchRecords(folder, parameters=PARAMETERS, metrics=metrics, epochs=6, seed=0)
 
 
 # ---------------------------------------------------------------- trials.csv and metrics.jsonl
@@ -101,14 +97,14 @@ def test_a_search_is_read_from_its_copy_where_it_is_no_json(tmp_path: Path):
 
 
 def test_an_epoch_reported_again_counts_once(tmp_path: Path):
-    records = open_records(tmp_path, ("val_nll",))
+    records = open_records(tmp_path, "val_nll")
     trial_id = records.begin("sampled", PARAMS).trial_id
     for epoch, value in ((1, 3.0), (2, 2.0), (1, 3.0), (2, 2.5)):
         records.add_epoch(trial_id, {"epoch": epoch, "elapsed_s": 2.0, "val_nll": value})
     trial = records.end(trial_id, "stopped")
     records.add_epoch(trial_id, {"epoch": 3, "elapsed_s": 2.0, "val_nll": 1.0})
     assert (trial.epochs_done, trial.seconds, trial.measures["val_nll"]) == (2, 4.0, 2.5)
-    again = open_records(tmp_path, ("val_nll",))
+    again = open_records(tmp_path, "val_nll")
     assert (again.trials, again.curves) == ({trial_id: trial}, {trial_id: {1: 3.0, 2: 2.5}})
 
 

@@ -36,6 +36,7 @@ from tests.helpers import (
     ParquetMaker,
     assert_one_sentence,
     assert_same_state,
+    few_digits,
     picture_of,
     random_pixels,
     run_command,
@@ -47,9 +48,8 @@ FLAGS = ("--dataset", "digits", "--width", 4, "--epochs", 6, "--val-fraction", 0
 
 
 @pytest.fixture(scope="module")
-def few_digits() -> LabelledImages:
-    digits = load_images("digits", None, "train")
-    return LabelledImages(digits.images[:300], digits.labels[:300])
+def digits() -> LabelledImages:
+    return few_digits(300)
 
 
 # ---------------------------------------------------------------- the loop
@@ -116,15 +116,15 @@ def train_by_hand(config: TrainConfig, images: LabelledImages, trainer: Trainer)
     ],
     ids=lambda settings: " ".join(settings.values()),
 )
-def test_the_loop_is_the_optimizer_on_the_loss(few_digits: LabelledImages, settings: dict[str, Any]) -> None:
+def test_the_loop_is_the_optimizer_on_the_loss(digits: LabelledImages, settings: dict[str, Any]) -> None:
     config = SMALL.with_settings(
         **settings, epochs=2, batch_size=100, lr=0.005, alpha=0.4, temperature=2.0, beta=1e-3, label_smoothing=0.1
     )
-    trainer = Trainer(config, few_digits)
+    trainer = Trainer(config, digits)
     start = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     assert any("branches" in key for key in start) == (config.loss_form != "plain")
     assert len(list(trainer)) == 2
-    expected = train_by_hand(config, few_digits, trainer)
+    expected = train_by_hand(config, digits, trainer)
     for key, found in trainer.model.state_dict().items():
         torch.testing.assert_close(found, expected[key], rtol=1e-3, atol=1e-4)
         stays = config.recipe == "modern" and re.fullmatch(r"branches\.\d\.bottleneck\.[036]\.bias", key)
@@ -132,10 +132,10 @@ def test_the_loop_is_the_optimizer_on_the_loss(few_digits: LabelledImages, setti
             assert not torch.equal(found, start[key]), key
 
 
-def test_epoch_metrics_are_those_of_the_first_step(few_digits: LabelledImages) -> None:
+def test_epoch_metrics_are_those_of_the_first_step(digits: LabelledImages) -> None:
     """One batch an epoch: the epoch's figures are the loss of the initial weights."""
     config = SMALL.with_settings(epochs=3, batch_size=512, alpha=0.4, beta=1e-3)
-    trainer = Trainer(config, few_digits)
+    trainer = Trainer(config, digits)
     ((batch, labels),) = augmented(trainer, 0)
     outputs = build_model(config).to(memory_format=torch.channels_last).train()(batch)
     terms = self_distillation_loss(outputs, labels, alpha=0.4, temperature=3, beta=1e-3)
@@ -197,14 +197,14 @@ def change_config(**settings: Any) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_a_checkpoint_of_another_run_or_version_is_refused(
-    tmp_path: Path, few_digits: LabelledImages, change: Callable[[dict[str, Any]], object], words: str
+    tmp_path: Path, digits: LabelledImages, change: Callable[[dict[str, Any]], object], words: str
 ) -> None:
-    state = Trainer(SMALL, few_digits).state_dict()
+    state = Trainer(SMALL, digits).state_dict()
     change(state)
     path = checkpoint_path(tmp_path / "checkpoints", 0)
     save_checkpoint(path, state)
     with pytest.raises(ValueError, match=rf"{path.name} .*{words}") as caught:
-        runs.restore_trainer(SMALL, few_digits, None, tmp_path)
+        runs.restore_trainer(SMALL, digits, None, tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -220,10 +220,10 @@ def test_training_imports_neither_torchvision_nor_the_compiler(tmp_path: Path) -
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_validating_does_not_change_what_is_learned(few_digits: LabelledImages) -> None:
-    _, val = split_validation(few_digits, fraction=0.2, seed=0)
+def test_validating_does_not_change_what_is_learned(digits: LabelledImages) -> None:
+    _, val = split_validation(digits, fraction=0.2, seed=0)
     config = SMALL.with_settings(epochs=2)
-    trainers = [Trainer(config, few_digits, val), Trainer(config, few_digits, None)]
+    trainers = [Trainer(config, digits, val), Trainer(config, digits, None)]
     for trainer in trainers:
         list(trainer)
     states = [trainer.state_dict() for trainer in trainers]
@@ -231,16 +231,16 @@ def test_validating_does_not_change_what_is_learned(few_digits: LabelledImages) 
         assert_same_state(states[0][part], states[1][part])
 
 
-def test_divergence_is_seen_at_the_step(few_digits: LabelledImages) -> None:
-    trainer = Trainer(SMALL.with_settings(lr=1e30, batch_size=10), few_digits)
+def test_divergence_is_seen_at_the_step(digits: LabelledImages) -> None:
+    trainer = Trainer(SMALL.with_settings(lr=1e30, batch_size=10), digits)
     with pytest.raises(DivergedError, match="in epoch 1: a smaller lr or beta would help"):
         list(trainer)
     assert trainer.step < 5, "of thirty"
 
 
-def test_divergence_in_the_last_step_is_divergence_too(few_digits: LabelledImages) -> None:
+def test_divergence_in_the_last_step_is_divergence_too(digits: LabelledImages) -> None:
     """The loss is that of the weights before the step: only the validation sees what the last one did."""
-    train_part, val = split_validation(few_digits, fraction=0.2, seed=0)
+    train_part, val = split_validation(digits, fraction=0.2, seed=0)
     with pytest.raises(DivergedError):
         list(Trainer(SMALL.with_settings(lr=1e10, batch_size=1000, epochs=2), train_part, val))
 
@@ -265,9 +265,9 @@ def test_a_network_broken_by_its_last_step_has_no_result(tmp_path: Path, call: C
     ids=lambda error: type(error).__name__,
 )
 def test_running_out_of_memory_comes_with_advice(
-    few_digits: LabelledImages, monkeypatch: pytest.MonkeyPatch, error: Exception
+    digits: LabelledImages, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    trainer = Trainer(SMALL, few_digits)
+    trainer = Trainer(SMALL, digits)
     monkeypatch.setattr(trainer.model, "forward", Mock(side_effect=error))
     with pytest.raises(OutOfMemoryError, match=r"batch_size 128 and width 4: a smaller --batch-size or --width"):
         list(trainer)
@@ -294,11 +294,10 @@ def epochs_in(folder: Path) -> list[int]:
 
 
 @pytest.fixture
-def few_files(monkeypatch: pytest.MonkeyPatch, few_digits: LabelledImages) -> None:
+def few_files(monkeypatch: pytest.MonkeyPatch, digits: LabelledImages) -> None:
     """Runs find 300 digits to train and 100 to test on."""
-    test = load_images("digits", None, "test")
-    few_test = LabelledImages(test.images[:100], test.labels[:100])
-    monkeypatch.setattr(runs, "load_images", lambda *a: few_digits if a[2] == "train" else few_test)
+    test = few_digits(100, "test")
+    monkeypatch.setattr(runs, "load_images", lambda *a: digits if a[2] == "train" else test)
 
 
 def test_test_set_is_read_once_and_after_the_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,8 +307,7 @@ def test_test_set_is_read_once_and_after_the_last_epoch(tmp_path: Path, monkeypa
 
     def load(dataset: Any, data_dir: str | None, split: Any) -> LabelledImages:
         reads.append((split, epochs_in(folder)))
-        found = load_images(dataset, data_dir, split)
-        return LabelledImages(found.images[:300], found.labels[:300])
+        return few_digits(300, split)
 
     monkeypatch.setattr(runs, "load_images", load)
     start_and_stop(config, folder, 2)

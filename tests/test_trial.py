@@ -7,10 +7,10 @@ from statistics import fmean
 import pytest
 
 from byot.config import TrainConfig
-from byot.data import LabelledImages, load_images, split_validation
+from byot.data import LabelledImages, split_validation
 from byot.system.files import read_json_lines
 from search.trial import mean_record, train_seeds
-from tests.helpers import assert_same_state
+from tests.helpers import assert_same_state, few_digits
 
 CONFIG = TrainConfig(dataset="digits", width=2, epochs=3, val_fraction=0.2, device="cpu", seed=5)
 Data = tuple[LabelledImages, LabelledImages]
@@ -18,9 +18,7 @@ Data = tuple[LabelledImages, LabelledImages]
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    images = load_images("digits", None, "train")
-    images = LabelledImages(images.images[:300], images.labels[:300])
-    train, val = split_validation(images, fraction=CONFIG.val_fraction, seed=0)
+    train, val = split_validation(few_digits(300), fraction=CONFIG.val_fraction, seed=0)
     assert val is not None
     return train, val
 

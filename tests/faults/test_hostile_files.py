@@ -33,9 +33,7 @@ from byot.system.files import read_json, read_json_lines, write_json
 from search.space import read_space
 from tests.helpers import (
     Refuse,
-    assert_one_sentence,
     encode_png,
-    picture_of,
     random_pixels,
     run_command,
     write_parquet,
@@ -387,27 +385,6 @@ def test_a_damaged_line_of_epochs_is_passed_over(place: Path, line: str) -> None
 
 
 # ---------------------------------------------------------------- from a shell
-
-
-@pytest.mark.parametrize(
-    ("script", "kind", "name"),
-    [
-        ("byot/evaluate.py", "checkpoint", "signed archive with code"),
-        ("byot/train.py", "images", "image of 100 million pixels"),
-        ("analysis/report.py", "trials", "a cell without end"),
-    ],
-)
-def test_hostile_files_from_a_shell(place: Path, script: str, kind: str, name: str) -> None:
-    """In processes of their own, where warnings are printed and are no errors: none must be."""
-    file, readers = READERS[kind]
-    damage, words = DAMAGES[kind][name]
-    (place / file).write_bytes(damage((place / file).read_bytes()) or b"")
-    before = picture_of(place)
-    arguments = dict(readers)[Path(script).name]
-    done = run_command(arguments, cwd=place, script=script, BYOT_OUTPUTS=str(place / "outputs"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert_one_sentence(done.stderr, f"{Path(script).name}: ", file, words)
-    assert picture_of(place) == before, "nothing was run, nothing was written"
 
 
 def test_a_run_with_damaged_checkpoints_alone_from_a_shell(place: Path) -> None:

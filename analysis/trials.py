@@ -50,19 +50,17 @@ NOT_POOLED = ["epochs", "precision"]  # runs that differ in these are not compar
 # ---------------------------------------------------------------- trials
 
 
-def load_trials(path: Path) -> pd.DataFrame:
-    """Read the trial table of a search's folder, or of its trials.csv.
+def load_trials(folder: Path | str) -> pd.DataFrame:
+    """Read the trial table of a search's folder.
 
     Trials that were running when the table was written are brought up to date from their metrics.jsonl.
     Raises ValueError if the table is missing or damaged.
     """
-    table_path = path if path.suffix == ".csv" else path / "trials.csv"
+    table_path = Path(folder) / "trials.csv"
     if not table_path.exists():
         raise ValueError(f"there is no {table_path}: no trial of that search has started yet")
     trials = [_up_to_date(trial, table_path.parent) for trial in read_trials(table_path)]
-    with open(table_path, encoding="utf-8") as file:
-        header = file.readline().strip().split(",")
-    columns = trial_columns([name for name in header if name in SEARCHABLE])
+    columns = trial_columns(trials[0].params if trials else ())
     types = dict.fromkeys(columns, "float64")
     types |= {name: "str" for name in columns if name in (*TEXT_COLUMNS, *TEXT_PARAMETERS)}
     frame = pd.DataFrame([trial.to_row() for trial in trials], columns=columns)

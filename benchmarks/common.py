@@ -11,9 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import mean, stdev
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from byot.system.files import write_json
 from byot.system.paths import absolute_path, check_writable_file
@@ -21,7 +19,6 @@ from byot.system.paths import absolute_path, check_writable_file
 if TYPE_CHECKING:  # importing it would cost every `--help`
     from matplotlib.figure import Figure
 
-CONFIDENCE = 0.95
 Result = TypeVar("Result")
 
 # ---------------------------------------------------------------- flags
@@ -114,35 +111,18 @@ def save_figure(figure: "Figure", file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-class Estimate(NamedTuple):
-    """A mean and half the width of its 95 % confidence interval by Student's t, NaN for a single value."""
+def format_difference(values: Sequence[float], others: Sequence[float], *, bold: bool = False) -> str:
+    """Write the mean of paired differences, ± half of its 95 % interval where there are two pairs or more.
 
-    mean: float
-    half: float
+    With `bold` it is set in bold where it is resolved: the interval does not hold 0.
+    """
+    from search.significance import compare  # imports scipy
 
-    @property
-    def resolved(self) -> bool:
-        return abs(self.mean) > self.half
-
-
-def half_width(values: np.ndarray) -> np.ndarray:
-    """Compute half the width of the 95 % confidence interval of the mean along the first axis."""
-    from scipy import stats
-
-    return np.asarray(stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-
-
-def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
-    array = np.asarray(values)
-    return Estimate(float(array.mean()), float(half_width(array)) if len(array) > 1 else float("nan"))
-
-
-def paired_difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
-    return estimate(np.subtract(values, others))
-
-
-def format_difference(found: Estimate) -> str:
-    return f"{found.mean:+.2f}" + (f" ± {found.half:.2f}" if found.half == found.half else "")
+    if len(values) < 2:
+        return f"{values[0] - others[0]:+.2f}"
+    found = compare("", "", values, others)
+    text = f"{found.difference:+.2f} ± {found.half_width():.2f}"
+    return f"**{text}**" if bold and abs(found.difference) > found.half_width() else text
 
 
 def mean_and_sd(values: Sequence[float]) -> str:

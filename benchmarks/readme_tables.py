@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from analysis.verdict import accuracy_standard_error
-from benchmarks.common import format_difference, markdown, mean_and_sd, paired_difference
-from benchmarks.plans import ARM_NAMES, FIXED_ARMS, RESULTS, TABLE_PLANS, Arm, TablePlan, searched_settings
+from benchmarks.common import format_difference, markdown, mean_and_sd
+from benchmarks.plans import (
+    ARM_NAMES,
+    RESULTS,
+    TABLE_PLANS,
+    Arm,
+    TablePlan,
+    planned_runs,
+    read_record,
+    searched_settings,
+)
 from byot.config import CLASSIFIERS, TrainConfig, work_after
 from byot.search_files import ROLE_NAMES, load_confirmation, load_search, read_trials
 from byot.system.files import read_json, read_json_lines, write_output
@@ -26,7 +35,7 @@ from search.space import DEFAULT_SPACE
 README, RESULTS_PAGE = PROJECT_ROOT / "README.md", PROJECT_ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- tables: made by benchmarks/readme_tables.py from results/ -->", "<!-- end of the tables -->"
 NOTHING = "\N{EN DASH}"
-MOST_TRIALS = 8  # listed of a search
+MOST_TRIALS, MOST_SEEDS = 8, 100  # listed of a search; looked for of an arm
 CONFIRMED_SEARCH = "cifar100-w16-e6"  # shown beside those of the plans
 
 # Accuracies that others publish, percent, single runs; the reference implementation's: the best epoch on the test set.
@@ -82,21 +91,11 @@ def origin(records: Sequence[dict[str, Any]]) -> str:
 
 
 def load_runs(name: str, results: Path = RESULTS) -> Runs:
-    """Load a plan's runs that have ended, also those that diverged.
-
-    Raises ValueError for records with settings that are not the plan's, or not the same with every seed.
-    """
+    """Load a plan's runs that have ended, also those that diverged. Raises ValueError for a run of other settings."""
     found: Runs = {}
-    for arm in ARM_NAMES:
-        for path in sorted((results / "runs").glob(f"{name}-{arm}-s*.json")):
-            record = read_json(path)
-            config = TrainConfig.from_dict(record["config"])
-            first = next(iter(found.setdefault(arm, {}).values()), record)
-            weights = {weight: first["config"][weight] for weight in DEFAULT_SPACE}
-            expected = TABLE_PLANS[name].base.with_settings(seed=config.seed, **FIXED_ARMS.get(arm, weights))
-            if config.differing_settings(expected):
-                raise ValueError(f"{path} is not of the plan {name}")
-            found[arm][config.seed] = record
+    for run in planned_runs(name, TABLE_PLANS[name]._replace(num_seeds=MOST_SEEDS), results, results):
+        if (record := read_record(results, run)) is not None:
+            found.setdefault(run.arm, {})[run.config.seed] = record
     return found
 
 
@@ -167,9 +166,7 @@ def difference_rows(runs: Runs) -> list[list[str]]:
         cells = []
         pair = (by_classifier([runs[one][seed] for seed in seeds]) for one in (arm, other))
         for values, others in zip(*pair, strict=True):
-            found = None if None in (*values, *others) else paired_difference(values, others)
-            text = NOTHING if found is None else format_difference(found)
-            cells.append(f"**{text}**" if found is not None and found.resolved else text)
+            cells.append(NOTHING if None in (*values, *others) else format_difference(values, others, bold=True))
         rows.append([f"{ARM_NAMES[arm]} minus {ARM_NAMES[other]}", str(len(seeds)), *cells])
     return rows
 

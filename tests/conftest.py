@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import PROJECT, ParquetMaker, write_parquet
+from tests.helpers import PROJECT, Call, ParquetMaker, call_main, write_parquet
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -46,6 +46,12 @@ def cifar100_dir() -> Path:
     if not any(folder.glob("train*.parquet")):
         pytest.skip(f"CIFAR-100 is not in {folder}; name its parquet folder in BYOT_CIFAR100")
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Give a function that calls a module's main(): its exit code, and what it says on stdout and stderr."""
+    return lambda module, *arguments: call_main(module, "script", arguments, monkeypatch, capsys)
 
 
 @pytest.fixture

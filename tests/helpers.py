@@ -16,7 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+from byot.data import LabelledImages, Split, load_images
+
 PROJECT = Path(__file__).resolve().parents[1]
+Call = Callable[..., tuple[int, str, str]]
 ParquetMaker = Callable[..., Path]
 Refuse = Callable[..., None]  # of the program, its arguments as a tuple, and words its sentence must have
 LABEL_COLUMN = {"cifar100": "fine_label", "cifar10": "label"}
@@ -117,6 +120,10 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 def random_pixels(num_images: int, size: int = 32, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (num_images, size, size, 3), dtype=np.uint8)
+
+
+def few_digits(number: int, split: Split = "train") -> LabelledImages:
+    return LabelledImages(*(part[:number] for part in load_images("digits", None, split)))
 
 
 def write_parquet(

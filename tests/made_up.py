@@ -1,10 +1,12 @@
 """Made-up trials and records of searches, as a search writes them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from byot.config import TrainConfig
 from byot.search_files import MEASURES, Role, Status, TrialRecord, read_trials, space_to_dict
+from search.records import SearchRecords
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE
 
@@ -57,6 +59,15 @@ def search_record(config: TrainConfig = BASE, **fields: Any) -> dict[str, Any]:
         "hardware": {},
     }
     return record | fields
+
+
+def open_records(
+    folder: Path, *metrics: str, parameters: Iterable[str] = tuple(DEFAULT_SPACE), epochs: int = BASE.epochs
+) -> SearchRecords:
+    """The records of a search in this folder, by default of the validation accuracy."""
+    return SearchRecords(
+        folder, parameters=list(parameters), metrics=metrics or ("val_accuracy",), epochs=epochs, seed=0
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -15,14 +15,14 @@ from byot.system.files import read_json
 from search import records as records_module
 from search.callback import MAX_FAILURES, MAX_RETRIES, SearchWatch
 from search.plan import SearchPlan, Session
-from search.records import SearchRecords, save_search
+from search.records import save_search
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE
 from search.system.remote import Store, TakenOverError
 from search.table import LiveTable
 from search.trial import FAILED, UNWRITABLE
 from tests.faults.searches import load_mirror
-from tests.made_up import read_rows, search_record
+from tests.made_up import open_records, read_rows, search_record
 
 EPOCHS = 4
 
@@ -37,9 +37,7 @@ class Driver:
         self.asked_to_stop = 0
         store, settings, none = Store(folder), SearchSettings(num_samples=20), cast(Any, None)
         plan = SearchPlan(store, TrainConfig(), settings, DEFAULT_SPACE, none, none, none)
-        self.records = SearchRecords(
-            folder, parameters=list(DEFAULT_SPACE), metrics=("val_accuracy",), epochs=EPOCHS, seed=0
-        )
+        self.records = open_records(folder, epochs=EPOCHS)
         deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
         session = Session(plan, none, self.records, lambda: self.asked_to_stop, deadline)
         self.watch = SearchWatch(session, LiveTable())

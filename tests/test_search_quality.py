@@ -7,20 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 from optuna.trial import TrialState
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks.quality import families, search_quality
 from benchmarks.quality.curves import Curve, curves_path, save_curves
-from benchmarks.quality.families import NUM_LOOKED_AT, SYNTHETIC, Family, Run, load_family
-from benchmarks.quality.search_quality import METHODS, Ours, Proposal, Stock, run_search, simulate
+from benchmarks.quality.families import NUM_LOOKED_AT, SYNTHETIC, load_family
+from benchmarks.quality.search_quality import METHODS, Ours, Stock, simulate
 from byot.search_files import MEASURES, space_to_dict
 from byot.system.files import read_json
 from search.space import DEFAULT_SPACE
-from search.study import BudgetAwareSearch, RecordedAsha
-from tests.helpers import call_main
+from tests.helpers import Call
 
-NOWHERE = Path("no such folder")
 EPOCHS = 3
 CORNERS = {"low": (0.1, 2.0, 1e-7), "high": (0.9, 9.0, 1e-4)}  # alpha, temperature, beta
 PLANTED = {  # (corner or role, seed): val_accuracy by epoch
@@ -52,44 +48,6 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# Without noise: every configuration has its final value from its first epoch on.
-FLAT = Family(DEFAULT_SPACE, 9, lambda params, rng: Run([0.5] * 9, 0.5), best=1.0, typical=0.0, grace=2)
-
-
-class Scripted:
-    """A method that proposes the same and stops where it is told; it counts what it is told of."""
-
-    def __init__(self, stop_at: int) -> None:
-        self.stop_at = stop_at
-        self.reports: list[tuple[str, int]] = []
-        self.num_begun = 0
-
-    def begin(self) -> Proposal:
-        self.num_begun += 1
-        return Proposal(str(self.num_begun), "sampled", {"alpha": 0.1, "temperature": 2.0, "beta": 1e-7})
-
-    def report(self, trial: Proposal, epoch: int, value: float) -> bool:
-        self.reports.append((trial.trial_id, epoch))
-        return epoch < self.stop_at
-
-
-@pytest.mark.parametrize("budget", [1, 40, 163])
-@pytest.mark.parametrize("stop_at", [1, 4, 9])
-def test_the_budget_is_spent_exactly(budget: int, stop_at: int) -> None:
-    method = Scripted(stop_at)
-    outcome = simulate(method, FLAT, budget=budget, seed=0)
-    assert len(method.reports) == len(set(method.reports)) == len(outcome.regret) == budget
-    by_trial: dict[str, list[int]] = {}
-    for trial_id, epoch in method.reports:
-        by_trial.setdefault(trial_id, []).append(epoch)
-    assert all(epochs == list(range(1, len(epochs) + 1)) for epochs in by_trial.values())
-    ended = sum(len(epochs) == stop_at for epochs in by_trial.values())
-    assert outcome.num_begun == method.num_begun == ended + search_quality.NUM_WORKERS
-    assert outcome.num_completed == (ended if stop_at == 9 else 0)
-    # A trial that did not reach its last epoch was not found, whatever its values.
-    assert outcome.regret[-1] == (0.5 if outcome.num_completed else 1.0)
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_in_every_way_of_ending(name: str, planted: Path) -> None:
     """Diverged, stopped and complete trials; what a method's own study then knows is what it should."""
@@ -97,6 +55,7 @@ def test_every_method_in_every_way_of_ending(name: str, planted: Path) -> None:
     method = Ours(family, 0) if name == "ours" else Stock(family, 0, name)
     outcome = simulate(method, family, budget=120, seed=0)
     assert outcome.num_completed > 0
+    assert len(outcome.regret) == 120
     assert outcome.regret.min() >= 0.0, "the control is never what was found"
     study: Any = method.searcher.make_study() if isinstance(method, Ours) else method.searcher._ot_study
     states = [trial.state for trial in study.trials]
@@ -144,7 +103,7 @@ def test_a_proposal_between_configurations_takes_their_mean(planted: Path, monke
 @pytest.mark.parametrize("name", SYNTHETIC)
 def test_the_best_of_a_synthetic_family(name: str) -> None:
     """No configuration is better than what regret is measured from, and training ends at the truth but for noise."""
-    family = load_family(name, NOWHERE)
+    family = load_family(name, Path("no such folder"))
     rng = np.random.default_rng(1)
     drawn = [
         {name: bounds.at(place) for (name, bounds), place in pairs}
@@ -159,38 +118,13 @@ def test_the_best_of_a_synthetic_family(name: str) -> None:
     assert all(len(run.values) == family.epochs for run in runs)
 
 
-@pytest.mark.parametrize("name", ["ours", "stock"])
-def test_the_same_seed_gives_the_same_search(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 5)
-    first, again, other = (run_search("acc", name, seed, NOWHERE)[2] for seed in (5, 5, 6))
-    assert first.regret.tolist() == again.regret.tolist()
-    assert first.num_begun == again.num_begun
-    assert first.regret.tolist() != other.regret.tolist()
-
-
-def test_what_is_compared_is_the_real_thing(planted: Path) -> None:
-    """Ray's classes are Ray's own with their defaults; ours are those of a search but for the disk."""
-    family = load_family("digits", planted)
-    stock = Stock(family, 0, "stock")
-    assert (type(stock.searcher), type(stock.scheduler)) == (OptunaSearch, AsyncHyperBandScheduler)
-    default: Any = AsyncHyperBandScheduler(max_t=EPOCHS)
-    scheduler: Any = stock.scheduler
-    assert scheduler._reduction_factor == default._reduction_factor
-    study: Any = stock.searcher._ot_study
-    plain: Any = OptunaSearch(stock.searcher._space, metric="x", mode="max")._ot_study
-    assert type(study.sampler) is type(plain.sampler)
-    assert study.sampler._n_startup_trials == plain.sampler._n_startup_trials
-    assert type(Stock(family, 0, "random").scheduler) is FIFOScheduler
-    ours = Ours(family, 0)
-    assert (type(ours.searcher), type(ours.scheduler)) == (BudgetAwareSearch, RecordedAsha)
-
-
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 4)
     record, figure = tmp_path / "made" / "record.json", tmp_path / "figure.png"
     arguments = ["--families", "acc", "--seeds", 2, "--output", record, "--figure", figure]
-    code, out, _ = call_main(search_quality, "search_quality.py", arguments, monkeypatch, capsys)
+    code, out, _ = call(search_quality, *arguments)
     assert code == 0
+    assert call(search_quality, *arguments[:4]) == (0, out, ""), "the same seeds, the same searches"
     found = read_json(record)
     assert found["versions"]["ray"]
     acc = found["families"]["acc"]
@@ -202,5 +136,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert row["final"]["mean"] == pytest.approx(np.mean(row["final_by_seed"])) == pytest.approx(row["regret"][-1])
         paired = np.subtract(row["final_by_seed"], acc["methods"]["stock"]["final_by_seed"])
         assert row["minus_stock"]["mean"] == pytest.approx(paired.mean())
+        assert len(set(row["final_by_seed"])) == 2, "another seed, another search"
     assert acc["methods"]["random"]["reaches_random_at"] <= acc["budget"]
     assert figure.read_bytes().startswith(b"\x89PNG")

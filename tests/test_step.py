@@ -21,23 +21,19 @@ from torch.utils._pytree import tree_leaves
 
 from byot import trainer
 from byot.config import Acceleration, TrainConfig
-from byot.data import LabelledImages, load_images
+from byot.data import LabelledImages
 from byot.metrics import EpochMetrics
 from byot.system import cuda_graph
 from byot.system.cuda_graph import RecordingError
 from byot.system.distributed import Processes
 from byot.system.stopping import OutOfMemoryError
 from byot.trainer import Trainer, records_graphs
-from tests.helpers import random_pixels
+from tests.helpers import few_digits, random_pixels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DIGITS = TrainConfig(dataset="digits", width=4, epochs=2, lr=1e-3, batch_size=50, device="cpu", precision="fp32")
 FEW_DIGITS = DIGITS.with_settings(batch_size=10)
 CIFAR = DIGITS.with_settings(dataset="cifar100", epochs=3, batch_size=4)
-
-
-def digits(number: int) -> LabelledImages:
-    return LabelledImages(*(part[:number] for part in load_images("digits", None, "train")))
 
 
 def random_images(number: int) -> LabelledImages:
@@ -192,14 +188,14 @@ def test_a_host_read_is_found(graphs: list[PlayedGraph], monkeypatch: pytest.Mon
         mean[mean > 0]
 
     monkeypatch.setattr(Trainer, "train_step", read)
-    train(FEW_DIGITS, digits(20))
+    train(FEW_DIGITS, few_digits(20))
     (graph,) = graphs
     assert graph.recorder.host_reads == ["aten._local_scalar_dense.default", "aten.index.Tensor"]
 
 
 def test_a_restored_state_is_recorded_anew(graphs: list[PlayedGraph]) -> None:
     """A graph has the momentum of before in it."""
-    trained = Trainer(FEW_DIGITS, digits(40))
+    trained = Trainer(FEW_DIGITS, few_digits(40))
     epochs = iter(trained)
     next(epochs)
     state = copy.deepcopy(trained.state_dict())
@@ -241,7 +237,7 @@ def test_without_a_graph_training_goes_on_eagerly(graphs: list[PlayedGraph]) -> 
 def test_a_graph_that_was_asked_for_and_fails_is_an_error(
     graphs: list[PlayedGraph], error: type[Exception], words: str
 ) -> None:
-    trained = Trainer(FEW_DIGITS.with_settings(acceleration="graph"), digits(40))
+    trained = Trainer(FEW_DIGITS.with_settings(acceleration="graph"), few_digits(40))
     with pytest.raises(error, match=words):
         next(iter(trained))
     assert (trained.step, len(graphs)) == (WARMUP_CALLS, 1)
@@ -256,7 +252,9 @@ def test_a_compiled_step_is_an_eager_one() -> None:
 
     At ten times the learning rate rounding alone makes a percent of difference within these few steps.
     """
-    eager, compiled = (Trainer(DIGITS.with_settings(acceleration=mode), digits(220)) for mode in ("none", "compile"))
+    eager, compiled = (
+        Trainer(DIGITS.with_settings(acceleration=mode), few_digits(220)) for mode in ("none", "compile")
+    )
     expected, found = ([metrics.loss for metrics in trained] for trained in (eager, compiled))
     assert found == pytest.approx(expected, rel=1e-3)
     assert found != expected, "the same to the last bit: nothing was compiled"

@@ -15,13 +15,10 @@ from byot.system.files import append_json_line
 from search.records import SearchRecords
 from search.space import DEFAULT_SPACE, FirstPoint, first_points
 from search.study import PRIOR_SD, BudgetAwareSearch, RecordedAsha, to_optuna
+from tests.made_up import open_records
 
 EPOCHS = 18
 CONTROLLER: Any = None  # the scheduler does without
-
-
-def open_records(folder: Path, metrics: tuple[str, ...] = ("val_accuracy",)) -> SearchRecords:
-    return SearchRecords(folder, parameters=list(DEFAULT_SPACE), metrics=metrics, epochs=EPOCHS, seed=0)
 
 
 def make_searcher(records: SearchRecords, num_samples: int = 40, seed: int = 0, **options: Any) -> BudgetAwareSearch:
@@ -34,12 +31,12 @@ class MadeUpSearch:
 
     def __init__(self, folder: Path, *metrics: str, stops_early: bool = True, **options: Any) -> None:
         """`options` are the searcher's."""
-        self.folder, self.metrics = folder, metrics or ("val_accuracy",)
+        self.folder, self.metrics = folder, metrics
         self.stops_early, self.options = stops_early, options
         self.restart()
 
     def restart(self) -> None:
-        self.records = open_records(self.folder, self.metrics)
+        self.records = open_records(self.folder, *self.metrics, epochs=EPOCHS)
         self.searcher = make_searcher(self.records, **self.options)
         self.scheduler = RecordedAsha(self.records, stops_early=self.stops_early)
 
@@ -118,7 +115,7 @@ def test_a_dashboard_is_shown_no_best_trial_without_parameters(begun: MadeUpSear
 def test_a_reference_outside_the_space_is_run_but_not_known(tmp_path: Path):
     space = {**DEFAULT_SPACE, "alpha": Range(0.3, 0.9)}
     first = first_points(space, TrainConfig())
-    searcher = BudgetAwareSearch(open_records(tmp_path), space, first=first, num_samples=9, seed=0)
+    searcher = BudgetAwareSearch(open_records(tmp_path, epochs=EPOCHS), space, first=first, num_samples=9, seed=0)
     assert searcher.suggest("x")["params"]["alpha"] == 0.1
     assert searcher.make_study().trials == []
 
@@ -281,7 +278,7 @@ def test_a_trial_left_out_is_followed_by_no_copy(begun: MadeUpSearch):
 
 @pytest.mark.parametrize(("num_samples", "startup"), [(4, 2), (24, 6), (400, 10)])
 def test_few_trials_are_not_all_random(tmp_path: Path, num_samples: int, startup: int):
-    sampler: Any = make_searcher(open_records(tmp_path), num_samples).make_study().sampler
+    sampler: Any = make_searcher(open_records(tmp_path, epochs=EPOCHS), num_samples).make_study().sampler
     assert sampler._n_startup_trials == startup
 
 

@@ -24,16 +24,11 @@ from search.records import SearchRecords
 from search.settings import expected_work, expected_work_left, grace_epochs
 from search.table import NUM_MEASURED, LiveTable, estimate_left_s, render
 from tests.helpers import FakeTerminal, command_environment, command_line
+from tests.made_up import open_records
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 PARAMS = {"alpha": 0.12345, "temperature": 9.8765, "beta": 1.2345e-05, "lr": 0.0123456, "weight_decay": 0.000123456}
 TIMES = {"time": "1:02:34", "left": "about 22 min", "epochs/s": "1.43"}
-
-
-def make_records(folder: Path, *, metric: str = "val_accuracy", params: int = 3, epochs: int = 30) -> SearchRecords:
-    return SearchRecords(
-        folder / "resnet18", parameters=list(PARAMS)[:params], metrics=(metric,), epochs=epochs, seed=0
-    )
 
 
 def begin(records: SearchRecords, epochs: int, value: float = 50.0, *, role="sampled", seconds: float = 1.0) -> str:
@@ -47,7 +42,7 @@ def begin(records: SearchRecords, epochs: int, value: float = 50.0, *, role="sam
 @pytest.fixture
 def records(tmp_path: Path) -> SearchRecords:
     """One trial of each kind; t0003 and t0004 are not at their end."""
-    records = make_records(tmp_path)
+    records = open_records(tmp_path / "resnet18", epochs=30)
     records.end(begin(records, 30, 92.361, role="reference"), "completed")
     records.end(begin(records, 3), "stopped")
     records.end(begin(records, 1), "failed")
@@ -86,7 +81,7 @@ def test_all_that_is_known_is_shown(records: SearchRecords):
 @pytest.mark.parametrize("params", [3, 5])
 @pytest.mark.parametrize("metric", ["val_nll", "val_accuracy", "val_accuracy_ensemble"])
 def test_no_width_loses_a_number(tmp_path: Path, params: int, metric: str):
-    records = make_records(tmp_path, metric=metric, params=params)
+    records = open_records(tmp_path / "resnet18", metric, parameters=list(PARAMS)[:params], epochs=30)
     begin(records, 10, 0.5025)
     value = "0.5025" if metric == "val_nll" else "0.50"
     numbers = ["t0000", "10/30", value, *(f"{value:.3g}" for value in list(PARAMS.values())[:params])]
@@ -116,7 +111,7 @@ def test_epochs_that_asha_leaves(epochs: int, rungs: list[int]):
 
 
 def test_time_left_falls_from_what_is_expected_of_all_to_nothing(tmp_path: Path):
-    records = make_records(tmp_path)
+    records = open_records(tmp_path / "resnet18", epochs=30)
     left = [estimate_left_s(records, 4, 2.0)]
     assert left[0] == pytest.approx(expected_work(4, 30, 3) / 2.0)
     assert estimate_left_s(records, 4, 2.0, stops_early=False) == 4 * 30 / 2.0
@@ -130,7 +125,7 @@ def test_time_left_falls_from_what_is_expected_of_all_to_nothing(tmp_path: Path)
 
 
 def test_the_last_trial_takes_its_own_time_however_quick_all_were_together(tmp_path: Path):
-    records = make_records(tmp_path)
+    records = open_records(tmp_path / "resnet18", epochs=30)
     begin(records, 10, role="reference", seconds=4.0)
     assert estimate_left_s(records, 1, work_per_s=8.0) == 20 * 4.0
 

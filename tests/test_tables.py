@@ -17,8 +17,8 @@ from benchmarks.plans import (
     read_record,
     searched_settings,
 )
-from benchmarks.readme_tables import BEGIN, END, load_runs, plan_section, with_tables
-from benchmarks.tables import TOY, keep_record
+from benchmarks.readme_tables import plan_section
+from benchmarks.tables import keep_record
 from byot.config import TrainConfig
 from byot.system.files import read_json, write_json, write_text
 from byot.system.paths import PROJECT_ROOT
@@ -173,23 +173,3 @@ def test_a_run_that_diverged_is_named_under_the_table(tmp_path: Path):
     text = plan_section("tiny", TABLE_PLANS["tiny"], tmp_path)
     assert "| self distillation, the reference's setting | 1 | 29.00 |" in text
     assert "Diverged, and left out above: self distillation, the reference's setting, seed 1." in text
-
-
-def test_runs_of_other_settings_make_no_table(tmp_path: Path):
-    """Nor do seeds of different searched settings share a row."""
-    base = TABLE_PLANS["tiny"].base
-    for seed, alpha in enumerate((0.3, 0.3, 0.4)):
-        config = base.with_settings(alpha=alpha, seed=seed)
-        write_json(tmp_path / "runs" / f"tiny-searched-s{seed}.json", {"config": config.to_dict()})
-    for name in ("tiny-searched-s2", "tiny-reference-s0"):
-        with pytest.raises(ValueError, match=rf"{name}\.json is not of the plan tiny"):
-            load_runs("tiny", tmp_path)
-        write_json(tmp_path / "runs" / "tiny-reference-s0.json", {"config": base.with_settings(**TOY).to_dict()})
-
-
-def test_tables_go_between_their_marks():
-    page = f"# a\n\n{BEGIN}\n\nold\n\n{END}\n\nb\n"
-    assert with_tables(page, "new") == f"# a\n\n{BEGIN}\n\nnew\n\n{END}\n\nb\n"
-    assert with_tables(with_tables(page, "new"), "old") == page
-    with pytest.raises(ValueError, match="for the tables to go between"):
-        with_tables("# a\n", "new")

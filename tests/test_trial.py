@@ -3,31 +3,24 @@
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import pytest
 
 from byot.config import TrainConfig
-from byot.data import LabelledImages, load_images, split_validation
+from byot.data import LabelledImages, split_validation
 from byot.system.files import read_json_lines
 from search.trial import mean_record, train_seeds
+from tests.helpers import assert_same_state, few_digits
 
 CONFIG = TrainConfig(dataset="digits", width=2, epochs=3, val_fraction=0.2, device="cpu", seed=5)
-TIMES = ("elapsed_s", "images_per_s")
 Data = tuple[LabelledImages, LabelledImages]
 
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    images = load_images("digits", None, "train")
-    images = LabelledImages(images.images[:300], images.labels[:300])
-    train, val = split_validation(images, fraction=CONFIG.val_fraction, seed=0)
+    train, val = split_validation(few_digits(300), fraction=CONFIG.val_fraction, seed=0)
     assert val is not None
     return train, val
-
-
-def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
 
 
 def test_several_seeds_are_the_mean_of_each_alone(tmp_path: Path, data: Data):
@@ -56,8 +49,8 @@ def test_it_goes_on_exactly_where_it_was_stopped(tmp_path: Path, data: Data, epo
     lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     (broken / "metrics.jsonl").write_text("".join(lines[:-1]))
     resumed = list(train_seeds(CONFIG, 2, broken, *data, timed=None))
-    assert timeless(resumed) == timeless(whole)
-    assert timeless(read_json_lines(broken / "metrics.jsonl")) == timeless(whole)
+    assert_same_state(resumed, whole)
+    assert_same_state(read_json_lines(broken / "metrics.jsonl"), whole)
 
 
 def test_mean_record():

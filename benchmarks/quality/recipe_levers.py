@@ -8,7 +8,7 @@ CIFAR-100, ResNet18 with four classifiers, the reference's loss weights. A run t
 and is measured once, after its last step, on the 5,000 that a search holds out: levers are chosen by these figures, so
 the test set is not read. Records of an earlier version, trained on all 50,000 images and measured on the test images,
 have tables of their own. A budget of 3 is the arithmetic of three epochs at 32 pixels: smaller images earn epochs. The
-project's Trainer does the steps, with levers that the project has not taken over, so that they can be tried.
+project's Trainer does the steps, with the lever in place of the recipe's own.
 """
 
 import math
@@ -21,10 +21,9 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from torch import nn
 
 from benchmarks import common
-from byot.batches import Batch, EpochPlan, draw_epoch, in_order
+from byot.batches import Batch
 from byot.config import CLASSIFIERS, Teacher, TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
 from byot.system.files import append_json_line, read_json_lines, write_text
@@ -55,22 +54,15 @@ class Levers:
     batch_size: int = 128
     lr: float = 0.2  # peak, of SGD
     momentum: float = 0.9
-    weight_decay: float = 5e-4  # of what SGD trains
-    decay_norms: bool = False
     warmup: float = 0.15  # share of the run
     cosine: bool = False
     optimizer: Literal["sgd", "muon"] = "muon"
     filter_step: float = 0.05  # peak, of Muon: share of a filter bank's norm
     sizes: tuple[tuple[int, float], ...] = GROWING  # (pixels, until this share of the run), then 32
     padding: int = 2
-    alternating_flip: bool = False
     cutout: int = 0  # pixels
     label_smoothing: float = 0.0
     teacher: Teacher = "deepest"
-    alpha: float = 0.1
-    alpha_ramp: float = 0.0  # share of the run in which alpha grows from 0
-    zero_init: bool = False  # of each block's last normalisation
-    averaging: float = 0.0  # decay a step of an exponential moving average of the weights; that is tested
 
     def mean_cost(self) -> float:
         """Compute the mean cost of a step, in steps at 32 pixels."""
@@ -103,17 +95,12 @@ ROWS: dict[str, Levers] = {
     "label smoothing 0.1": replace(BASE, label_smoothing=0.1),
     "ensemble teaches": replace(BASE, teacher="ensemble"),
     "padding 4": replace(BASE, padding=4),
-    "alternating flip": replace(BASE, alternating_flip=True),
     "cutout 8": replace(BASE, cutout=8),
-    "decay on norms": replace(BASE, decay_norms=True),
     "cosine": replace(BASE, cosine=True),
     "warm-up 5 %": replace(BASE, warmup=0.05),
     "warm-up 30 %": replace(BASE, warmup=0.3),
     "momentum 0.95": replace(BASE, momentum=0.95),
     "momentum 0.85": replace(BASE, momentum=0.85),
-    "alpha ramp 50 %": replace(BASE, alpha_ramp=0.5),
-    "zero init": replace(BASE, zero_init=True),
-    "averaging 0.99": replace(BASE, averaging=0.99),
 }
 
 
@@ -123,67 +110,30 @@ class LeverTrainer(Trainer):
     def __init__(self, levers: Levers, config: TrainConfig, train: LabelledImages, budget: float) -> None:
         super().__init__(config, train)
         self.levers, self.done = levers, 0
-        self.average: list[torch.Tensor] = []
         self.num_steps = round(len(train.labels) / levers.batch_size * budget / levers.mean_cost())
-        filters, matrices, vectors = self.optimizer.param_groups
         if levers.optimizer == "sgd":
-            filters |= {"orthogonal": False, "weight_decay": levers.weight_decay}
-        matrices["weight_decay"] = levers.weight_decay
-        vectors["weight_decay"] = levers.weight_decay * levers.decay_norms
-        if levers.zero_init:
-            for name, parameter in self.model.trunk.named_parameters():
-                if name.endswith("bn2.weight"):
-                    nn.init.zeros_(parameter)
+            self.optimizer.param_groups[0] |= {"orthogonal": False, "weight_decay": config.weight_decay}
 
     def train_step(self, batch: Batch, size: int, num_images: int) -> None:
         levers, progress = self.levers, self.done / self.num_steps
         self.optimizer.lr.fill_(levers.lr * levers.schedule(progress))
-        if levers.alpha_ramp:
-            self.config = self.config.with_settings(alpha=levers.alpha * min(1.0, progress / levers.alpha_ramp))
         super().train_step(batch, levers.size(progress), num_images)
-        if levers.averaging:
-            parameters = list(self.model.parameters())
-            with torch.no_grad():
-                self.average = self.average or [p.clone() for p in parameters]
-                torch._foreach_lerp_(self.average, parameters, 1 - levers.averaging)
         self.done += 1
         if self.done == self.num_steps:
             raise EnoughError
-
-    @torch.no_grad()
-    def use_average(self) -> None:
-        """Put averaged weights in, and statistics of batch normalisation that belong to them."""
-        torch._foreach_copy_(list(self.model.parameters()), self.average)
-        for part in self.model.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                part.reset_running_stats()
-                part.momentum = None  # the plain mean over the batches
-        batches = in_order(self.train_images, 256, self.normalisation)
-        for _, (images, _) in zip(range(20), batches, strict=False):
-            self.model(images)
-
-
-def draw(levers: Levers, config: TrainConfig, num_images: int, epoch: int) -> EpochPlan:
-    """Draw an epoch's plan; with alternating flips every image is mirrored in every second epoch."""
-    plan = draw_epoch(config, num_images, epoch)
-    if not levers.alternating_flip:
-        return plan
-    first = torch.rand(num_images, generator=torch.Generator().manual_seed(config.seed)) < 0.5
-    return plan._replace(flips=(first ^ bool(epoch % 2))[plan.order])
 
 
 def train(levers: Levers, *, budget: float, width: int, seed: int, data_dir: str | None) -> dict[str, Any]:
     """Do one run and measure its accuracies on the held-out images, shallow to deep, then the ensemble's."""
     torch.set_num_threads(1)
     same = {name: getattr(levers, name) for name in ("batch_size", "lr", "momentum", "label_smoothing", "teacher")}
-    config = TrainConfig(width=width, seed=seed, epochs=10_000, alpha=levers.alpha, device="cpu", **same)
+    config = TrainConfig(width=width, seed=seed, epochs=10_000, device="cpu", **same)
     images = load_images("cifar100", data_dir, "train")
     training, held_out = split_validation(images, fraction=0.1, seed=config.split_seed)
     assert held_out is not None
     with (
         patch("byot.batches.crop_padding", lambda config: levers.padding),
         patch("byot.batches.cutout_size", lambda config: levers.cutout),
-        patch("byot.trainer.draw_epoch", lambda *given: draw(levers, *given)),
         patch("byot.optimizer.FILTER_STEP", levers.filter_step / levers.lr),
     ):
         trainer = LeverTrainer(levers, config, training, budget)
@@ -191,8 +141,6 @@ def train(levers: Levers, *, budget: float, width: int, seed: int, data_dir: str
         with suppress(EnoughError, DivergedError):  # what has diverged is measured as it is
             list(trainer)
         cpu_s = time.process_time() - started
-    if trainer.average:
-        trainer.use_average()
     return {
         "val_accuracy": [round(value, 2) for value in trainer.evaluate_on(held_out).accuracy],
         "cpu_s": round(cpu_s),
@@ -223,7 +171,7 @@ def make_tables(records: list[dict[str, Any]]) -> Iterator[str]:
                 pairs = [(run[measure][-2], base[run["seed"]]) for run in runs if run["seed"] in base]
                 difference = ""
                 if row != "base" and pairs:
-                    difference = common.format_difference(common.paired_difference(*zip(*pairs, strict=True)))
+                    difference = common.format_difference(*zip(*pairs, strict=True))
                 accuracies = map(common.mean_and_sd, zip(*(run[measure] for run in runs), strict=True))
                 rows.append([row, str(len(runs)), *accuracies, difference, f"{fmean(r['cpu_s'] for r in runs):.0f}"])
             title = f"Width {width}, the arithmetic of {budget:g} epochs at 32 pixels, on {images}:"

@@ -30,12 +30,12 @@ from ray.tune.search.optuna import OptunaSearch
 
 from analysis.figures import BLUE, GREEN, GREY, ORANGE, STYLE, WIDTH
 from benchmarks import common
-from benchmarks.common import Estimate, estimate, half_width
 from benchmarks.quality.curves import FOLDER, curves_path
 from benchmarks.quality.families import RECORDED, SYNTHETIC, Family, load_family
 from byot.console import text_table
 from byot.search_files import DIVERGED, Status, TrialRecord
 from byot.system.flags import Parser, one_sentence_errors
+from search import significance
 from search.records import SearchRecords
 from search.study import BudgetAwareSearch, RecordedAsha, make_distributions
 
@@ -214,6 +214,12 @@ _family = cache(load_family)
 # ---------------------------------------------------------------- statistics
 
 
+def estimate(values: np.ndarray, others: np.ndarray) -> dict[str, float]:
+    """Compute the mean of the differences over the seeds and half the width of its interval."""
+    found = significance.compare("", "", values.tolist(), others.tolist())
+    return {"mean": found.difference, "half": found.half_width()}
+
+
 def first_reached(regret: np.ndarray, level: float) -> int | None:
     """Count the epochs spent when a curve is first at the level or below it; None if it never is."""
     reached = np.flatnonzero(regret <= level)
@@ -228,17 +234,17 @@ def summarise(outcomes: dict[str, list[Outcome]], epochs: int) -> dict[str, Any]
     grid = np.arange(epochs, budget + 1, epochs)
     rows = {}
     for name, regret in regrets.items():
-        shown, final = regret[:, grid - 1], regret[:, -1]
+        shown, final, zeros = regret[:, grid - 1], regret[:, -1], np.zeros(len(regret))
         reached = first_reached(regret.mean(axis=0), level)
         rows[name] = {
-            "final": estimate(final)._asdict(),
-            "minus_stock": estimate(final - regrets["stock"][:, -1])._asdict(),
+            "final": estimate(final, zeros),
+            "minus_stock": estimate(final, regrets["stock"][:, -1]),
             "reaches_random_at": reached,
             "share_of_budget": None if reached is None else reached / budget,
             "trials_begun": float(np.mean([outcome.num_begun for outcome in outcomes[name]])),
             "trials_completed": float(np.mean([outcome.num_completed for outcome in outcomes[name]])),
             "regret": shown.mean(axis=0).tolist(),
-            "half_width": half_width(shown).tolist(),
+            "half_width": [estimate(values, zeros)["half"] for values in shown.T],
             "final_by_seed": final.tolist(),
         }
     return {"epochs_a_trial": epochs, "budget": budget, "grid": grid.tolist(), "methods": rows}
@@ -247,12 +253,11 @@ def summarise(outcomes: dict[str, list[Outcome]], epochs: int) -> dict[str, Any]
 def to_text(name: str, found: dict[str, Any]) -> str:
     rows = []
     for method, row in found["methods"].items():
-        final, minus = (Estimate(**row[of]) for of in ("final", "minus_stock"))
         reached = row["reaches_random_at"]
         rows.append(
             [
                 f"  {METHODS[method][0]}",
-                *(f"{one.mean:.4g} ± {one.half:.2g}" for one in (final, minus)),
+                *("{mean:.4g} ± {half:.2g}".format(**row[of]) for of in ("final", "minus_stock")),
                 "never" if reached is None else f"{reached} ({row['share_of_budget']:.2f})",
                 *(f"{row[count]:.0f}" for count in ("trials_begun", "trials_completed")),
             ]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # of one process or over several
 
 from byot.system.paths import cache_folder
+from byot.system.provenance import read_cpu_info
 
 SOURCE = Path(__file__).with_name("norm_relu.c")
 LANES = 16  # as in the source: channels done together
@@ -151,8 +152,4 @@ def _compiled() -> Path:
 
 def _processor() -> str:
     """Describe the processor: what is compiled for one may not run on another with other instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    return "".join(sorted(set(read_cpu_info("model name", "flags", "Features")))) or platform.processor()

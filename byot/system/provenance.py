@@ -43,18 +43,19 @@ def find_versions() -> dict[str, str]:
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
+    models = read_cpu_info("model name")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": _cpu_name(),
+        "cpu": models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
 
 
-def _cpu_name() -> str:
+def read_cpu_info(*names: str) -> list[str]:
+    """Read what the system says of the processor under these names, such as "model name"; nothing off Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    except OSError:
+        return []
+    return [line for line in lines if line.startswith(names)]

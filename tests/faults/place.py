@@ -26,7 +26,7 @@ import search.driver
 import search.system.resources
 import search.tune
 from byot.config import TrainConfig
-from byot.data import LabelledImages, load_images
+from byot.data import LabelledImages
 from byot.metrics import Evaluation
 from byot.system.checkpoint import save_checkpoint
 from byot.system.files import write_json
@@ -34,7 +34,7 @@ from byot.system.lock import LOCK_FILE
 from byot.system.paths import PROJECT_ROOT
 from byot.trainer import Trainer
 from tests.faults.tally import TALLY
-from tests.helpers import Refuse, assert_one_sentence, call_main, picture_of, random_pixels, write_parquet
+from tests.helpers import Refuse, assert_one_sentence, call_main, few_digits, picture_of, random_pixels, write_parquet
 
 FAULTS = {"test_command_lines": "a bad command line", "test_hostile_files": "a damaged or hostile file to read"}
 SPACE = "[alpha]\nlow = 0.0\nhigh = 0.5\n\n[lr]\nlow = 0.01\nhigh = 0.5\nlog = true\n"
@@ -58,9 +58,8 @@ def programs() -> dict[str, Any]:
 def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make, once, what lies in the current folder of every test here."""
     folder = tmp_path_factory.mktemp("belongings")
-    digits = load_images("digits", None, "train")
     config = TrainConfig(dataset="digits", width=1, epochs=2, batch_size=64, device="cpu")
-    trainer = Trainer(config, digits._replace(images=digits.images[:64], labels=digits.labels[:64]))
+    trainer = Trainer(config, few_digits(64))
     next(iter(trainer))
     save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
     cifar = LabelledImages(random_pixels(2), np.arange(2))

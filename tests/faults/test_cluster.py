@@ -70,7 +70,6 @@ def test_a_folder_of_the_driver_alone(tmp_path: Path, cluster: Any) -> None:
     address = cluster.address.partition(":")[0]
     named = f"{NUM_NODES} of {NUM_NODES} nodes cannot work on {search.folder}"
     assert_one_sentence(done.stderr, named, f"{address} (it does not see the folder)")
-    assert not list(search.outputs.iterdir())
 
 
 @slow

@@ -18,6 +18,7 @@ pytest_plugins = ["tests.faults.place"]
 
 LONG = "n" * 300  # more than a file system takes for one name
 HUGE = "9" * 400  # more than a float holds
+NO_SECRET = "tune.py: --storage-path must have no secret in it: credentials come from the environment\n"  # and no more
 
 LINES: dict[str, list[tuple[str, str]]] = {
     "train.py": [
@@ -31,11 +32,8 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("'--\x1b[31m'", r"unrecognized arguments: --\x1b[31m"),  # nothing that a terminal obeys
         ("stray", "unrecognized arguments: stray"),
         ("--fresh=yes", "ignored explicit argument 'yes'"),
-        ("--width 1025", "width must lie between 1 and 1024, not 1025"),
         (f"--epochs {HUGE}", "epochs must be at most 1000000"),
         (f"--lr {HUGE}", "lr must be a finite number above 0, not inf"),
-        ("--alpha nan", "alpha must lie between 0 and 1, not nan"),
-        ("--seed -1", "seed must lie between 0 and 4294967295, not -1"),
         ("--teacher ensemble --loss-form plain", "teacher ensemble needs the shallow classifiers"),
         ("--dataset digits --val-fraction 1e-9", "images holds out none; give more"),
         ("--dataset digits --device cuda", "device cuda is not available here"),
@@ -50,10 +48,8 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("--dataset digits --outputs file", "file is not a folder"),
         ("--dataset digits --outputs file/below", "file is not a folder"),
         ("--dataset digits --outputs /dev/null/a/b", "/dev/null is not a folder"),
-        ("--dataset digits --name ''", "a name is made of"),
         ("--dataset digits --name ../a", "a name is made of"),
         ("--dataset digits --name 'a\t'", r"not 'a\t'"),
-        (f"--dataset digits --name {LONG}", "at most 128"),
         ("--best nowhere", "the search nowhere has no best.json"),
         ("--best ../done", "the search ../done has no best.json"),
         ("--best done --alpha 2", "alpha must lie between 0 and 1, not 2"),
@@ -90,7 +86,6 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("--metric val_nll val_nll", "metric names val_nll twice"),
         ("--metric val_accuracy val_nll --scheduler asha", "asha stops trials by one metric"),
         ("", "could not be downloaded: give its folder with --data-dir"),
-        ("--epochs 0", "epochs must be at least 1, not 0"),
         ("--val-fraction 0", "val_fraction must be above 0 in a search"),
         ("--num-samples 0", "num_samples must be at least 1, not 0"),
         (f"--num-samples {HUGE}", "num_samples must be at most 1000000"),
@@ -109,7 +104,12 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("--storage-path file:///tmp/a", "--storage-path must be a folder or the URL of an object store (s3, gs, gcs"),
         ("--storage-path s3:///a", "--storage-path s3:///a must be like s3://BUCKET/FOLDER"),
         ("--storage-path s3://[bucket/a", "--storage-path s3://[bucket/a is not a URL"),
-        ("--storage-path s3://name:word@bucket/a", "--storage-path must have no secret in it"),
+        ("--storage-path s3://bucket/../x", "must be like s3://BUCKET/FOLDER"),
+        ("--storage-path s3://bucket/x#y", "must be like s3://BUCKET/FOLDER"),
+        ("--storage-path 's3://a b/x'", "Cannot parse URI"),
+        ("--storage-path s3://name:word@bucket/a", NO_SECRET),
+        ("--storage-path 's3://bucket/x?region=us-west-2&secret_key=xyzzy'", NO_SECRET),
+        ("--storage-path s3://bucket/x?X-Amz-Security-Token=xyzzy", NO_SECRET),
         ("--storage-path s3://bucket/a?x=1", "Unexpected query parameter in S3 URI: 'x'"),
         ("--space nowhere.toml", "nowhere.toml cannot be read (No such file or directory)"),
         ("--space folder", "folder cannot be read (Is a directory)"),

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from byot.search_files import load_search
-from search.records import SearchRecords
 from search.space import DEFAULT_SPACE
 from search.study import OptunaMirror
 from tests.faults.conftest import LONG
 from tests.faults.searches import EPOCHS, NUM_SAMPLES, Search, load_mirror
 from tests.faults.tally import TALLY
 from tests.helpers import run_command
+from tests.made_up import open_records
 
 pytestmark = pytest.mark.slow
 
@@ -54,27 +54,23 @@ def truncate(place: int, *paths: Path) -> None:
         path.write_bytes(content[: len(content) * place // len(PLACES)])
 
 
-def open_records(folder: Path) -> SearchRecords:
-    return SearchRecords(folder, parameters=list(DEFAULT_SPACE), metrics=("val_accuracy",), epochs=EPOCHS, seed=0)
-
-
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", FILES)
 def test_one_kind_of_file(copy: Search, name: str, place: int) -> None:
     """What is read back is what was there, whichever kind of file is damaged, all of its kind at once."""
     with TALLY.attempt(f"{name} truncated, the search read again"):
-        before = open_records(copy.folder).trials
+        before = open_records(copy.folder, epochs=EPOCHS).trials
         files = list(copy.folder.glob(name))
         assert files
         truncate(place, *files)
         assert load_search(copy.folder).num_samples == NUM_SAMPLES
-        records = open_records(copy.folder)
+        records = open_records(copy.folder, epochs=EPOCHS)
         if name.endswith("metrics.jsonl"):  # the trials write them anew from their checkpoints
             assert {trial.trial_id: trial.to_row() for trial in records.ended} == copy.ended_before
         else:
             assert records.trials == before
         records.write_tables()
-        assert open_records(copy.folder).notes == []
+        assert open_records(copy.folder, epochs=EPOCHS).notes == []
         OptunaMirror(records, DEFAULT_SPACE)
         mirrored = [trial.user_attrs["trial_id"] for trial in load_mirror(copy.folder)]
         assert sorted(mirrored) == sorted(copy.ended_before)
@@ -87,14 +83,14 @@ KINDS = ("", "[]", '{"trial_id": 3}', '{"status": "lost"}', '{"epochs_done": "ma
 def test_records_of_another_kind(copy: Search, wrong: str) -> None:
     """What JSON can hold and no search writes, in place of a trial's record or among its epochs."""
     with TALLY.attempt("trial.json or metrics.jsonl of another kind, the search read again"):
-        before = open_records(copy.folder).trials
+        before = open_records(copy.folder, epochs=EPOCHS).trials
         trial = copy.folder / "trials" / "t0000"
         row = json.loads((trial / "trial.json").read_text())
         is_table = wrong.startswith("{")
         (trial / "trial.json").write_text(json.dumps(row | json.loads(wrong)) if is_table else wrong)
         with (trial / "metrics.jsonl").open("a") as file:
             file.write(wrong + '\n{"epoch": "x"}\n{"epoch": 3, "val_accuracy": true, "elapsed_s": null}\n')
-        records = open_records(copy.folder)
+        records = open_records(copy.folder, epochs=EPOCHS)
         assert records.trials == before
         assert "t0000 is taken from trials.csv" in records.notes[0]
 

@@ -33,9 +33,7 @@ from byot.system.files import read_json, read_json_lines, write_json
 from search.space import read_space
 from tests.helpers import (
     Refuse,
-    assert_one_sentence,
     encode_png,
-    picture_of,
     random_pixels,
     run_command,
     write_parquet,
@@ -135,9 +133,9 @@ PNG = encode_png(random_pixels(1)[0])
 CELL = {"bytes": PNG, "path": "a.png"}
 
 
-def put_table(cells: Any, labels: Any) -> Damage:
+def put_table(cells: Any, labels: Any, column: str = "fine_label") -> Damage:
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"img": cells, "fine_label": labels}), buffer)
+    pyarrow.parquet.write_table(pyarrow.table({"img": cells, column: labels}), buffer)
     return put(buffer.getvalue())
 
 
@@ -207,6 +205,11 @@ DAMAGES: dict[str, dict[str, tuple[Damage, str]]] = {
         "image of all pixels": (put_image(png_of_size(2**31 - 1, 2**31 - 1)), "row 0"),
         "image with a text bomb": (put_image(png_with_text_bomb()), "row 0 of column 'img' is not an image"),
         "image that is a program": (put_image(PROGRAM), "row 0 of column 'img' is not an image"),
+        "a second image of text": (put_table([CELL, {"bytes": b"text", "path": ""}], [1, 2]), "row 1 of column 'img'"),
+        "no rows": (put_table(pyarrow.array([CELL])[:0], pyarrow.array([1])[:0]), "has no rows"),
+        "another data set": (put_table([CELL], [1], "label"), "lacks the column 'fine_label'; it has img, label"),
+        "label below 0": (put_table([CELL, CELL], [1, -1]), "labels run from -1 to 1, but cifar100 has the classes"),
+        "label with a fraction": (put_table([CELL], [1.5]), "'fine_label' must hold whole numbers only"),
         "label beyond all": (put_table([CELL], pyarrow.array([2**64 - 1], "uint64")), "has the classes 0 to 99"),
         "label in a list": (put_table([CELL], [[1]]), "'fine_label' must hold whole numbers only"),
     },
@@ -241,6 +244,12 @@ DAMAGES: dict[str, dict[str, tuple[Damage, str]]] = {
         "a cell without end": (replace("control", "c" * 200_000), "cannot be read"),
         "a trial twice": (lambda content: content + content.splitlines()[1] + b"\n", "a second time"),
         "an unknown status": (replace("completed", "lost"), "status must be one of"),
+        "an unknown role": (replace("control", "chosen"), "row 2: role must be one of sampled, reference, control"),
+        "a count below 0": (replace("completed,6", "completed,-1"), "row 2: epochs_done must be a count, not -1"),
+        "an alpha of 7": (replace("6,0.0,3.0", "6,7,3.0"), "row 2: alpha must lie between 0 and 1, not 7"),
+        "an accuracy of 200": (replace("22.52", "200"), "row 2: val_accuracy_1 must lie between 0 and 100, not 200"),
+        "no number": (replace("1225.793273227", "nan"), "row 2: seconds must be a number, not None"),
+        "a seed beyond all": (replace("3273227,0", "3273227," + "9" * 30), "row 2: seed must be a count"),
         "a trial id that is a path": (replace("170572c2", "../../file"), "a name is made of"),
         "a number beyond all": (replace("completed,6", "completed," + "9" * 30), "epochs_done must be"),
     },
@@ -376,27 +385,6 @@ def test_a_damaged_line_of_epochs_is_passed_over(place: Path, line: str) -> None
 
 
 # ---------------------------------------------------------------- from a shell
-
-
-@pytest.mark.parametrize(
-    ("script", "kind", "name"),
-    [
-        ("byot/evaluate.py", "checkpoint", "signed archive with code"),
-        ("byot/train.py", "images", "image of 100 million pixels"),
-        ("analysis/report.py", "trials", "a cell without end"),
-    ],
-)
-def test_hostile_files_from_a_shell(place: Path, script: str, kind: str, name: str) -> None:
-    """In processes of their own, where warnings are printed and are no errors: none must be."""
-    file, readers = READERS[kind]
-    damage, words = DAMAGES[kind][name]
-    (place / file).write_bytes(damage((place / file).read_bytes()) or b"")
-    before = picture_of(place)
-    arguments = dict(readers)[Path(script).name]
-    done = run_command(arguments, cwd=place, script=script, BYOT_OUTPUTS=str(place / "outputs"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert_one_sentence(done.stderr, f"{Path(script).name}: ", file, words)
-    assert picture_of(place) == before, "nothing was run, nothing was written"
 
 
 def test_a_run_with_damaged_checkpoints_alone_from_a_shell(place: Path) -> None:

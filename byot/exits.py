@@ -1,0 +1,282 @@
+"""Early exit: an image leaves at the first classifier that is sure enough of it, and the later stages do not see it.
+
+N images, B batch, C classes, K classifiers, each an exit, shallow to deep and numbered from 0; the last one is the
+deepest. Costs are multiply-adds of one image, as a share of those of the plain deepest network: the trunk without
+branches costs 1.
+"""
+
+import copy
+import math
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from byot.model import BranchedResNet
+from byot.system.files import errors_in, read_json
+
+RULE_FILE = "exits.json"
+NEVER = 2.0  # a threshold that no confidence reaches
+TEMPERATURES = (0.05, 20.0)
+TEMPERATURE_STEPS = 24  # halvings of that range, which is logarithmic: to 4e-7 of a temperature
+COST_WEIGHTS = (1e-4, 1e3)  # accuracy, as a share, for a cost of 1: from no heed of the cost to no heed of accuracy
+COST_WEIGHT_STEPS = 20  # halvings of that range, which is logarithmic
+MOST_SWEEPS = 20  # over the exits, until no threshold changes; two to five in practice
+
+
+class ExitRule(NamedTuple):
+    """Where an image leaves: K numbers each."""
+
+    temperatures: tuple[float, ...]  # the logits are divided by it before the softmax
+    # An image leaves at the first exit whose confidence, its largest probability, reaches the threshold; the last is 0.
+    # Above 1 nobody asks that exit, and its branch is not run.
+    thresholds: tuple[float, ...]
+
+
+def load_rule(folder: Path) -> ExitRule | None:
+    """Read the rule of a run's folder, None where none was made. Raises ValueError where the file is damaged."""
+    path = folder / RULE_FILE
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    with errors_in(path):
+        rule = ExitRule(*(_read_numbers(record.get(name), name) for name in ExitRule._fields))
+        if len(rule.temperatures) != len(rule.thresholds):
+            raise ValueError(f"it has {len(rule.temperatures)} temperatures and {len(rule.thresholds)} thresholds")
+        if min(rule.temperatures) <= 0:
+            raise ValueError(f"temperatures must be above 0, not {min(rule.temperatures):g}")
+        if rule.thresholds[-1] != 0:
+            raise ValueError(f"the last threshold must be 0, not {rule.thresholds[-1]:g}")
+    return rule
+
+
+def _read_numbers(values: Any, name: str) -> tuple[float, ...]:
+    if not isinstance(values, list) or not values or not all(type(v) in (int, float) and v < math.inf for v in values):
+        raise ValueError(f"{name} must be numbers, not {values!r:.40}")
+    return tuple(map(float, values))
+
+
+# ---------------------------------------------------------------- prediction
+
+
+@torch.inference_mode()
+def predict_early(model: BranchedResNet, images: Tensor, rule: ExitRule) -> tuple[Tensor, Tensor]:
+    """Classify normalised images [B, 3, H, W]; a later stage runs on those that go on, and on nothing once none does.
+
+    Returns the logits [B, C] of the exit that answered, as the classifier gave them, and its number [B].
+    """
+    rows = torch.arange(len(images), device=images.device)  # those that go on
+    answers: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, logits, exit
+    x = model.trunk.stem(images)
+    stages = model.trunk.stages()
+    assert len(rule.thresholds) == len(rule.temperatures) == len(stages)
+    for i, (stage, temperature, threshold) in enumerate(zip(stages, *rule, strict=True)):
+        x = stage(x)
+        if threshold > 1:
+            continue
+        logits, _ = model.classify(i, x)
+        leaves = confidences(logits, temperature) >= threshold
+        if i == len(stages) - 1:
+            leaves = torch.ones_like(leaves)  # whatever the confidence is, NaN even
+        leaving, staying = leaves.nonzero()[:, 0], (~leaves).nonzero()[:, 0]
+        if len(leaving) > 0:
+            answers.append((rows[leaving], logits[leaving], torch.full_like(leaving, i)))
+            if len(staying) == 0:
+                break
+            rows, x = rows[staying], x[staying]  # which, unlike index_select, keeps channels last in memory
+    answered, logits, exits = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    order = answered.argsort()
+    return logits[order], exits[order]
+
+
+def confidences(logits: Tensor, temperatures: float | Tensor) -> Tensor:
+    """Compute the largest probability of the softmax at a temperature: [..., C] -> [...]."""
+    return (logits.float() / temperatures).softmax(dim=-1).amax(dim=-1)
+
+
+def find_exits(confidence: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
+    """Find where images leave whose confidence [K, N] is known: [N]."""
+    reached = confidence >= np.asarray(thresholds, dtype=confidence.dtype)[:, None]
+    reached[-1] = True
+    return reached.argmax(axis=0)
+
+
+# ---------------------------------------------------------------- cost
+
+
+class ExitCosts(NamedTuple):
+    """Multiply-adds of the convolutions and linear layers for one image, K numbers each."""
+
+    stages: tuple[int, ...]  # the first has the stem too
+    classifiers: tuple[int, ...]  # the branches, then the last linear layer
+
+    @property
+    def plain(self) -> int:
+        """Multiply-adds of the network without branches, whose cost is 1."""
+        return sum(self.stages) + self.classifiers[-1]
+
+    def of_exits(self, thresholds: tuple[float, ...]) -> tuple[float, ...]:
+        """Compute the cost of leaving at each exit: the trunk up to there and all branches asked on the way."""
+        asked = np.asarray(thresholds) <= 1
+        costs = np.cumsum(self.stages) + np.cumsum(np.where(asked, self.classifiers, 0))
+        return tuple((costs / self.plain).tolist())
+
+    def alone(self) -> tuple[float, ...]:
+        """Compute the cost of each exit where all images leave there and no other is asked."""
+        costs = np.cumsum(self.stages) + np.asarray(self.classifiers)
+        return tuple((costs / self.plain).tolist())
+
+
+def measure_costs(model: BranchedResNet, image_size: int) -> ExitCosts:
+    """Count the multiply-adds for an image of so many pixels a side, from the layers' shapes alone."""
+    model = copy.deepcopy(model).to("meta").eval()
+    x = torch.zeros(1, 3, image_size, image_size, device="meta")
+    stages: list[int] = []
+    classifiers: list[int] = []
+
+    def count(numbers: list[int], counter: FlopCounterMode) -> None:
+        numbers.append(counter.get_total_flops() // 2)  # it counts a multiplication and an addition as two
+
+    with torch.no_grad():
+        for i, stage in enumerate(model.trunk.stages()):
+            with FlopCounterMode(display=False) as counter:
+                x = stage(model.trunk.stem(x) if i == 0 else x)
+            count(stages, counter)
+            with FlopCounterMode(display=False) as counter:
+                model.classify(i, x)
+            count(classifiers, counter)
+    return ExitCosts(tuple(stages), tuple(classifiers))
+
+
+# ---------------------------------------------------------------- fitting
+
+
+def fit_temperatures(logits: Tensor, labels: Tensor) -> tuple[float, ...]:
+    """Find for each exit the temperature between 0.05 and 20 at which its NLL is least: logits [K, N, C], labels [N].
+
+    The NLL is convex in the inverse temperature, whose slope's sign halves the range (Guo et al., 2017).
+    """
+    logits = logits.float()
+    target = logits.gather(2, labels.expand(len(logits), -1)[..., None])[..., 0].mean(dim=1)  # [K]
+    low, high = (torch.full_like(target, -math.log(bound)) for bound in reversed(TEMPERATURES))
+    for _ in range(TEMPERATURE_STEPS):
+        middle = (low + high) / 2  # the logarithm of the inverse temperature
+        probabilities = (logits * middle.exp()[:, None, None]).softmax(dim=2)
+        slope = (probabilities * logits).sum(dim=2).mean(dim=1) - target
+        low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
+    return tuple((-(low + high) / 2).exp().tolist())
+
+
+class Outcome(NamedTuple):
+    """What thresholds come to on the images they were fitted on."""
+
+    thresholds: tuple[float, ...]
+    accuracy: float  # percent
+    cost: float  # the mean
+
+
+def fit_thresholds(
+    confidence: np.ndarray,
+    correct: np.ndarray,
+    costs: ExitCosts,
+    *,
+    target_cost: float = math.inf,
+    max_drop: float | None = None,
+) -> Outcome:
+    """Find thresholds from the confidence and correctness [K, N] of every exit's answers.
+
+    They have the best accuracy of those with a mean cost of at most `target_cost`; or, given `max_drop`, the least cost
+    of those at most so many points of accuracy below the deepest classifier. For each set of exits that may be asked,
+    accuracy - weight * cost is raised by coordinate ascent, and the weight found by bisection. Raises ValueError for a
+    target below the cheapest exit.
+    """
+    num_exits = len(confidence)
+    least = min(costs.alone())
+    if target_cost < least:
+        raise ValueError(f"the cheapest exit costs {least:.3f} of the plain network: the target must be at least that")
+    order = np.argsort(-confidence, axis=1, kind="stable")  # [K, N]
+    floor = -math.inf if max_drop is None else 100 * correct[-1].mean() - max_drop
+    found: list[Outcome] = []
+    for asked in product((False, True), repeat=num_exits - 1):
+        low, high = map(math.log, COST_WEIGHTS)
+        for _ in range(COST_WEIGHT_STEPS if any(asked) else 1):
+            weight = math.exp((low + high) / 2)
+            thresholds = _ascend(confidence, correct, order, costs, asked, weight)
+            outcome = judge_thresholds(confidence, correct, costs, thresholds)
+            fits = outcome.cost <= target_cost + 1e-9 and outcome.accuracy >= floor - 1e-9
+            if fits:
+                found.append(outcome)
+            if fits == (max_drop is None):
+                high = (low + high) / 2
+            else:
+                low = (low + high) / 2
+    if max_drop is None:
+        return max(found, key=lambda outcome: (outcome.accuracy, -outcome.cost))
+    return min(found, key=lambda outcome: (outcome.cost, -outcome.accuracy))
+
+
+def judge_thresholds(
+    confidence: np.ndarray, correct: np.ndarray, costs: ExitCosts, thresholds: tuple[float, ...]
+) -> Outcome:
+    """Measure accuracy and mean cost on images whose confidence and correctness [K, N] are known."""
+    exits = find_exits(confidence, thresholds)
+    accuracy = 100 * float(correct[exits, np.arange(len(exits))].mean())
+    return Outcome(thresholds, accuracy, float(np.asarray(costs.of_exits(thresholds))[exits].mean()))
+
+
+def _ascend(
+    confidence: np.ndarray,
+    correct: np.ndarray,
+    order: np.ndarray,
+    costs: ExitCosts,
+    asked: tuple[bool, ...],
+    weight: float,
+) -> tuple[float, ...]:
+    """Raise the mean of correct - weight * cost, one threshold after the other, each to its best given the others.
+
+    `order` has each exit's images by falling confidence. From deep to shallow: what becomes of the images that go on is
+    known by then, and those that get here depend on the shallower exits alone.
+    """
+    stage_costs, classifier_costs = (weight * np.asarray(part) / costs.plain for part in costs)
+    thresholds = [NEVER] * len(asked) + [0.0]
+    for _ in range(MOST_SWEEPS):
+        before = list(thresholds)
+        comes = [np.ones(confidence.shape[1], dtype=bool)]  # to exit i
+        for row, threshold in zip(confidence[:-1], thresholds[:-1], strict=True):
+            comes.append(comes[-1] & (row < threshold))
+        goes_on = correct[-1] - classifier_costs[-1] - stage_costs[-1]  # an image's value if it goes on from exit i
+        for i in reversed(range(len(asked))):
+            if not asked[i]:
+                goes_on = goes_on - stage_costs[i]
+                continue
+            rows = order[i][comes[i][order[i]]]
+            thresholds[i] = _best_threshold(confidence[i][rows], correct[i][rows] - goes_on[rows])
+            leaves = confidence[i] >= thresholds[i]
+            goes_on = np.where(leaves, correct[i], goes_on) - stage_costs[i]
+            if thresholds[i] <= 1:
+                goes_on -= classifier_costs[i]
+        if thresholds == before:
+            break
+    return tuple(thresholds)
+
+
+def _best_threshold(confidence: np.ndarray, gain: np.ndarray) -> float:
+    """Find the threshold at which leaving gains most, from images by falling confidence: their gains are added up.
+
+    It lies halfway between the last that leaves and the first that stays; equals leave together.
+    """
+    if len(gain) == 0:
+        return NEVER
+    total = np.cumsum(gain)
+    total[:-1][confidence[:-1] == confidence[1:]] = -math.inf
+    last = int(total.argmax())
+    if total[last] <= 0:
+        return NEVER
+    if last == len(gain) - 1:
+        return 0.0
+    halfway = (confidence[last] + confidence[last + 1]) / 2
+    return float(halfway if halfway > confidence[last + 1] else confidence[last])

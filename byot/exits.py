@@ -23,8 +23,9 @@ RULE_FILE = "exits.json"
 NEVER = 2.0  # a threshold that no confidence reaches
 TEMPERATURES = (0.05, 20.0)
 TEMPERATURE_STEPS = 24  # halvings of that range, which is logarithmic: to 4e-7 of a temperature
-COST_WEIGHTS = (1e-4, 1e3)  # accuracy, as a share, for a cost of 1: from no heed of the cost to no heed of accuracy
+COST_WEIGHTS = (1e-6, 1e3)  # accuracy, as a share, for a cost of 1: from no heed of the cost to no heed of accuracy
 COST_WEIGHT_STEPS = 20  # halvings of that range, which is logarithmic
+ROUNDING = 1e-9  # of an accuracy in percent or a cost that is compared with its limit
 MOST_SWEEPS = 20  # over the exits, until no threshold changes; two to five in practice
 
 
@@ -130,6 +131,12 @@ class ExitCosts(NamedTuple):
         costs = np.cumsum(self.stages) + np.asarray(self.classifiers)
         return tuple((costs / self.plain).tolist())
 
+    def check_target(self, target_cost: float) -> None:
+        """Raise ValueError for a mean cost below that of the cheapest exit."""
+        least = min(self.alone())
+        if target_cost < least:
+            raise ValueError(f"target_cost must be at least {least:.3f}, the cost of the cheapest exit")
+
 
 def measure_costs(model: BranchedResNet, image_size: int) -> ExitCosts:
     """Count the multiply-adds for an image of so many pixels a side, from the layers' shapes alone."""
@@ -172,111 +179,134 @@ def fit_temperatures(logits: Tensor, labels: Tensor) -> tuple[float, ...]:
 
 
 class Outcome(NamedTuple):
-    """What thresholds come to on the images they were fitted on."""
+    """What thresholds come to on images whose answers are known."""
 
     thresholds: tuple[float, ...]
     accuracy: float  # percent
     cost: float  # the mean
 
+    def keeps(self, limits: "Limits") -> bool:
+        return self.accuracy >= limits.accuracy and self.cost <= limits.cost
+
+
+class Limits(NamedTuple):
+    """The least accuracy and the highest mean cost that are allowed."""
+
+    accuracy: float = -math.inf
+    cost: float = math.inf
+
+
+class Answers(NamedTuple):
+    """What every exit says of N images."""
+
+    confidence: np.ndarray  # float32 [K, N]
+    correct: np.ndarray  # bool [K, N]
+
+    def judge(self, thresholds: tuple[float, ...], costs: ExitCosts) -> Outcome:
+        """Measure what these thresholds come to."""
+        exits = find_exits(self.confidence, thresholds)
+        accuracy = 100 * float(self.correct[exits, np.arange(len(exits))].mean())
+        return Outcome(thresholds, accuracy, float(np.asarray(costs.of_exits(thresholds))[exits].mean()))
+
 
 def fit_thresholds(
-    confidence: np.ndarray,
-    correct: np.ndarray,
-    costs: ExitCosts,
-    *,
-    target_cost: float = math.inf,
-    max_drop: float | None = None,
+    answers: Answers, costs: ExitCosts, *, target_cost: float = math.inf, max_drop: float | None = None
 ) -> Outcome:
-    """Find thresholds from the confidence and correctness [K, N] of every exit's answers.
+    """Find the best accuracy at a mean cost of at most `target_cost`, or, given `max_drop`, the least cost with at most
+    so many points of accuracy below the deepest classifier.
 
-    They have the best accuracy of those with a mean cost of at most `target_cost`; or, given `max_drop`, the least cost
-    of those at most so many points of accuracy below the deepest classifier. For each set of exits that may be asked,
-    accuracy - weight * cost is raised by coordinate ascent, and the weight found by bisection. Raises ValueError for a
-    target below the cheapest exit.
+    For each set of exits that may be asked, accuracy - weight * cost is raised by coordinate ascent and the weight
+    found by bisection. The costs that this reaches have gaps between them: what is left of the limit is then spent by
+    coordinate ascent within it. Raises ValueError for a target below the cheapest exit.
     """
-    num_exits = len(confidence)
-    least = min(costs.alone())
-    if target_cost < least:
-        raise ValueError(f"the cheapest exit costs {least:.3f} of the plain network: the target must be at least that")
-    order = np.argsort(-confidence, axis=1, kind="stable")  # [K, N]
-    floor = -math.inf if max_drop is None else 100 * correct[-1].mean() - max_drop
+    costs.check_target(target_cost)
+    floor = -math.inf if max_drop is None else 100 * float(answers.correct[-1].mean()) - max_drop
+    limits = Limits(floor - ROUNDING, target_cost + ROUNDING)
+    least, most = COST_WEIGHTS
+    order = np.argsort(-answers.confidence, axis=1, kind="stable")
     found: list[Outcome] = []
-    for asked in product((False, True), repeat=num_exits - 1):
-        low, high = map(math.log, COST_WEIGHTS)
-        for _ in range(COST_WEIGHT_STEPS if any(asked) else 1):
+    for asked in product((False, True), repeat=len(order) - 1):
+        kept: Outcome | None = None
+        low, high = math.log(least), math.log(most)
+        for _ in range(COST_WEIGHT_STEPS):
             weight = math.exp((low + high) / 2)
-            thresholds = _ascend(confidence, correct, order, costs, asked, weight)
-            outcome = judge_thresholds(confidence, correct, costs, thresholds)
-            fits = outcome.cost <= target_cost + 1e-9 and outcome.accuracy >= floor - 1e-9
-            if fits:
-                found.append(outcome)
-            if fits == (max_drop is None):
-                high = (low + high) / 2
+            start = (NEVER,) * len(asked) + (0.0,)
+            outcome = _ascend(answers, order, costs, asked, start, weight)
+            if outcome.keeps(limits):
+                kept = outcome
+            if outcome.keeps(limits) == (max_drop is None):
+                high = math.log(weight)
             else:
-                low = (low + high) / 2
+                low = math.log(weight)
+        if kept is not None:
+            weight = least if max_drop is None else most
+            found.append(_ascend(answers, order, costs, asked, kept.thresholds, weight, limits))
     if max_drop is None:
         return max(found, key=lambda outcome: (outcome.accuracy, -outcome.cost))
     return min(found, key=lambda outcome: (outcome.cost, -outcome.accuracy))
 
 
-def judge_thresholds(
-    confidence: np.ndarray, correct: np.ndarray, costs: ExitCosts, thresholds: tuple[float, ...]
-) -> Outcome:
-    """Measure accuracy and mean cost on images whose confidence and correctness [K, N] are known."""
-    exits = find_exits(confidence, thresholds)
-    accuracy = 100 * float(correct[exits, np.arange(len(exits))].mean())
-    return Outcome(thresholds, accuracy, float(np.asarray(costs.of_exits(thresholds))[exits].mean()))
-
-
 def _ascend(
-    confidence: np.ndarray,
-    correct: np.ndarray,
+    answers: Answers,
     order: np.ndarray,
     costs: ExitCosts,
     asked: tuple[bool, ...],
+    start: tuple[float, ...],
     weight: float,
-) -> tuple[float, ...]:
-    """Raise the mean of correct - weight * cost, one threshold after the other, each to its best given the others.
+    limits: Limits | None = None,
+) -> Outcome:
+    """Raise accuracy - weight * cost, one threshold after the other, each to its best given the others.
 
-    `order` has each exit's images by falling confidence. From deep to shallow: what becomes of the images that go on is
-    known by then, and those that get here depend on the shallower exits alone.
+    `order` has each exit's images by falling confidence. The exits are taken from deep to shallow: what becomes of the
+    images that go on is known by then, and which images come depends on the shallower exits alone. Within `limits`,
+    which the start keeps, no step leaves them.
     """
-    stage_costs, classifier_costs = (weight * np.asarray(part) / costs.plain for part in costs)
-    thresholds = [NEVER] * len(asked) + [0.0]
+    confidence, correct = answers
+    stage_costs, classifier_costs = (np.asarray(part) / costs.plain for part in costs)
+    thresholds = start
     for _ in range(MOST_SWEEPS):
-        before = list(thresholds)
-        comes = [np.ones(confidence.shape[1], dtype=bool)]  # to exit i
+        before = thresholds
+        come = [np.ones(len(order[0]), dtype=bool)]  # to each exit
         for row, threshold in zip(confidence[:-1], thresholds[:-1], strict=True):
-            comes.append(comes[-1] & (row < threshold))
-        goes_on = correct[-1] - classifier_costs[-1] - stage_costs[-1]  # an image's value if it goes on from exit i
+            come.append(come[-1] & (row < threshold))
+        right = correct[-1].astype(float)  # what becomes of an image that goes on from exit i, and its cost from there
+        cost = np.full(len(right), classifier_costs[-1] + stage_costs[-1])
         for i in reversed(range(len(asked))):
-            if not asked[i]:
-                goes_on = goes_on - stage_costs[i]
-                continue
-            rows = order[i][comes[i][order[i]]]
-            thresholds[i] = _best_threshold(confidence[i][rows], correct[i][rows] - goes_on[rows])
-            leaves = confidence[i] >= thresholds[i]
-            goes_on = np.where(leaves, correct[i], goes_on) - stage_costs[i]
-            if thresholds[i] <= 1:
-                goes_on -= classifier_costs[i]
+            if asked[i]:
+                without = (*thresholds[:i], NEVER, *thresholds[i + 1 :])
+                rows = order[i][come[i][order[i]]]
+                gained = np.cumsum(correct[i][rows] - right[rows])  # if so many of the surest leave
+                saved = np.cumsum(cost[rows]) - classifier_costs[i] * len(rows)
+                value, never = gained + weight * saved, 0.0
+                if limits is not None:
+                    base = answers.judge(without, costs)
+                    accuracy, mean_cost = base.accuracy + 100 * gained / len(right), base.cost - saved / len(right)
+                    value[(accuracy < limits.accuracy) | (mean_cost > limits.cost)] = -math.inf
+                    never = 0.0 if base.keeps(limits) else -math.inf
+                threshold = _best_threshold(confidence[i][rows], value, never)
+                thresholds = (*thresholds[:i], threshold, *thresholds[i + 1 :])
+                leaves = confidence[i] >= threshold
+                right = np.where(leaves, correct[i], right)
+                cost = np.where(leaves, 0.0, cost) + (classifier_costs[i] if threshold <= 1 else 0.0)
+            cost = cost + stage_costs[i]
         if thresholds == before:
             break
-    return tuple(thresholds)
+    return answers.judge(thresholds, costs)
 
 
-def _best_threshold(confidence: np.ndarray, gain: np.ndarray) -> float:
-    """Find the threshold at which leaving gains most, from images by falling confidence: their gains are added up.
+def _best_threshold(confidence: np.ndarray, value: np.ndarray, never: float) -> float:
+    """Find the threshold of the greatest value, from images by falling confidence and the values if so many leave.
 
-    It lies halfway between the last that leaves and the first that stays; equals leave together.
+    It lies halfway between the last that leaves and the first that stays; equals leave together. `never` is the value
+    if none leaves.
     """
-    if len(gain) == 0:
+    if len(value) == 0:
         return NEVER
-    total = np.cumsum(gain)
-    total[:-1][confidence[:-1] == confidence[1:]] = -math.inf
-    last = int(total.argmax())
-    if total[last] <= 0:
+    value[:-1][confidence[:-1] == confidence[1:]] = -math.inf
+    last = int(value.argmax())
+    if value[last] <= never:
         return NEVER
-    if last == len(gain) - 1:
+    if last == len(value) - 1:
         return 0.0
     halfway = (confidence[last] + confidence[last + 1]) / 2
     return float(halfway if halfway > confidence[last + 1] else confidence[last])

@@ -9,7 +9,7 @@ import copy
 import math
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ NEVER = 2.0  # a threshold that no confidence reaches
 TEMPERATURES = (0.05, 20.0)
 TEMPERATURE_STEPS = 24  # halvings of that range, which is logarithmic: to 4e-7 of a temperature
 COST_WEIGHTS = (1e-6, 1e3)  # accuracy, as a share, for a cost of 1: from no heed of the cost to no heed of accuracy
-COST_WEIGHT_STEPS = 20  # halvings of that range, which is logarithmic
+COST_WEIGHT_STEPS = 12  # halvings of that range, which is logarithmic
 ROUNDING = 1e-9  # of an accuracy in percent or a cost that is compared with its limit
 MOST_SWEEPS = 20  # over the exits, until no threshold changes; two to five in practice
 
@@ -202,6 +202,9 @@ class Answers(NamedTuple):
     confidence: np.ndarray  # float32 [K, N]
     correct: np.ndarray  # bool [K, N]
 
+    def choose(self, images: slice) -> Self:
+        return type(self)(*(part[:, images] for part in self))
+
     def judge(self, thresholds: tuple[float, ...], costs: ExitCosts) -> Outcome:
         """Measure what these thresholds come to."""
         exits = find_exits(self.confidence, thresholds)
@@ -244,6 +247,20 @@ def fit_thresholds(
     if max_drop is None:
         return max(found, key=lambda outcome: (outcome.accuracy, -outcome.cost))
     return min(found, key=lambda outcome: (outcome.cost, -outcome.accuracy))
+
+
+def cross_fitted_accuracy(answers: Answers, costs: ExitCosts, target_cost: float) -> float:
+    """Measure the accuracy, in percent, at a mean cost: each half of N > 1 images with thresholds fitted on the other.
+
+    The halves are the images of even and of odd place. Where no exit costs so little, the cheapest counts.
+    """
+    halves = [answers.choose(slice(place, None, 2)) for place in (0, 1)]
+    target_cost = max(target_cost, min(costs.alone()))
+    right = 0.0
+    for fitted_on, judged in (halves, reversed(halves)):
+        thresholds = fit_thresholds(fitted_on, costs, target_cost=target_cost).thresholds
+        right += judged.judge(thresholds, costs).accuracy * judged.correct.shape[1]
+    return right / answers.correct.shape[1]
 
 
 def _ascend(

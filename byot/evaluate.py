@@ -10,6 +10,7 @@ and writes that to exits.json in the run's folder: docs/exits.md.
 
 import json
 
+from byot.config import check_range
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import absolute_path
 
@@ -43,12 +44,16 @@ def build_parser() -> Parser:
 def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("evaluate.py"):
-        if not arguments.exits and (arguments.max_drop, arguments.target_cost) != (None, None):
+        any_asked = (arguments.max_drop, arguments.target_cost) != (None, None)
+        if any_asked and not arguments.exits:
             raise ValueError("--max-drop and --target-cost are for early exit: give --exits too")
+        if arguments.max_drop is not None:
+            check_range("max_drop", arguments.max_drop, low=0, high=100)
+        if arguments.target_cost is not None:
+            check_range("target_cost", arguments.target_cost, above=0)
 
         from byot.console import classifier_table
         from byot.data import check_dataset, load_images
-        from byot.exit_report import Asked, fit_exits, format_exits, measure_exits
         from byot.runs import evaluate_run, find_run
 
         saved = find_run(absolute_path(arguments.run))
@@ -57,10 +62,11 @@ def main() -> None:
             config = config.with_settings(data_dir=str(absolute_path(arguments.data_dir)))
         record = {"checkpoint": str(saved.checkpoint), "epoch": saved.state["epoch"]}
         if arguments.exits:
+            from byot.exit_report import Asked, fit_exits, format_exits, measure_exits
+
             check_dataset(config.dataset, config.data_dir)
-            max_drop = DEFAULT_MAX_DROP if arguments.target_cost is None else None
-            asked = Asked(max_drop if arguments.max_drop is None else arguments.max_drop, arguments.target_cost)
-            fitted = fit_exits(saved, config, asked)
+            asked = Asked(arguments.max_drop, arguments.target_cost)
+            fitted = fit_exits(saved, config, asked if any_asked else Asked(max_drop=DEFAULT_MAX_DROP))
         test = load_images(config.dataset, config.data_dir, "test")
     if arguments.exits:
         measured = measure_exits(fitted, test)

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from byot.batches import in_order, place_images
-from byot.config import CLASSIFIERS, TrainConfig, check_range
+from byot.config import CLASSIFIERS, TrainConfig
 from byot.console import text_table
 from byot.data import LabelledImages, Normalisation, load_images, split_validation
 from byot.exits import (
@@ -55,13 +55,6 @@ class Asked(NamedTuple):
     max_drop: float | None = None  # points of accuracy below the deepest classifier, at most, for the least cost
     target_cost: float | None = None  # at most, for the best accuracy
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot be."""
-        if self.max_drop is not None:
-            check_range("max_drop", self.max_drop, low=0, high=100)
-        if self.target_cost is not None:
-            check_range("target_cost", self.target_cost, above=0)
-
     def __str__(self) -> str:
         return f"drop {self.max_drop:g}" if self.target_cost is None else f"cost {self.target_cost:g}"
 
@@ -87,7 +80,6 @@ def fit_exits(saved: SavedRun, config: TrainConfig, asked: Asked) -> FittedExits
     Where the run held none out, a tenth of those it was trained on take their place, and the record says so. Raises
     ValueError for a plain network, for a target below the cheapest exit, and for other images than the run's.
     """
-    asked.check()
     if config.num_classifiers == 1:
         raise ValueError(f"{saved.folder} is of loss_form plain, whose one classifier is no early exit")
     check_writable(saved.folder)

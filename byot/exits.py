@@ -7,14 +7,13 @@ branches costs 1.
 
 import copy
 import math
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from byot.model import BranchedResNet
 from byot.system.files import errors_in, read_json
@@ -141,22 +140,24 @@ class ExitCosts(NamedTuple):
 def measure_costs(model: BranchedResNet, image_size: int) -> ExitCosts:
     """Count the multiply-adds for an image of so many pixels a side, from the layers' shapes alone."""
     model = copy.deepcopy(model).to("meta").eval()
-    x = torch.zeros(1, 3, image_size, image_size, device="meta")
-    stages: list[int] = []
-    classifiers: list[int] = []
+    done = 0
 
-    def count(numbers: list[int], counter: FlopCounterMode) -> None:
-        numbers.append(counter.get_total_flops() // 2)  # it counts a multiplication and an addition as two
+    def count(layer: Any, _: Any, output: Tensor) -> None:
+        nonlocal done
+        done += output.numel() * layer.weight[0].numel()  # what is added up for each output
 
-    with torch.no_grad():
-        for i, stage in enumerate(model.trunk.stages()):
-            with FlopCounterMode(display=False) as counter:
-                x = stage(model.trunk.stem(x) if i == 0 else x)
-            count(stages, counter)
-            with FlopCounterMode(display=False) as counter:
-                model.classify(i, x)
-            count(classifiers, counter)
-    return ExitCosts(tuple(stages), tuple(classifiers))
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    after = [0]  # each stage, each classifier
+    x = model.trunk.stem(torch.zeros(1, 3, image_size, image_size, device="meta"))
+    for i, stage in enumerate(model.trunk.stages()):
+        x = stage(x)
+        after.append(done)
+        model.classify(i, x)
+        after.append(done)
+    parts = [end - start for start, end in pairwise(after)]
+    return ExitCosts(tuple(parts[::2]), tuple(parts[1::2]))
 
 
 # ---------------------------------------------------------------- fitting

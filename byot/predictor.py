@@ -1,0 +1,123 @@
+"""Classifies pictures of any size with a trained network that stops at the first exit that is sure enough.
+
+B batch, K exits shallow to deep, S = image size of the network in pixels.
+"""
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from byot.batches import mean_and_std, normalise
+from byot.class_names import CLASS_NAMES
+from byot.config import DATASETS, NUM_CLASSIFIERS
+from byot.data import FORMATS
+from byot.exits import ExitRule, load_rule, predict_early
+from byot.runs import SavedRun, load_network
+from byot.system.files import describe_refusal
+from byot.trainer import EVAL_BATCH_SIZE, choose_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The answer for one image."""
+
+    name: str  # of the most probable class
+    probability: float
+    exit: int  # that answered: 1 to 4
+    ms: float  # the network's time for the image's batch, divided by the images in it
+    top: tuple[tuple[str, float], ...]  # the most probable classes and their probabilities
+
+
+class Predictor:
+    """A trained network with the names of its classes and its rule for stopping early, in float32."""
+
+    def __init__(self, saved: SavedRun, device: str = "auto") -> None:
+        self.device = choose_device(device)
+        model, normalisation = load_network(saved)
+        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.mean, self.std = mean_and_std(normalisation, self.device)
+        self.class_names = CLASS_NAMES[saved.config.dataset]
+        self.image_size = DATASETS[saved.config.dataset].image_size
+        self.batch_size = EVAL_BATCH_SIZE[self.device.type]
+        rule = load_rule(saved.folder)
+        self.stops_early = rule is not None
+        self.rule = deepest_only(saved.config.num_classifiers) if rule is None else rule
+        self.answer(np.zeros((1, self.image_size, self.image_size, 3), np.uint8))  # the first time takes longer
+
+    def predict(self, images: Sequence[Path | str | Image.Image] | np.ndarray, top: int = 5) -> list[Prediction]:
+        """Classify image files, PIL images, or an array uint8 [N, H, W, 3].
+
+        Raises ValueError for a file that is no image.
+        """
+        predictions = []
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
+            predictions += self.answer(np.stack([to_pixels(image, self.image_size) for image in batch]), top)
+        return predictions
+
+    def answer(self, pixels: np.ndarray, top: int = 5) -> list[Prediction]:
+        """Classify one batch of the network's own image size, uint8 [B, S, S, 3]."""
+        started = time.perf_counter()
+        images = normalise(torch.from_numpy(pixels).to(self.device), self.mean, self.std)
+        logits, exits = predict_early(self.model, images, self.rule)
+        temperatures = torch.tensor(self.rule.temperatures, device=self.device)
+        probabilities = (logits / temperatures[exits, None]).softmax(dim=1)
+        best = probabilities.topk(min(top, len(self.class_names)))
+        rows = zip(best.values.tolist(), best.indices.tolist(), exits.tolist(), strict=True)
+        ms = (time.perf_counter() - started) * 1000 / len(pixels)
+        first = NUM_CLASSIFIERS + 1 - len(self.rule.thresholds)  # a plain network's one exit is the fourth
+        predictions = []
+        for values, classes, exit_index in rows:
+            named = tuple((self.class_names[c], value) for c, value in zip(classes, values, strict=True))
+            name, probability = named[0]
+            predictions.append(
+                Prediction(name=name, probability=probability, exit=first + exit_index, ms=ms, top=named)
+            )
+        return predictions
+
+
+def deepest_only(num_classifiers: int) -> ExitRule:
+    """Give the rule by which every image goes to the deepest classifier."""
+    return ExitRule(temperatures=(1.0,) * num_classifiers, thresholds=(*(2.0,) * (num_classifiers - 1), 0.0))
+
+
+def to_pixels(image: Path | str | Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """Make the square in the middle of a picture an array uint8 [size, size, 3].
+
+    Turned as its EXIF says, the first frame of several, on white where it is transparent. A picture of that size
+    already keeps its pixels. Raises ValueError, in one sentence, for a file that is no PNG, JPEG or WebP.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return _to_square(image, size)
+    path = Path(image)
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} is not a file")
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow says of odd files that it can read
+            try:
+                return _to_square(Image.open(file, formats=FORMATS), size)
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow raises many kinds for a damaged file
+                raise ValueError(f"{path} cannot be read as PNG, JPEG or WebP") from error
+    except OSError as error:
+        raise ValueError(describe_refusal(error, path)) from error
+
+
+def _to_square(image: Image.Image, size: int) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))

@@ -1,0 +1,135 @@
+"""Write a trained network as files that other programs run: ONNX, or torch.export.
+
+  python byot/export.py outputs/runs/NAME --format onnx            one graph with the logits of all exits
+  python byot/export.py outputs/runs/NAME --format onnx --stages   one graph a stage, to stop early between them
+  python byot/export.py outputs/runs/NAME --format torch --exit 2  one exit, without the layers it does not need
+
+Input: float images [N,3,H,W] from 0 to 1; they are normalised inside. manifest.json beside the graphs has the class
+names, the image size, and each exit's temperature and threshold.
+"""
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from byot.config import DATASETS
+from byot.system.files import describe_refusal, read_json, write_json, write_whole
+from byot.system.flags import Parser, one_sentence_errors
+from byot.system.paths import absolute_path, check_writable
+
+MANIFEST = "manifest.json"
+NEEDED = {"onnx": ("onnx", "onnxscript"), "torch": ()}
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="export.py", description=__doc__)
+    parser.add_argument("run", help="a run's folder or one checkpoint file")
+    parser.add_argument("--format", choices=("onnx", "torch"), required=True, help="ONNX (.onnx) or torch.export (.pt2)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--stages", action="store_true", help="one graph a stage instead of one with all exits")
+    what.add_argument("--exit", type=int, metavar="N", help="one exit alone, 1 to 4")
+    parser.add_argument("--output", metavar="DIR", help="where the files go (default: RUN/export/FORMAT…)")
+    return parser
+
+
+def check_packages(file_format: str) -> None:
+    """Raise ValueError where a package that the format needs is not installed."""
+    missing = [package for package in NEEDED[file_format] if find_spec(package) is None]
+    if missing:
+        raise ValueError(f"--format {file_format} needs {' and '.join(missing)}: pip install 'byot[export]'")
+
+
+def check_output(folder: Path) -> Path:
+    """Raise ValueError unless the folder can be written and holds nothing but an earlier export."""
+    check_writable(folder.parent)
+    check_writable(folder)
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if found:
+        ours = {MANIFEST}
+        if MANIFEST in found:
+            ours |= {graph["file"] for graph in read_json(folder / MANIFEST).get("graphs", [])}
+        if MANIFEST not in found or found - ours:
+            raise ValueError(f"{folder} holds other files than an export; name another folder with --output")
+    return folder
+
+
+def write_folder(folder: Path, files: dict[str, bytes], manifest: dict[str, object]) -> None:
+    """Write the files and the manifest; the folder has all of them or what it had before."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        new = Path(temporary) / "new"
+        for name, content in files.items():
+            write_whole(new / name, content)
+        write_json(new / MANIFEST, manifest)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        new.rename(folder)
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    with one_sentence_errors("export.py"):
+        check_packages(arguments.format)
+
+        from byot.class_names import CLASS_NAMES
+        from byot.exits import load_rule
+        from byot.graphs import ENDINGS, cut_sections, encode, exit_graph, exit_numbers, stage_graphs, whole_graph
+        from byot.predictor import deepest_only
+        from byot.runs import find_run, load_network
+
+        saved = find_run(absolute_path(arguments.run))
+        config = saved.config
+        numbers = exit_numbers(config.num_classifiers)
+        if arguments.exit is not None and arguments.exit not in numbers:
+            raise ValueError(f"--exit must be one of {', '.join(map(str, numbers))}, not {arguments.exit}")
+        name = arguments.format + ("-stages" if arguments.stages else f"-exit-{arguments.exit}" if arguments.exit else "")
+        output = saved.folder / "export" / name if arguments.output is None else absolute_path(arguments.output)
+        check_output(output)
+        rule = load_rule(saved.folder)
+        model, normalisation = load_network(saved)
+    sections, size = cut_sections(model, normalisation), DATASETS[config.dataset].image_size
+    if arguments.stages:
+        graphs = stage_graphs(sections, size)
+    elif arguments.exit is not None:
+        graphs = [exit_graph(sections, size, arguments.exit)]
+    else:
+        graphs = [whole_graph(sections, size)]
+    ending = ENDINGS[arguments.format]
+    files = {graph.name + ending: encode(graph, arguments.format) for graph in graphs}
+    used = deepest_only(config.num_classifiers) if rule is None else rule
+    manifest = {
+        "format": arguments.format,
+        "run": saved.folder.name,
+        "checkpoint": saved.checkpoint.name,
+        "model": config.model,
+        "width": config.width,
+        "dataset": config.dataset,
+        "image_size": size,
+        "class_names": CLASS_NAMES[config.dataset],
+        "graphs": [
+            {
+                "file": file,
+                "input": graph.input,
+                "shape": ["batch", *graph.example.shape[1:]],
+                "outputs": graph.outputs,
+            }
+            for file, graph in zip(files, graphs, strict=True)
+        ],
+        "exits": [
+            {"exit": number, "temperature": temperature, "threshold": threshold}
+            for number, temperature, threshold in zip(numbers, *used, strict=True)
+            if arguments.exit in (None, number)
+        ],
+    }
+    with one_sentence_errors("export.py"):
+        try:
+            write_folder(output, files, manifest)
+        except OSError as error:
+            raise ValueError(describe_refusal(error, output)) from error
+    for file, content in files.items():
+        print(f"{output / file}  {len(content) / 1e6:.1f} MB")
+    print(output / MANIFEST)
+
+
+if __name__ == "__main__":
+    main()

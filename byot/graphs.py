@@ -1,0 +1,155 @@
+"""Cuts a trained network into graphs for other programs: images from 0 to 1 in, logits out, normalisation inside.
+
+N images in a batch, any number; C classes; K exits, shallow to deep; S = image size in pixels.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from byot.config import NUM_CLASSIFIERS
+from byot.data import Normalisation
+from byot.model import BranchedResNet
+
+Format = Literal["onnx", "torch"]
+ENDINGS: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+
+
+class Graph(NamedTuple):
+    """One file to be: a module, a batch to trace it with, and the names of what goes in and out."""
+
+    name: str
+    module: nn.Module
+    example: Tensor
+    input: str
+    outputs: tuple[str, ...]
+
+
+class Normalise(nn.Module):
+    """Normalises images [N, 3, S, S] with values from 0 to 1."""
+
+    def __init__(self, normalisation: Normalisation) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(normalisation.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(normalisation.std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class BranchLogits(nn.Module):
+    """A branch without the features that it gives beside its logits."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        logits: Tensor = self.branch(feature_map)[0]
+        return logits
+
+
+class Section(nn.Module):
+    """The layers between two exits and the classifier that follows them."""
+
+    def __init__(self, layers: Sequence[nn.Module], classifier: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # images or a feature map -> [N, C], the next feature map
+        x = self.layers(x)
+        return self.classifier(x), x
+
+
+class AllExits(nn.Module):
+    """The whole network."""
+
+    def __init__(self, sections: Sequence[Section]) -> None:
+        super().__init__()
+        self.sections = nn.ModuleList(sections)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # [N, 3, S, S] -> K x [N, C]
+        x, logits = images, []
+        for section in self.sections:
+            exit_logits, x = section(x)
+            logits.append(exit_logits)
+        return tuple(logits)
+
+
+def cut_sections(model: BranchedResNet, normalisation: Normalisation) -> list[Section]:
+    """Cut a network at its exits into K sections; the first normalises the images, too."""
+    trunk = model.trunk
+    layers: list[nn.Module] = [Normalise(normalisation), trunk.conv1, trunk.bn1, nn.ReLU()]
+    *shallow, deepest = trunk.stages()
+    sections = []
+    for stage, branch in zip(shallow, model.branches, strict=False):
+        sections.append(Section([*layers, stage], BranchLogits(branch)))
+        layers = []
+    layers += [*shallow[len(sections) :], deepest]  # of a network without branches, all four stages
+    return [*sections, Section(layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), trunk.fc)).eval()]
+
+
+def whole_graph(sections: Sequence[Section], image_size: int) -> Graph:
+    """Make one graph of the logits of all exits."""
+    outputs = tuple(f"logits_{number}" for number in exit_numbers(len(sections)))
+    return Graph("all-exits", AllExits(sections), _images(image_size), "images", outputs)
+
+
+def exit_graph(sections: Sequence[Section], image_size: int, number: int) -> Graph:
+    """Make one graph of the logits of one exit, 1 to 4, without a layer that it does not need."""
+    needed = sections[: exit_numbers(len(sections)).index(number) + 1]
+    module = nn.Sequential(*(section.layers for section in needed), needed[-1].classifier)
+    return Graph(f"exit-{number}", module, _images(image_size), "images", ("logits",))
+
+
+@torch.no_grad()
+def stage_graphs(sections: Sequence[Section], image_size: int) -> list[Graph]:
+    """Make one graph for each section: from the images, or the feature map before, to logits and the next feature map.
+
+    The last one gives logits alone.
+    """
+    x, graphs = _images(image_size), []
+    numbers = exit_numbers(len(sections))
+    for section, number in zip(sections, numbers, strict=True):
+        last = section is sections[-1]
+        module = nn.Sequential(section.layers, section.classifier) if last else section
+        outputs = ("logits",) if last else ("logits", "features")
+        graphs.append(Graph(f"stage-{number}", module, x, "features" if graphs else "images", outputs))
+        x = section.layers(x)
+    return graphs
+
+
+def exit_numbers(num_classifiers: int) -> range:
+    """Number K exits: 1 to 4, or 4 for a network with the deepest classifier alone."""
+    return range(NUM_CLASSIFIERS + 1 - num_classifiers, NUM_CLASSIFIERS + 1)
+
+
+def encode(graph: Graph, file_format: Format) -> bytes:
+    """Trace a graph for batches of any size and write it as a file of ONNX, or of torch.export."""
+    program = torch.export.export(
+        graph.module, (graph.example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # lines of this machine's files
+    if file_format == "torch":
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        return buffer.getvalue()
+    made = torch.onnx.export(
+        program,
+        input_names=[graph.input],
+        output_names=list(graph.outputs),
+        dynamic_shapes=({0: "batch"},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert made is not None
+    return made.model_proto.SerializeToString()
+
+
+def _images(size: int) -> Tensor:
+    return torch.zeros(2, 3, size, size)  # a batch of one would be traced as always one

@@ -12,7 +12,6 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from byot.config import DATASETS
 from byot.system.files import describe_refusal, read_json, write_json, write_whole
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import absolute_path, check_writable
@@ -24,7 +23,9 @@ NEEDED = {"onnx": ("onnx", "onnxscript"), "torch": ()}
 def build_parser() -> Parser:
     parser = Parser(prog="export.py", description=__doc__)
     parser.add_argument("run", help="a run's folder or one checkpoint file")
-    parser.add_argument("--format", choices=("onnx", "torch"), required=True, help="ONNX (.onnx) or torch.export (.pt2)")
+    parser.add_argument(
+        "--format", choices=("onnx", "torch"), required=True, help="ONNX (.onnx) or torch.export (.pt2)"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--stages", action="store_true", help="one graph a stage instead of one with all exits")
     what.add_argument("--exit", type=int, metavar="N", help="one exit alone, 1 to 4")
@@ -39,10 +40,9 @@ def check_packages(file_format: str) -> None:
         raise ValueError(f"--format {file_format} needs {' and '.join(missing)}: pip install 'byot[export]'")
 
 
-def check_output(folder: Path) -> Path:
-    """Raise ValueError unless the folder can be written and holds nothing but an earlier export."""
-    check_writable(folder.parent)
-    check_writable(folder)
+def check_output(given: Path | str) -> Path:
+    """Make a folder's path absolute. Raises ValueError unless it holds nothing but an earlier export."""
+    folder = check_writable(given)
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if found:
         ours = {MANIFEST}
@@ -71,63 +71,26 @@ def main() -> None:
     with one_sentence_errors("export.py"):
         check_packages(arguments.format)
 
-        from byot.class_names import CLASS_NAMES
         from byot.exits import load_rule
-        from byot.graphs import ENDINGS, cut_sections, encode, exit_graph, exit_numbers, stage_graphs, whole_graph
-        from byot.predictor import deepest_only
+        from byot.graphs import exit_numbers, render
+        from byot.predictor import DEEPEST_ALONE
         from byot.runs import find_run, load_network
 
         saved = find_run(absolute_path(arguments.run))
-        config = saved.config
-        numbers = exit_numbers(config.num_classifiers)
+        numbers = exit_numbers(saved.config.num_classifiers)
         if arguments.exit is not None and arguments.exit not in numbers:
             raise ValueError(f"--exit must be one of {', '.join(map(str, numbers))}, not {arguments.exit}")
-        name = arguments.format + ("-stages" if arguments.stages else f"-exit-{arguments.exit}" if arguments.exit else "")
-        output = saved.folder / "export" / name if arguments.output is None else absolute_path(arguments.output)
-        check_output(output)
-        rule = load_rule(saved.folder)
-        model, normalisation = load_network(saved)
-    sections, size = cut_sections(model, normalisation), DATASETS[config.dataset].image_size
-    if arguments.stages:
-        graphs = stage_graphs(sections, size)
-    elif arguments.exit is not None:
-        graphs = [exit_graph(sections, size, arguments.exit)]
-    else:
-        graphs = [whole_graph(sections, size)]
-    ending = ENDINGS[arguments.format]
-    files = {graph.name + ending: encode(graph, arguments.format) for graph in graphs}
-    used = deepest_only(config.num_classifiers) if rule is None else rule
-    manifest = {
-        "format": arguments.format,
-        "run": saved.folder.name,
-        "checkpoint": saved.checkpoint.name,
-        "model": config.model,
-        "width": config.width,
-        "dataset": config.dataset,
-        "image_size": size,
-        "class_names": CLASS_NAMES[config.dataset],
-        "graphs": [
-            {
-                "file": file,
-                "input": graph.input,
-                "shape": ["batch", *graph.example.shape[1:]],
-                "outputs": graph.outputs,
-            }
-            for file, graph in zip(files, graphs, strict=True)
-        ],
-        "exits": [
-            {"exit": number, "temperature": temperature, "threshold": threshold}
-            for number, temperature, threshold in zip(numbers, *used, strict=True)
-            if arguments.exit in (None, number)
-        ],
-    }
+        kind = "-stages" if arguments.stages else "" if arguments.exit is None else f"-exit-{arguments.exit}"
+        output = check_output(arguments.output or saved.folder / "export" / f"{arguments.format}{kind}")
+        rule, network = load_rule(saved.folder) or DEEPEST_ALONE, load_network(saved)
+    files, manifest = render(saved, network, rule, arguments.format, stages=arguments.stages, exit=arguments.exit)
     with one_sentence_errors("export.py"):
         try:
             write_folder(output, files, manifest)
         except OSError as error:
             raise ValueError(describe_refusal(error, output)) from error
     for file, content in files.items():
-        print(f"{output / file}  {len(content) / 1e6:.1f} MB")
+        print(f"{output / file}  {len(content) / 1e6:.2f} MB")
     print(output / MANIFEST)
 
 

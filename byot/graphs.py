@@ -5,15 +5,19 @@ N images in a batch, any number; C classes; K exits, shallow to deep; S = image 
 
 import io
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from byot.config import NUM_CLASSIFIERS
+from byot.class_names import CLASS_NAMES
+from byot.config import DATASETS, NUM_CLASSIFIERS
 from byot.data import Normalisation
+from byot.exits import ExitRule, measure_costs
 from byot.model import BranchedResNet
+from byot.runs import SavedRun
 
+Network = tuple[BranchedResNet, Normalisation]
 Format = Literal["onnx", "torch"]
 ENDINGS: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 
@@ -108,13 +112,12 @@ def exit_graph(sections: Sequence[Section], image_size: int, number: int) -> Gra
 
 @torch.no_grad()
 def stage_graphs(sections: Sequence[Section], image_size: int) -> list[Graph]:
-    """Make one graph for each section: from the images, or the feature map before, to logits and the next feature map.
+    """Make a graph of each section: from the images or the feature map before it to its logits and feature map.
 
     The last one gives logits alone.
     """
     x, graphs = _images(image_size), []
-    numbers = exit_numbers(len(sections))
-    for section, number in zip(sections, numbers, strict=True):
+    for section, number in zip(sections, exit_numbers(len(sections)), strict=True):
         last = section is sections[-1]
         module = nn.Sequential(section.layers, section.classifier) if last else section
         outputs = ("logits",) if last else ("logits", "features")
@@ -128,11 +131,45 @@ def exit_numbers(num_classifiers: int) -> range:
     return range(NUM_CLASSIFIERS + 1 - num_classifiers, NUM_CLASSIFIERS + 1)
 
 
+def render(
+    saved: SavedRun, network: Network, rule: ExitRule, file_format: Format, *, stages: bool, exit: int | None
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Make the files of an export and its manifest: one graph a stage, of one exit alone, or of all exits."""
+    config, (model, normalisation) = saved.config, network
+    size = DATASETS[config.dataset].image_size
+    costs: tuple[float, ...] = (1.0,) * NUM_CLASSIFIERS  # of the plain network
+    if config.num_classifiers > 1:
+        measured = measure_costs(model, size)
+        costs = measured.of_exits((0.0,) * NUM_CLASSIFIERS) if exit is None else measured.alone()
+    sections = cut_sections(model, normalisation)
+    if stages:
+        graphs = stage_graphs(sections, size)
+    else:
+        graphs = [whole_graph(sections, size) if exit is None else exit_graph(sections, size, exit)]
+    files = {graph.name + ENDINGS[file_format]: encode(graph, file_format) for graph in graphs}
+    manifest = {
+        "format": file_format,
+        "run": saved.folder.name,
+        "checkpoint": saved.checkpoint.name,
+        **{name: getattr(config, name) for name in ("model", "width", "dataset")},
+        "image_size": size,
+        "class_names": CLASS_NAMES[config.dataset],
+        "graphs": [
+            {"file": file, "input": graph.input, "shape": ["batch", *graph.example.shape[1:]], "outputs": graph.outputs}
+            for file, graph in zip(files, graphs, strict=True)
+        ],
+        "exits": [
+            {"exit": number, "temperature": temperature, "threshold": threshold, "cost": cost}
+            for number, temperature, threshold, cost in zip(range(1, NUM_CLASSIFIERS + 1), *rule, costs, strict=True)
+            if number in (exit_numbers(len(sections)) if exit is None else (exit,))
+        ],
+    }
+    return files, manifest
+
+
 def encode(graph: Graph, file_format: Format) -> bytes:
     """Trace a graph for batches of any size and write it as a file of ONNX, or of torch.export."""
-    program = torch.export.export(
-        graph.module, (graph.example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    )
+    program = torch.export.export(graph.module, (graph.example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines of this machine's files
     if file_format == "torch":

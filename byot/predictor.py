@@ -11,16 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from byot.batches import mean_and_std, normalise
 from byot.class_names import CLASS_NAMES
 from byot.config import DATASETS, NUM_CLASSIFIERS
 from byot.data import FORMATS
-from byot.exits import ExitRule, load_rule, predict_early
+from byot.exits import NEVER, ExitRule, load_rule, predict_early
 from byot.runs import SavedRun, load_network
-from byot.system.files import describe_refusal
 from byot.trainer import EVAL_BATCH_SIZE, choose_device
+
+Picture = Path | str | Image.Image
+# By this rule the fourth exit, which every network has, answers for every image.
+DEEPEST_ALONE = ExitRule((1.0,) * NUM_CLASSIFIERS, (NEVER,) * (NUM_CLASSIFIERS - 1) + (0.0,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +50,18 @@ class Predictor:
         self.batch_size = EVAL_BATCH_SIZE[self.device.type]
         rule = load_rule(saved.folder)
         self.stops_early = rule is not None
-        self.rule = deepest_only(saved.config.num_classifiers) if rule is None else rule
+        self.rule = DEEPEST_ALONE if rule is None else rule
         self.answer(np.zeros((1, self.image_size, self.image_size, 3), np.uint8))  # the first time takes longer
 
-    def predict(self, images: Sequence[Path | str | Image.Image] | np.ndarray, top: int = 5) -> list[Prediction]:
+    def predict(self, images: Picture | Sequence[Picture] | np.ndarray, top: int = 5) -> list[Prediction]:
         """Classify image files, PIL images, or an array uint8 [N, H, W, 3].
 
-        Raises ValueError for a file that is no image.
+        Raises ValueError for a file that is no image, and for an array of other numbers.
         """
+        if isinstance(images, Picture):
+            images = [images]
+        if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
+            raise ValueError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
         predictions = []
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
@@ -71,23 +78,15 @@ class Predictor:
         best = probabilities.topk(min(top, len(self.class_names)))
         rows = zip(best.values.tolist(), best.indices.tolist(), exits.tolist(), strict=True)
         ms = (time.perf_counter() - started) * 1000 / len(pixels)
-        first = NUM_CLASSIFIERS + 1 - len(self.rule.thresholds)  # a plain network's one exit is the fourth
         predictions = []
         for values, classes, exit_index in rows:
             named = tuple((self.class_names[c], value) for c, value in zip(classes, values, strict=True))
             name, probability = named[0]
-            predictions.append(
-                Prediction(name=name, probability=probability, exit=first + exit_index, ms=ms, top=named)
-            )
+            predictions.append(Prediction(name=name, probability=probability, exit=exit_index + 1, ms=ms, top=named))
         return predictions
 
 
-def deepest_only(num_classifiers: int) -> ExitRule:
-    """Give the rule by which every image goes to the deepest classifier."""
-    return ExitRule(temperatures=(1.0,) * num_classifiers, thresholds=(*(2.0,) * (num_classifiers - 1), 0.0))
-
-
-def to_pixels(image: Path | str | Image.Image | np.ndarray, size: int) -> np.ndarray:
+def to_pixels(image: Picture | np.ndarray, size: int) -> np.ndarray:
     """Make the square in the middle of a picture an array uint8 [size, size, 3].
 
     Turned as its EXIF says, the first frame of several, on white where it is transparent. A picture of that size
@@ -98,19 +97,15 @@ def to_pixels(image: Path | str | Image.Image | np.ndarray, size: int) -> np.nda
     if isinstance(image, Image.Image):
         return _to_square(image, size)
     path = Path(image)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is not a file")
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError(f"{path} is not a file")
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as opened:
             warnings.simplefilter("ignore")  # what Pillow says of odd files that it can read
-            try:
-                return _to_square(Image.open(file, formats=FORMATS), size)
-            except MemoryError:
-                raise
-            except Exception as error:  # Pillow raises many kinds for a damaged file
-                raise ValueError(f"{path} cannot be read as PNG, JPEG or WebP") from error
-    except OSError as error:
-        raise ValueError(describe_refusal(error, path)) from error
+            return _to_square(opened, size)
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({getattr(error, 'strerror', None) or error})"
+        raise ValueError(f"{path} cannot be read as PNG, JPEG or WebP{reason}") from error
 
 
 def _to_square(image: Image.Image, size: int) -> np.ndarray:

@@ -35,6 +35,9 @@ class Graph(NamedTuple):
 class Normalise(nn.Module):
     """Normalises images [N, 3, S, S] with values from 0 to 1."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, normalisation: Normalisation) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(normalisation.mean)[:, None, None])
@@ -116,12 +119,13 @@ def stage_graphs(sections: Sequence[Section], image_size: int) -> list[Graph]:
 
     The last one gives logits alone.
     """
-    x, graphs = _images(image_size), []
+    x = _images(image_size)
+    graphs: list[Graph] = []
     for section, number in zip(sections, exit_numbers(len(sections)), strict=True):
         last = section is sections[-1]
         module = nn.Sequential(section.layers, section.classifier) if last else section
-        outputs = ("logits",) if last else ("logits", "features")
-        graphs.append(Graph(f"stage-{number}", module, x, "features" if graphs else "images", outputs))
+        outputs = ("logits",) if last else ("logits", f"features_{number}")
+        graphs.append(Graph(f"stage-{number}", module, x, graphs[-1].outputs[1] if graphs else "images", outputs))
         x = section.layers(x)
     return graphs
 

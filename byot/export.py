@@ -81,7 +81,8 @@ def main() -> None:
         if arguments.exit is not None and arguments.exit not in numbers:
             raise ValueError(f"--exit must be one of {', '.join(map(str, numbers))}, not {arguments.exit}")
         kind = "-stages" if arguments.stages else "" if arguments.exit is None else f"-exit-{arguments.exit}"
-        output = check_output(arguments.output or saved.folder / "export" / f"{arguments.format}{kind}")
+        default = saved.folder / "export" / f"{arguments.format}{kind}"
+        output = check_output(default if arguments.output is None else arguments.output)
         rule, network = load_rule(saved.folder) or DEEPEST_ALONE, load_network(saved)
     files, manifest = render(saved, network, rule, arguments.format, stages=arguments.stages, exit=arguments.exit)
     with one_sentence_errors("export.py"):

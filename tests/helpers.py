@@ -26,6 +26,14 @@ ParquetMaker = Callable[..., Path]
 Refuse = Callable[..., None]  # of the program, its arguments as a tuple, and words its sentence must have
 LABEL_COLUMN = {"cifar100": "fine_label", "cifar10": "label"}
 TIMES = {"elapsed_s", "images_per_s"}
+SMALL_RUN: dict[str, Any] = {
+    "recipe": "reference",
+    "dataset": "digits",
+    "width": 4,
+    "epochs": 2,
+    "batch_size": 32,
+    "device": "cpu",
+}
 NUM_CLASSES = {"cifar100": 100, "cifar10": 10}
 
 
@@ -165,7 +173,7 @@ def assert_same_state(found: Any, expected: Any, where: str = "state") -> None:
 
 def save_digits_run(folder: Path, **settings: Any) -> Path:
     """Train a small network on some of the digits and save it as a run's last checkpoint."""
-    config = TrainConfig(**{"dataset": "digits", "width": 4, "epochs": 2, "device": "cpu", **settings})
+    config = TrainConfig(**{**SMALL_RUN, **settings})
     digits = load_images("digits", None, "train")
     trainer = Trainer(config, LabelledImages(digits.images[:640], digits.labels[:640]))
     for _ in trainer:

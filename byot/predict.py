@@ -110,7 +110,6 @@ def print_csv(answers: Answers, top: int) -> None:
 def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("predict.py"):
-        check_range("--top", arguments.top, low=1)
         files = find_images(arguments.images)
 
         from byot.predictor import Predictor

@@ -8,11 +8,12 @@ Input: float images [N,3,H,W] from 0 to 1; they are normalised inside. manifest.
 names, the image size, and each exit's temperature and threshold.
 """
 
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from byot.system.files import describe_refusal, read_json, write_json, write_whole
+from byot.system.files import UnreadableError, describe_refusal, read_json, write_json, write_whole
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import absolute_path, check_writable
 
@@ -41,16 +42,21 @@ def check_packages(file_format: str) -> None:
 
 
 def check_output(given: Path | str) -> Path:
-    """Make a folder's path absolute. Raises ValueError unless it holds nothing but an earlier export."""
+    """Make a folder's path absolute. Raises ValueError unless it can be made, is empty or holds an earlier export."""
     folder = check_writable(given)
+    check_writable(folder.parent)
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if found:
-        ours = {MANIFEST}
-        if MANIFEST in found:
-            ours |= {graph["file"] for graph in read_json(folder / MANIFEST).get("graphs", [])}
-        if MANIFEST not in found or found - ours:
-            raise ValueError(f"{folder} holds other files than an export; name another folder with --output")
+    if not found <= exported_files(folder):
+        raise ValueError(f"{folder} holds other files than an export; name another folder with --output")
     return folder
+
+
+def exported_files(folder: Path) -> set[str]:
+    """List the files that a folder has where it holds an export, else none."""
+    try:
+        return {MANIFEST, *(graph["file"] for graph in read_json(folder / MANIFEST)["graphs"])}
+    except (KeyError, TypeError, UnreadableError):
+        return set()
 
 
 def write_folder(folder: Path, files: dict[str, bytes], manifest: dict[str, object]) -> None:
@@ -83,8 +89,16 @@ def main() -> None:
         kind = "-stages" if arguments.stages else "" if arguments.exit is None else f"-exit-{arguments.exit}"
         default = saved.folder / "export" / f"{arguments.format}{kind}"
         output = check_output(default if arguments.output is None else arguments.output)
-        rule, network = load_rule(saved.folder) or DEEPEST_ALONE, load_network(saved)
-    files, manifest = render(saved, network, rule, arguments.format, stages=arguments.stages, exit=arguments.exit)
+        rule, network = load_rule(saved.folder), load_network(saved)
+    if arguments.stages and rule is None and len(numbers) > 1:
+        print(
+            f"export.py: only the last exit will answer; after `python byot/evaluate.py {arguments.run} --exits` an "
+            "export has the thresholds to stop early",
+            file=sys.stderr,
+        )
+    files, manifest = render(
+        saved, network, rule or DEEPEST_ALONE, arguments.format, stages=arguments.stages, exit=arguments.exit
+    )
     with one_sentence_errors("export.py"):
         try:
             write_folder(output, files, manifest)

@@ -97,7 +97,7 @@ def cut_sections(model: BranchedResNet, normalisation: Normalisation) -> list[Se
         sections.append(Section([*layers, stage], BranchLogits(branch)))
         layers = []
     layers += [*shallow[len(sections) :], deepest]  # of a network without branches, all four stages
-    return [*sections, Section(layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), trunk.fc)).eval()]
+    return [*sections, Section(layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), trunk.fc))]
 
 
 def whole_graph(sections: Sequence[Section], image_size: int) -> Graph:
@@ -173,7 +173,8 @@ def render(
 
 def encode(graph: Graph, file_format: Format) -> bytes:
     """Trace a graph for batches of any size and write it as a file of ONNX, or of torch.export."""
-    program = torch.export.export(graph.module, (graph.example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    module = graph.module.eval()
+    program = torch.export.export(module, (graph.example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines of this machine's files
     if file_format == "torch":

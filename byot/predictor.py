@@ -51,7 +51,7 @@ class Predictor:
         rule = load_rule(saved.folder)
         self.stops_early = rule is not None
         self.rule = DEEPEST_ALONE if rule is None else rule
-        self.answer(np.zeros((1, self.image_size, self.image_size, 3), np.uint8))  # the first time takes longer
+        self.answer(np.zeros((1, self.image_size, self.image_size, 3), np.uint8))  # the first time takes twice as long
 
     def predict(self, images: Picture | Sequence[Picture] | np.ndarray, top: int = 5) -> list[Prediction]:
         """Classify image files, PIL images, or an array uint8 [N, H, W, 3].

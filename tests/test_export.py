@@ -194,17 +194,32 @@ def test_an_export_replaces_an_earlier_one_as_a_whole_or_not_at_all(
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("with_export", [True, False])
-def test_a_folder_of_something_else_is_left_alone(run: Path, call: Call, tmp_path: Path, with_export: bool) -> None:
+@pytest.mark.parametrize(("name", "text"), [("thesis.txt", "the only copy"), ("manifest.json", '{"name": "my site"}')])
+def test_a_folder_of_something_else_is_left_alone(
+    run: Path, call: Call, tmp_path: Path, with_export: bool, name: str, text: str
+) -> None:
     output = tmp_path / "mine"
     output.mkdir()
     if with_export:
         assert call(run, "--format", "torch", "--output", output)[0] == 0
-    (output / "thesis.txt").write_text("the only copy")
+    (output / name).write_text(text)
     before = picture_of(output)
     code, _, err = call(run, "--format", "torch", "--output", output)
     assert code == 2
     assert_one_sentence(err, "holds other files than an export")
     assert picture_of(output) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_stages_without_thresholds_are_told(run: Path, call: Call, tmp_path: Path) -> None:
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    alone = tmp_path / "alone.pt"
+    alone.write_bytes(checkpoint.read_bytes())
+    code, _, err = call(alone, "--format", "torch", "--stages")
+    assert code == 0
+    assert_one_sentence(err, f"`python byot/evaluate.py {alone} --exits`")
+    manifest = read_json(tmp_path / "export" / "torch-stages" / "manifest.json")
+    assert [exit["threshold"] for exit in manifest["exits"]] == [2.0, 2.0, 2.0, 0.0]
 
 
 def test_a_missing_package_is_told_with_its_extra(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ def main() -> None:
         config = saved.config.with_settings(device=arguments.device)
         if arguments.data_dir is not None:
             config = config.with_settings(data_dir=str(absolute_path(arguments.data_dir)))
-        evaluation = evaluate_run(saved, config, load_images(config.dataset, config.data_dir, "test"))
+        test = load_images(config.dataset, config.data_dir, "test", config.image_size)
+        evaluation = evaluate_run(saved, config, test)
     epoch = f"after epoch {saved.state['epoch']}/{config.epochs}"
     print(f"{saved.checkpoint}\n{config.dataset}, {evaluation.num_images} test images, {epoch}")
     print(classifier_table(evaluation.to_record("test"), "test"))

@@ -1,4 +1,4 @@
-"""A CIFAR ResNet with a classifier after each of its four stages.
+"""A ResNet with a classifier after each of its four stages.
 
 B batch, C classes, D feature width, K = 4 classifiers, ordered shallow to deep: [-1] is the deepest.
 """
@@ -98,17 +98,21 @@ ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 
 
-class CifarResNet(nn.Module):
-    """A ResNet with the CIFAR stem (3x3 convolution, stride 1, no pooling) and a scaled width.
+class ResNet(nn.Module):
+    """A ResNet of a scaled width with the CIFAR stem (3x3 convolution, stride 1, no pooling) or ImageNet's.
 
     Its parameters bear torchvision's names. It is written out here since importing torchvision costs each worker of a
     search two seconds.
     """
 
-    def __init__(self, model: str, num_classes: int, width: int) -> None:
+    def __init__(self, model: str, num_classes: int, width: int, *, imagenet_stem: bool = False) -> None:
         super().__init__()
         block, num_blocks = ARCHITECTURES[model]
-        self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+        self.imagenet_stem = imagenet_stem
+        if imagenet_stem:
+            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         channels = [c * width // STAGE_CHANNELS[0] for c in STAGE_CHANNELS]
         self.stage_channels = [c * block.expansion for c in channels]  # of the feature maps that leave the stages
@@ -123,8 +127,9 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(self.stage_channels[-1], num_classes)
         initialise_convolutions(self)
 
-    def stem(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, width, H, W]
-        return norm_relu(self.bn1, self.conv1(images))
+    def stem(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, width, H, W], ImageNet's [B, width, H / 4, W / 4]
+        x = norm_relu(self.bn1, self.conv1(images))
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1) if self.imagenet_stem else x
 
     def stages(self) -> tuple[nn.Sequential, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4
@@ -193,14 +198,17 @@ class Branch(nn.Module):
 
 
 class BranchedResNet(nn.Module):
-    """A ResNet trunk whose four stages each end in a classifier. Images must be at least 8 pixels on a side.
+    """A ResNet trunk whose four stages each end in a classifier.
 
-    Without branches it is an ordinary ResNet, with the deepest classifier alone (K = 1) and the same initial weights.
+    Images must be at least 8 pixels on a side, with ImageNet's stem 32. Without branches it is an ordinary ResNet, with
+    the deepest classifier alone (K = 1) and the same initial weights.
     """
 
-    def __init__(self, model: str, num_classes: int, width: int = 64, *, branched: bool = True) -> None:
+    def __init__(
+        self, model: str, num_classes: int, width: int = 64, *, branched: bool = True, imagenet_stem: bool = False
+    ) -> None:
         super().__init__()
-        self.trunk = CifarResNet(model, num_classes, width)
+        self.trunk = ResNet(model, num_classes, width, imagenet_stem=imagenet_stem)
         *shallow, deepest = self.trunk.stage_channels
         if not branched:
             shallow = []

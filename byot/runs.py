@@ -101,8 +101,8 @@ def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None, 
     if not processes.is_first:
         processes.barrier()  # the first refuses, downloads and decodes for all
     read_result(config, folder)
-    check_dataset(config.dataset, config.data_dir)
-    images = load_images(config.dataset, config.data_dir, "train")
+    check_dataset(config.dataset, config.data_dir, config.image_size)
+    images = load_images(config.dataset, config.data_dir, "train", config.image_size)
     if processes.is_first:
         processes.barrier()
     train, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
@@ -244,7 +244,7 @@ def train_and_test(
         for metrics in train_saving(trainer, folder, on_batch, stop_asked):
             show_epoch()
             on_epoch(metrics)
-    test = trainer.evaluate_on(load_images(config.dataset, config.data_dir, "test"))
+    test = trainer.evaluate_on(load_images(config.dataset, config.data_dir, "test", config.image_size))
     trainer.check_finite(sum(test.nll))
     result = {
         "config": config.to_dict(),
@@ -324,7 +324,7 @@ def load_network(run: Path | str | SavedRun) -> tuple[BranchedResNet, Normalisat
     """
     saved = run if isinstance(run, SavedRun) else find_run(absolute_path(run))
     with explain_misfit(saved.checkpoint):
-        model = build_model(saved.config)
+        model = build_model(saved.config, len(saved.state.get("class_names", [])))
         model.load_state_dict(saved.state["model"])
         return model.eval(), Normalisation(**saved.state["normalisation"])
 

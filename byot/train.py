@@ -99,7 +99,7 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
                 processes = held.enter_context(joined_processes(config.device))
                 if fresh and processes.is_first and folder.exists():
                     choose_device(config.device)  # before anything is moved: with these no run could start
-                    check_dataset(config.dataset, config.data_dir)
+                    check_dataset(config.dataset, config.data_dir, config.image_size)
                     with lock_folder(folder):
                         print(f"what was in {folder} is now in {set_aside(folder)}")
                 result = processes.broadcast(read_result(config, folder) if processes.is_first else None)

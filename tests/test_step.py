@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from byot import trainer
 from byot.config import Acceleration, TrainConfig
-from byot.data import LabelledImages, load_images
+from byot.data import LabelledImages, load_images, take
 from byot.metrics import EpochMetrics
 from byot.system import cuda_graph
 from byot.system.cuda_graph import RecordingError
@@ -37,7 +37,7 @@ CIFAR = DIGITS.with_settings(dataset="cifar100", epochs=3, batch_size=4)
 
 
 def digits(number: int) -> LabelledImages:
-    return LabelledImages(*(part[:number] for part in load_images("digits", None, "train")))
+    return take(load_images("digits", None, "train"), np.arange(number))
 
 
 def random_images(number: int) -> LabelledImages:

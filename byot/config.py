@@ -11,7 +11,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
 
-ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+ModelName = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+]
 DatasetName = Literal["cifar100", "cifar10", "digits", "imagefolder"]
 LossForm = Literal["reference", "paper", "plain"]
 RecipeName = Literal["modern", "reference"]

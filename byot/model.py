@@ -52,8 +52,9 @@ class BasicBlock(nn.Module):
 
     expansion = 1  # of the channels
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, groups: int, group_width: int) -> None:
         super().__init__()
+        assert (groups, group_width) == (1, 64)
         self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
@@ -67,18 +68,22 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Adds its input to the result of 1x1, 3x3 and 1x1 convolutions; the 3x3 one has the stride, as in torchvision."""
+    """Adds its input to the result of 1x1, 3x3 and 1x1 convolutions; the 3x3 one has the stride, as in torchvision.
+
+    The 3x3 one has `groups`, each of `group_width` channels where `channels` is 64 (Xie et al., 2017).
+    """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, groups: int, group_width: int) -> None:
         super().__init__()
         out_channels = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, kernel_size=1, bias=False)
+        inner = max(1, channels * group_width // 64) * groups
+        self.conv1 = nn.Conv2d(in_channels, inner, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, out_channels, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample = make_downsample(in_channels, out_channels, stride)
 
@@ -89,12 +94,25 @@ class Bottleneck(nn.Module):
         return norm_relu(self.bn3, self.conv3(x), identity)
 
 
-ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (Bottleneck, [3, 4, 23, 3]),
-    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+class Architecture(NamedTuple):
+    """What a network's name stands for, as in torchvision."""
+
+    block: type[BasicBlock | Bottleneck]
+    num_blocks: tuple[int, int, int, int]  # of the stages
+    groups: int = 1
+    group_width: int = 64
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Architecture(Bottleneck, (3, 8, 36, 3)),
+    "wide_resnet50_2": Architecture(Bottleneck, (3, 4, 6, 3), group_width=128),
+    "wide_resnet101_2": Architecture(Bottleneck, (3, 4, 23, 3), group_width=128),
+    "resnext50_32x4d": Architecture(Bottleneck, (3, 4, 6, 3), groups=32, group_width=4),
+    "resnext101_32x8d": Architecture(Bottleneck, (3, 4, 23, 3), groups=32, group_width=8),
 }
 
 
@@ -107,7 +125,7 @@ class ResNet(nn.Module):
 
     def __init__(self, model: str, num_classes: int, width: int, *, imagenet_stem: bool = False) -> None:
         super().__init__()
-        block, num_blocks = ARCHITECTURES[model]
+        block, num_blocks, groups, group_width = ARCHITECTURES[model]
         self.imagenet_stem = imagenet_stem
         if imagenet_stem:
             self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
@@ -119,8 +137,8 @@ class ResNet(nn.Module):
         before = [width, *self.stage_channels]
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             nn.Sequential(
-                block(before[i], channels[i], stride=1 if i == 0 else 2),
-                *(block(before[i + 1], channels[i], stride=1) for _ in range(num_blocks[i] - 1)),
+                block(before[i], channels[i], 1 if i == 0 else 2, groups, group_width),
+                *(block(before[i + 1], channels[i], 1, groups, group_width) for _ in range(num_blocks[i] - 1)),
             )
             for i in range(len(channels))
         )

@@ -89,6 +89,8 @@ def read_result(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{error}; without this file the run goes on from its last checkpoint") from error
     check_same_run(config, found)
+    if result is not None and config.dataset == "imagefolder" and config.data_dir != found.data_dir:
+        raise ValueError(f"{folder} is finished and was trained on {found.data_dir}; another --name would do")
     return result
 
 
@@ -330,7 +332,12 @@ def load_network(run: Path | str | SavedRun) -> tuple[BranchedResNet, Normalisat
 
 
 def evaluate_run(saved: SavedRun, config: TrainConfig, test: LabelledImages) -> Evaluation:
-    """Evaluate a saved network on images, on the device and in the precision that `config` asks for."""
+    """Evaluate a saved network on images, on the device and in the precision that `config` asks for.
+
+    Raises ValueError for images of other classes.
+    """
+    if list(test.class_names) != saved.state.get("class_names", []):
+        raise ValueError(f"{saved.checkpoint} was trained on other classes than the data set has")
     device = choose_device(config.device)
     model, normalisation = load_network(saved)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

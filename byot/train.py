@@ -71,6 +71,8 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
     if arguments.best is not None:
         TrainConfig(**given)  # refuses what is wrong by itself
         choice = find_best(outputs, arguments.best, given.get("model"), given.get("dataset"))
+        if given.get("dataset") not in (None, choice.settings.get("dataset")):
+            given.setdefault("image_size", None)  # the other data set's own
         config = TrainConfig.from_dict({**choice.settings, **given})
         as_searched = "epochs" in choice.settings and "epochs" not in given
         print(

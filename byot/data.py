@@ -8,6 +8,7 @@ import io
 import math
 import mmap
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ IMAGES_AT_A_TIME = 256
 LARGE = 1 << 30  # bytes of pixels that are kept in a file, not in memory, and not hashed each time they are mapped
 TEST_FRACTION = 0.2  # of a data set that has no test set of its own
 MOST_NAMED = 10  # files that a warning names
+MANY = 5000  # files that take so long to decode that it is told
 
 LABEL_COLUMNS = {"cifar100": "fine_label", "cifar10": "label"}  # in the Hugging Face layout; the images' is `img`
 # The folders to which the official archives unpack.
@@ -275,6 +277,8 @@ def _load_image_files(files: ImageFiles, split: Split, image_size: int) -> Label
             with lock_folder(path.parent, wait_s=math.inf):
                 found = read_cached(path, image_size)
                 if found is None:
+                    if len(files.paths) > MANY:
+                        print(f"decoding {len(files.paths)} {split} images, once", file=sys.stderr, flush=True)
                     remove_leftovers(path.parent)
                     write_parts(path, _decode_files(files, image_size))
                     found = read_cached(path, image_size)
@@ -441,17 +445,18 @@ def fingerprint(data: LabelledImages) -> str:
 
 def find_normalisation(config: TrainConfig, images: np.ndarray) -> Normalisation:
     """Give the recipe's normalisation: the reference's constants for CIFAR, else mean and deviation of `images`."""
+    from PIL import Image
+
     if not RECIPES[config.recipe].dataset_normalisation and config.dataset in LABEL_COLUMNS:
         return Normalisation(REFERENCE_MEAN, REFERENCE_STD)
-    counts = np.zeros((3, 256), dtype=np.int64)
+    counts = np.zeros(3 * 256, dtype=np.int64)
     for start in range(0, len(images), IMAGES_AT_A_TIME):
-        for channel in range(3):
-            pixels = images[start : start + IMAGES_AT_A_TIME, ..., channel].ravel()
-            counts[channel] += np.bincount(pixels, minlength=256)
+        part = images[start : start + IMAGES_AT_A_TIME]
+        counts += Image.fromarray(part.reshape(-1, part.shape[2], 3)).histogram()  # four times as fast as NumPy's
     levels = np.arange(256) / 255
     mean, std = [], []
-    for channel in range(3):
-        share = counts[channel] / counts[channel].sum()
+    for of_channel in counts.reshape(3, 256):
+        share = of_channel / of_channel.sum()
         mean.append(float(share @ levels))
         std.append(float(np.sqrt(share @ (levels - mean[-1]) ** 2)))
     return Normalisation(tuple(mean), tuple(std))

@@ -214,7 +214,9 @@ class TrainConfig:
     )
     dataset: DatasetName = setting("cifar100", "data set")
     data_dir: str | None = setting(
-        None, "folder with the data set, as parquet files or the official archive (default: data/, downloaded)"
+        None,
+        "folder with the data set: parquet files or the official archive (default: data/, downloaded); of imagefolder "
+        "train/CLASS/* and test/CLASS/*, or CLASS/*",
     )
     image_size: int = setting(
         None,  # the data set's own

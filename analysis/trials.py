@@ -35,10 +35,14 @@ from byot.search_files import (
 from byot.system.files import read_json
 
 SETTINGS = tuple(f.name for f in fields(TrainConfig))
-TEST_MEASURES = tuple(
-    f"test_{measure}{suffix}"
-    for measure in ("accuracy", "nll", "ece")
-    for suffix in ("", *(f"_{classifier}" for classifier in CLASSIFIERS))
+TEST_MEASURES = (
+    *(
+        f"test_{measure}{suffix}"
+        for measure in ("accuracy", "nll", "ece")
+        for suffix in ("", *(f"_{classifier}" for classifier in CLASSIFIERS))
+    ),
+    "test_accuracy_mean",
+    "test_exit_accuracy",
 )
 # In these a retrained run may differ from the trial whose settings it takes up.
 NOT_COMPARED = (*NOT_IDENTITY, "seed", "epochs", "val_fraction", "split_seed", "precision")

@@ -18,6 +18,7 @@ from search.significance import ERROR, MOST_RUNS_NAMED, compare
 
 NUM_STANDARD_ERRORS = 2
 MAX_LISTED = 6
+SPLITS = {"val": "validation", "test": "test"}
 
 
 # ---------------------------------------------------------------- noise
@@ -52,9 +53,13 @@ def num_images_behind(search: SearchRecord) -> int:
 def describe_metric(metric: str) -> str:
     """`val_accuracy_2` -> 'validation accuracy, classifier 2/4'."""
     split, measure, *suffix = metric.split("_")
+    if measure == "exit":
+        return f"{SPLITS.get(split, split)} accuracy, early exit at half the cost"
+    if suffix == ["mean"]:
+        return f"{SPLITS.get(split, split)} accuracy, mean of the classifiers"
     which = CLASSIFIERS.get(suffix[0] if suffix else str(NUM_CLASSIFIERS), "")
     where = which if which == "ensemble" else f"classifier {which}"
-    return f"{ {'val': 'validation', 'test': 'test'}.get(split, split) } {measure.replace('nll', 'NLL')}, {where}"
+    return f"{SPLITS.get(split, split)} {measure.replace('nll', 'NLL')}, {where}"
 
 
 def format_gain(metric: str, gain: float) -> str:

@@ -2,12 +2,19 @@
 
   python byot/evaluate.py outputs/runs/NAME        the run's last checkpoint
   python byot/evaluate.py path/to/epoch-0200.pt    one checkpoint file
+  python byot/evaluate.py outputs/runs/NAME --exits --max-drop 0.5
 
-Reads the test set; prints only.
+Reads the test set; prints only. With --exits it first fits when an image may leave early, on held-out training images,
+and writes that to exits.json in the run's folder: docs/exits.md.
 """
 
+import json
+
+from byot.config import check_range
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import absolute_path
+
+DEFAULT_MAX_DROP = 0.5
 
 
 def build_parser() -> Parser:
@@ -15,25 +22,67 @@ def build_parser() -> Parser:
     parser.add_argument("run", help="a run's folder or one checkpoint file")
     parser.add_argument("--data-dir", metavar="DIR", help="where the data set is, if not where it was trained from")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to compute")
+    parser.add_argument("--exits", action="store_true", help="fit and measure early exit")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="with --exits: the least cost at this much accuracy below the deepest classifier, at most "
+        f"[{DEFAULT_MAX_DROP}]",
+    )
+    asked.add_argument(
+        "--target-cost",
+        type=float,
+        metavar="SHARE",
+        help="with --exits: the best accuracy at this share of the plain deepest network's multiply-adds, at most",
+    )
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="what to print")
     return parser
 
 
 def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("evaluate.py"):
+        any_asked = (arguments.max_drop, arguments.target_cost) != (None, None)
+        if any_asked and not arguments.exits:
+            raise ValueError("--max-drop and --target-cost are for early exit: give --exits too")
+        if arguments.max_drop is not None:
+            check_range("max_drop", arguments.max_drop, low=0, high=100)
+        if arguments.target_cost is not None:
+            check_range("target_cost", arguments.target_cost, above=0)
+
         from byot.console import classifier_table
-        from byot.data import load_images
-        from byot.runs import evaluate_run, find_run
+        from byot.data import check_dataset, load_images
+        from byot.runs import check_classes, evaluate_run, find_run
 
         saved = find_run(absolute_path(arguments.run))
         config = saved.config.with_settings(device=arguments.device)
         if arguments.data_dir is not None:
             config = config.with_settings(data_dir=str(absolute_path(arguments.data_dir)))
+        record = {"checkpoint": str(saved.checkpoint), "epoch": saved.state["epoch"]}
+        if arguments.exits:
+            from byot.exit_report import Asked, fit_exits, format_exits, measure_exits
+
+            check_dataset(config.dataset, config.data_dir, config.image_size)
+            asked = Asked(arguments.max_drop, arguments.target_cost)
+            fitted = fit_exits(saved, config, asked if any_asked else Asked(max_drop=DEFAULT_MAX_DROP))
         test = load_images(config.dataset, config.data_dir, "test", config.image_size)
+        check_classes(saved, test)
+    if arguments.exits:
+        measured = measure_exits(fitted, test)
+        record |= fitted.record | {"test": measured}
+        text = format_exits(fitted.record, measured)
+    else:
         evaluation = evaluate_run(saved, config, test)
+        record |= {"num_test_images": evaluation.num_images, **evaluation.to_record("test")}
+        text = classifier_table(record, "test")
+    if arguments.format == "json":
+        print(json.dumps(record, indent=2))
+        return
     epoch = f"after epoch {saved.state['epoch']}/{config.epochs}"
-    print(f"{saved.checkpoint}\n{config.dataset}, {evaluation.num_images} test images, {epoch}")
-    print(classifier_table(evaluation.to_record("test"), "test"))
+    print(f"{saved.checkpoint}\n{config.dataset}, {len(test.labels)} test images, {epoch}")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,20 @@ taught: K - 1, or K where the ensemble teaches. Accuracies are percent, NLL is n
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from byot.config import NUM_CLASSIFIERS
+from byot.exits import Answers, ExitCosts, cross_fitted_accuracy
 from byot.loss import LossTerms
 from byot.model import BranchedResNet
 from byot.system.distributed import ALONE, Processes
 
 ECE_BINS = 15
+EXIT_COST = 0.5  # of the plain deepest network's, at which early exit is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +33,13 @@ class Evaluation:
     accuracy: tuple[float, ...]  # percent
     nll: tuple[float, ...]  # nats
     ece: tuple[float, ...]  # percent
+    exit_accuracy: float | None = None  # percent, of early exit at half the cost; None where it was not measured
 
     def to_record(self, prefix: str) -> dict[str, float]:
         """Name the numbers `val_accuracy_1` to `val_accuracy_4` and `val_accuracy_ensemble`.
 
-        `val_accuracy` is the deepest classifier's, which is number 4 also where it is alone.
+        `val_accuracy` is the deepest classifier's, which is number 4 also where it is alone. Of several classifiers
+        `val_accuracy_mean` is the mean, without the ensemble, and `val_exit_accuracy` is that of early exit.
         """
         record: dict[str, float] = {}
         for measure in ("accuracy", "nll", "ece"):
@@ -43,6 +48,10 @@ class Evaluation:
             record[f"{prefix}_{measure}"] = classifiers[-1]
             record |= {f"{prefix}_{measure}_{i}": value for i, value in numbered(classifiers)}
             record |= {f"{prefix}_{measure}_ensemble": value for value in ensemble}
+        if len(self.accuracy) > 1:
+            record[f"{prefix}_accuracy_mean"] = fmean(self.accuracy[:-1])
+        if self.exit_accuracy is not None:
+            record[f"{prefix}_exit_accuracy"] = self.exit_accuracy
         return record
 
 
@@ -134,16 +143,19 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     autocast_dtype: torch.dtype | None,
+    costs: ExitCosts | None = None,
     processes: Processes = ALONE,
 ) -> Evaluation:
     """Run the network over the batches of all processes. The ensemble is the mean of the K softmaxes, where K > 1.
 
+    Given the costs of the exits, K > 1, early exit is measured too, at half the cost and without temperatures.
     ECE: predictions go into 15 equal bins of confidence; sum over bins of |accuracy - mean confidence| times the bin's
     share of the images (Guo et al., 2017).
     """
     model.eval()
     sums: Tensor | None = None  # [K+1, 2 + bins]: correct, nll, then per bin correct - confidence
     seen = 0
+    answers: list[tuple[Tensor, Tensor]] = []  # of each batch: confidence and correctness [K, B]
     for images, labels in batches:
         with torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
             logits = torch.stack(model(images).logits)  # [K, B, C]
@@ -162,6 +174,8 @@ def evaluate(
         batch = torch.cat([correct.sum(1, keepdim=True), nll.sum(1, keepdim=True), gaps], dim=1)
         sums = batch.to(_sum_dtype(batch.device)) if sums is None else sums + batch
         seen += len(labels)
+        if costs is not None:
+            answers.append((confidence[:-1].nan_to_num(), correct[:-1] > 0))
     assert sums is not None, "no images to evaluate"
     num_images = int(processes.all_reduce_sum(torch.tensor(seen, device=sums.device)))
     sums = processes.all_reduce_sum(sums).cpu() / num_images
@@ -170,7 +184,16 @@ def evaluate(
         accuracy=tuple((sums[:, 0] * 100).tolist()),
         nll=tuple(sums[:, 1].tolist()),
         ece=tuple((sums[:, 2:].abs().sum(dim=1) * 100).tolist()),
+        exit_accuracy=None if costs is None else _exit_accuracy(answers, costs, processes),
     )
+
+
+def _exit_accuracy(answers: list[tuple[Tensor, Tensor]], costs: ExitCosts, processes: Processes) -> float | None:
+    """Bring the answers to all batches together, in the images' order; None of a single image, which has no halves."""
+    shards = processes.all_gather([tuple(part.cpu() for part in batch) for batch in answers])
+    parts = zip(*(shard for batch in zip(*shards, strict=True) for shard in batch), strict=True)
+    confidence, correct = (torch.cat(part, dim=1).numpy() for part in parts)
+    return cross_fitted_accuracy(Answers(confidence, correct), costs, EXIT_COST) if correct.shape[1] > 1 else None
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -250,3 +250,10 @@ class BranchedResNet(nn.Module):
             features.append(branch_feature)
         feature = deepest(x).mean(dim=(2, 3))  # [B, D]
         return BranchOutputs((*logits, trunk.fc(feature)), (*features, feature))
+
+    def classify(self, stage: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Give logits [B, C] and feature [B, D] of the classifier after a stage, numbered from 0."""
+        if stage < len(self.branches):
+            return self.branches[stage](feature_map)
+        feature = feature_map.mean(dim=(2, 3))
+        return self.trunk.fc(feature), feature

@@ -21,6 +21,7 @@ import torch
 from byot.batches import in_order, place_images
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS, TrainConfig
 from byot.data import LabelledImages, Normalisation, check_dataset, load_images, split_validation
+from byot.exits import measure_costs
 from byot.metrics import EpochMetrics, Evaluation, evaluate
 from byot.model import BranchedResNet
 from byot.system.checkpoint import (
@@ -331,15 +332,17 @@ def load_network(run: Path | str | SavedRun) -> tuple[BranchedResNet, Normalisat
         return model.eval(), Normalisation(**saved.state["normalisation"])
 
 
-def evaluate_run(saved: SavedRun, config: TrainConfig, test: LabelledImages) -> Evaluation:
-    """Evaluate a saved network on images, on the device and in the precision that `config` asks for.
-
-    Raises ValueError for images of other classes.
-    """
-    if list(test.class_names) != saved.state.get("class_names", []):
+def check_classes(saved: SavedRun, images: LabelledImages) -> None:
+    """Raise ValueError for images of other classes than those that a saved network knows."""
+    if list(images.class_names) != saved.state.get("class_names", []):
         raise ValueError(f"{saved.checkpoint} was trained on other classes than the data set has")
+
+
+def evaluate_run(saved: SavedRun, config: TrainConfig, test: LabelledImages) -> Evaluation:
+    """Evaluate a saved network on images, on the device and in the precision that `config` asks for."""
     device = choose_device(config.device)
     model, normalisation = load_network(saved)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = in_order(place_images(test, device, config.placement), EVAL_BATCH_SIZE[device.type], normalisation)
-    return evaluate(model, batches, autocast_dtype=choose_autocast_dtype(config.precision, device))
+    costs = measure_costs(model, test.images.shape[1]) if config.num_classifiers > 1 else None
+    return evaluate(model, batches, autocast_dtype=choose_autocast_dtype(config.precision, device), costs=costs)

@@ -38,7 +38,16 @@ ROLE_NAMES = {"reference": "the reference's setting", "control": "deep supervisi
 DIVERGED = "diverged: "  # how the error of such a trial begins; tried again it would diverge again
 SEARCHABLE = ("alpha", "temperature", "beta", "lr", "weight_decay", "label_smoothing")
 ACCURACIES = ("val_accuracy", *(f"val_accuracy_{classifier}" for classifier in CLASSIFIERS))
-MEASURES = (*ACCURACIES, "val_nll", "val_nll_ensemble", "val_ece", "val_ece_ensemble")
+MEASURES = (
+    *ACCURACIES,
+    "val_nll",
+    "val_nll_ensemble",
+    "val_ece",
+    "val_ece_ensemble",
+    # Older tables lack these.
+    "val_accuracy_mean",
+    "val_exit_accuracy",
+)
 # The columns of trials.csv, but for the parameters and the measures between them.
 FIRST_COLUMNS = ("trial_id", "role", "status", "epochs_done")
 LAST_COLUMNS = ("seconds", "seed", "error")

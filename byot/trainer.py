@@ -35,6 +35,7 @@ from byot.batches import (
 )
 from byot.config import DATASETS, Acceleration, TrainConfig, learning_rate, resolution
 from byot.data import LabelledImages, Normalisation, find_normalisation, fingerprint
+from byot.exits import measure_costs
 from byot.loss import LossTerms, self_distillation_loss
 from byot.metrics import EpochMetrics, Evaluation, TrainingSums, evaluate
 from byot.model import BranchedResNet, BranchOutputs
@@ -77,6 +78,7 @@ class Trainer:
         self.class_names = train.class_names
         self._fingerprint = fingerprint(train) if self.class_names else None
         self.model = build_model(config, len(self.class_names)).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._exit_costs = measure_costs(self.model, train.images.shape[1]) if config.num_classifiers > 1 else None
         if processes.count > 1 and config.batch_norm == "global":
             synchronise_batch_norms(self.model, self.device)
         self.optimizer = make_optimizer(self.model, config, self.autocast_dtype)
@@ -197,7 +199,13 @@ class Trainer:
     def evaluate(self, images: ImageSource) -> Evaluation:
         self.processes.broadcast_buffers(self.model)
         batches = in_order(images, EVAL_BATCH_SIZE[self.device.type], self.normalisation, self.processes)
-        return evaluate(self.model, batches, autocast_dtype=self.autocast_dtype, processes=self.processes)
+        return evaluate(
+            self.model,
+            batches,
+            autocast_dtype=self.autocast_dtype,
+            costs=self._exit_costs,
+            processes=self.processes,
+        )
 
     def evaluate_on(self, data: LabelledImages) -> Evaluation:
         """Evaluate on images that were not given at the start, such as the test set."""

@@ -16,6 +16,8 @@ Metric = Literal[
     "val_accuracy_3",
     "val_accuracy_4",
     "val_accuracy_ensemble",
+    "val_accuracy_mean",
+    "val_exit_accuracy",
     "val_nll",
     "val_nll_ensemble",
 ]
@@ -51,8 +53,9 @@ class SearchSettings:
     time_budget: str | None = setting(None, "stop after this time, such as 90s, 30m, 8h or 2d")
     metric: tuple[Metric, ...] = setting(
         ("val_accuracy",),
-        "what is searched for: val_accuracy, the deepest classifier's, val_accuracy_1 to _4 or _ensemble, val_nll or "
-        "val_nll_ensemble; of several the Pareto front",
+        "what is searched for: val_accuracy, the deepest classifier's, val_accuracy_1 to _4, _ensemble or _mean of "
+        "the four, val_exit_accuracy of early exit at half the cost, val_nll or val_nll_ensemble; of several the "
+        "Pareto front",
     )
     sampler: Sampler = setting("tpe", "what proposes; gp learns from trials that reached their last epoch")
     scheduler: Scheduler | None = setting(

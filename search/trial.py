@@ -119,7 +119,8 @@ def mean_record(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     first, *others = records
     if not others:
         return first
-    mean = {name: fmean(record[name] for record in (first, *others)) for name in first if name != "epoch"}
+    known = [name for name in first if name != "epoch" and all(name in record for record in others)]  # older ones: less
+    mean = {name: fmean(record[name] for record in (first, *others)) for name in known}
     seconds = sum(record["elapsed_s"] for record in (first, *others))
     return {"epoch": first["epoch"], **mean, "elapsed_s": seconds}
 

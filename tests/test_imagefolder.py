@@ -17,7 +17,7 @@ from byot.batches import augment, draw_epoch, mean_and_std, place_images, shuffl
 from byot.config import TrainConfig
 from byot.data import LabelledImages, check_dataset, fingerprint, load_images, split_validation, take
 from byot.image_files import list_classes, read_square
-from byot.runs import evaluate_run, find_run, load_network, open_run, read_result, train_run
+from byot.runs import check_classes, find_run, load_network, open_run, read_result, train_run
 from byot.system.files import read_json
 from byot.trainer import Trainer
 from tests.helpers import call_main, encode_png, random_pixels, run_command
@@ -376,7 +376,7 @@ def test_a_checkpoint_goes_on_with_its_own_images_alone(tmp_path: Path, cache: P
     with pytest.raises(ValueError, match=r"is finished and was trained on .*moved"):
         read_result(config, run)
     with pytest.raises(ValueError, match="trained on other classes"):
-        evaluate_run(find_run(run), config, load(tmp_path / "b", "test"))
+        check_classes(find_run(run), load(tmp_path / "b", "test"))
 
 
 def test_a_fingerprint_tells_images_and_labels_apart() -> None:

@@ -65,6 +65,13 @@ class Processes:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def all_gather(self, value: Any) -> list[Any]:
+        """Give every process what each one has, in the order of their ranks."""
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every process the first one's statistics: each may have those of its own shards of the batches."""
         if self.count > 1:

@@ -46,6 +46,7 @@ def build_parser() -> Parser:
     start.add_argument("--resume", metavar="PATH", help="go on from this run folder or checkpoint file")
     start_anew = "start anew; what the run's folder held is moved to runs/replaced/"
     parser.add_argument("--fresh", action="store_true", help=start_anew)
+    parser.add_argument("--dry-run", action="store_true", help="print the network, its costs and the time it will take")
     parser.add_argument("--name", help="folder of the run under outputs/runs (default: made from the settings)")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     add_settings(parser, TrainConfig, defaults=recipe_defaults())
@@ -161,6 +162,11 @@ def main() -> None:
             arguments = build_parser().parse_args()
             with one_sentence_errors("train.py"):
                 config, folder, checkpoint = plan_run(arguments)
+                if arguments.dry_run:
+                    from byot.dry_run import describe_run
+
+                    print(describe_run(config))
+                    return
         result = train(config, folder, checkpoint, arguments.fresh)
 
         from byot.console import classifier_table

@@ -305,7 +305,6 @@ def _digest_of_stats(files: ImageFiles) -> str:
 
 def _decode_files(files: ImageFiles, image_size: int) -> Iterator[bytes | memoryview]:
     """Yield what a cache file holds, image by image; at the end, warn of the files that cannot be read."""
-    from PIL import Image
 
     def read(path: Path) -> np.ndarray | None:
         try:
@@ -315,8 +314,7 @@ def _decode_files(files: ImageFiles, image_size: int) -> Iterator[bytes | memory
 
     checksum, readable = hashlib.sha256(), np.zeros(len(files.paths), dtype=bool)
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")  # what Pillow says of odd files that it can read
         for start in range(0, len(files.paths), IMAGES_AT_A_TIME):
             for i, pixels in enumerate(pool.map(read, files.paths[start : start + IMAGES_AT_A_TIME]), start):
                 if pixels is not None:
@@ -423,17 +421,16 @@ def split_validation(
 
 
 def take(data: LabelledImages, rows: np.ndarray) -> LabelledImages:
-    """Copy the images with these indices, many of them into a mapped file without a name."""
-    size = data.images[0].nbytes
-    if len(rows) * size <= LARGE:
-        return data._replace(images=data.images[rows], labels=data.labels[rows])
-    with TemporaryFile(dir=cache_folder()) as file:
-        for start in range(0, len(rows), IMAGES_AT_A_TIME):
-            file.write(data.images[rows[start : start + IMAGES_AT_A_TIME]].data)
-        file.flush()
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    images = np.frombuffer(mapped, np.uint8).reshape(len(rows), *data.images.shape[1:])
-    return data._replace(images=images, labels=data.labels[rows])
+    """Copy the images with these indices, many of them into a mapped file without a name, where one can be written."""
+    images = None
+    if len(rows) * data.images[0].nbytes > LARGE:
+        with suppress(OSError), TemporaryFile(dir=cache_folder()) as file:
+            for start in range(0, len(rows), IMAGES_AT_A_TIME):
+                file.write(data.images[rows[start : start + IMAGES_AT_A_TIME]].data)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            images = np.frombuffer(mapped, np.uint8).reshape(len(rows), *data.images.shape[1:])
+    return data._replace(images=data.images[rows] if images is None else images, labels=data.labels[rows])
 
 
 def fingerprint(data: LabelledImages) -> str:

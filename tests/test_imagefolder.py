@@ -351,6 +351,9 @@ def test_a_large_validation_split_lies_in_a_file(tmp_path: Path, cache: Path, mo
     assert not large[0].images.flags.owndata
     assert not large[0].images.flags.writeable
     assert np.array_equal(load(tmp_path, image_size=16).images, whole.images)
+    monkeypatch.setenv("BYOT_CACHE", str(tmp_path / "train" / "a" / "00000.png"))  # nothing can be written there
+    again, _ = split_validation(whole, fraction=0.25, seed=3)
+    assert np.array_equal(again.images, large[0].images)
 
 
 # ---------------------------------------------------------------- runs

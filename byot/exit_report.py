@@ -289,51 +289,58 @@ def _time_one(model: BranchedResNet, batch: Tensor, rule: ExitRule) -> float:
 def format_exits(record: Mapping[str, Any], test: Mapping[str, Any]) -> str:
     """Write what was fitted and measured, at most 80 columns wide."""
     names = [row["exit"] for row in test["exits"]]
-    sentences = [
+    fitted = [
         f"fitted on {record['num_images']} {record['fitted_on']}:",
         f"{record['accuracy']:.2f} % at cost {record['cost']:.3f}; the deepest classifier alone "
         f"{record['deepest_accuracy']:.2f} % at cost 1",
     ]
     if record["fitted_on"] == SEEN:
-        sentences.append(SEEN_SENTENCE)
-    oracle = test["oracle"]
-    parts = [
-        "\n".join(sentences),
-        text_table(
-            ("exit", "accuracy", "cost", "temperature", "ECE before", "after", "AUROC", "AURC", "threshold"),
-            [
-                (
-                    row["exit"],
-                    f"{row['accuracy']:.2f}",
-                    f"{row['cost']:.3f}",
-                    f"{row['temperature']:.3f}",
-                    f"{row['ece_before']:.2f}",
-                    f"{row['ece']:.2f}",
-                    "-" if row["auroc"] is None else f"{row['auroc']:.4f}",
-                    f"{row['aurc']:.2f}",
-                    "never" if row["threshold"] > 1 else f"{row['threshold']:.4f}",
-                )
-                for row in test["exits"]
-            ],
-        ),
-        text_table(("asked", "accuracy", "cost got", *names), list(_table_rows(test))),
-        f"oracle, leaving at the first exit that is right: {oracle['accuracy']:.2f} % at cost {oracle['cost']:.3f}\n"
-        f"right at an earlier exit and wrong at {names[-1]}: {test['overthinking']:.2f} % of the images",
-        "\n".join(_class_lines(test["classes"])),
-        text_table(
-            ("batch", "plain ms/image", "early exit ms/image", "time saved %"),
-            [
-                (
-                    str(row["batch_size"]),
-                    f"{row['plain_ms']:.3f}",
-                    f"{row['early_ms']:.3f}",
-                    f"{100 * (1 - row['early_ms'] / row['plain_ms']):.1f}",
-                )
-                for row in test["time"]
-            ],
-        ),
+        fitted.append(SEEN_SENTENCE)
+    exits = [
+        (
+            row["exit"],
+            f"{row['accuracy']:.2f}",
+            f"{row['cost']:.3f}",
+            f"{row['temperature']:.3f}",
+            f"{row['ece_before']:.2f}",
+            f"{row['ece']:.2f}",
+            "-" if row["auroc"] is None else f"{row['auroc']:.4f}",
+            f"{row['aurc']:.2f}",
+            "never" if row["threshold"] > 1 else f"{row['threshold']:.4f}",
+        )
+        for row in test["exits"]
     ]
-    return "\n\n".join(part for part in parts if part)
+    times = [
+        (
+            str(row["batch_size"]),
+            f"{row['plain_ms']:.3f}",
+            f"{row['early_ms']:.3f}",
+            f"{100 * (1 - row['early_ms'] / row['plain_ms']):.1f}",
+        )
+        for row in test["time"]
+    ]
+    oracle = test["oracle"]
+    found = [
+        f"oracle, leaving at the first exit that is right: {oracle['accuracy']:.2f} % at cost {oracle['cost']:.3f}",
+        f"right at an earlier exit and wrong at {names[-1]}: {test['overthinking']:.2f} % of the images",
+        *_class_lines(test["classes"]),
+    ]
+    parts = [
+        *fitted,
+        "",
+        "each exit alone, on the test images; accuracy, ECE and AURC in percent:",
+        text_table(
+            ("exit", "accuracy", "cost", "temperature", "ECE before", "after", "AUROC", "AURC", "threshold"), exits
+        ),
+        "",
+        "early exit, on the test images; last the percent that leaves at each exit:",
+        text_table(("asked", "accuracy", "cost got", *names), list(_table_rows(test))),
+        "",
+        *found,
+        "",
+        text_table(("batch", "plain ms/image", "early exit ms/image", "time saved %"), times),
+    ]
+    return "\n".join(parts)
 
 
 def _table_rows(test: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:

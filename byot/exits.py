@@ -67,7 +67,8 @@ def _read_numbers(values: Any, name: str) -> tuple[float, ...]:
 def predict_early(model: BranchedResNet, images: Tensor, rule: ExitRule) -> tuple[Tensor, Tensor]:
     """Classify normalised images [B, 3, H, W]; a later stage runs on those that go on, and on nothing once none does.
 
-    Returns the logits [B, C] of the exit that answered, as the classifier gave them, and its number [B].
+    The network is in evaluation mode. Returns the logits [B, C] of the exit that answered, as the classifier gave them,
+    and its number [B]. Where no early exit is asked, they are those of `model(images)` to the last bit.
     """
     rows = torch.arange(len(images), device=images.device)  # those that go on
     answers: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, logits, exit
@@ -137,9 +138,13 @@ class ExitCosts(NamedTuple):
             raise ValueError(f"target_cost must be at least {least:.3f}, the cost of the cheapest exit")
 
 
+@torch.inference_mode()
 def measure_costs(model: BranchedResNet, image_size: int) -> ExitCosts:
-    """Count the multiply-adds for an image of so many pixels a side, from the layers' shapes alone."""
-    model = copy.deepcopy(model).to("meta").eval()
+    """Count the multiply-adds for an image of so many pixels a side, from the shapes of what the layers give.
+
+    A copy runs on one black image: the first use of torch's meta device takes seconds.
+    """
+    model = copy.deepcopy(model).eval()
     done = 0
 
     def count(layer: Any, _: Any, output: Tensor) -> None:
@@ -150,7 +155,7 @@ def measure_costs(model: BranchedResNet, image_size: int) -> ExitCosts:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.register_forward_hook(count)
     after = [0]  # each stage, each classifier
-    x = model.trunk.stem(torch.zeros(1, 3, image_size, image_size, device="meta"))
+    x = model.trunk.stem(torch.zeros(1, 3, image_size, image_size, device=model.trunk.fc.weight.device))
     for i, stage in enumerate(model.trunk.stages()):
         x = stage(x)
         after.append(done)

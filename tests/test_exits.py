@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from analysis.verdict import describe_metric
 from benchmarks.plans import RESULTS
 from byot import evaluate as evaluate_command
 from byot import exit_report
@@ -39,7 +40,7 @@ from byot.search_files import MEASURES, read_trials, write_trials
 from byot.system.distributed import ALONE, Processes
 from byot.system.files import read_json, read_json_lines, write_json
 from search.settings import SearchSettings
-from tests.helpers import assert_one_sentence, call_main
+from tests.helpers import PROJECT, assert_one_sentence, call_main
 from tests.test_distributed import in_processes
 from tests.test_metrics import Answers as FixedAnswers
 from tests.test_model import stir_batch_norms
@@ -407,6 +408,15 @@ def test_a_rule_is_read_back_or_refused(tmp_path: Path) -> None:
         load_rule(tmp_path)
 
 
+def test_the_page_s_example_runs(run: Path, call: Any) -> None:
+    assert call(run, "--exits")[0] == 0
+    example = (PROJECT / "docs/exits.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(example.replace("outputs/runs/NAME", str(run)), names)
+    assert names["logits"].shape == (8, 10)
+    assert set(names["exits"].tolist()) <= {0, 1, 2, 3}
+
+
 # ---------------------------------------------------------------- metrics of a search
 
 
@@ -469,3 +479,7 @@ def test_older_tables_are_read_and_written_with_the_new_columns(folder: Path, tm
 def test_a_search_may_optimise_both() -> None:
     settings = SearchSettings(metric=("val_exit_accuracy", "val_accuracy_mean"))
     assert (settings.mode, settings.main_metric) == ("max", "val_exit_accuracy")
+    assert [describe_metric(metric) for metric in settings.metric] == [
+        "validation accuracy, early exit at half the cost",
+        "validation accuracy, mean of the classifiers",
+    ]

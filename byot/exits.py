@@ -258,7 +258,8 @@ def fit_thresholds(
 def cross_fitted_accuracy(answers: Answers, costs: ExitCosts, target_cost: float) -> float:
     """Measure the accuracy, in percent, at a mean cost: each half of N > 1 images with thresholds fitted on the other.
 
-    The halves are the images of even and of odd place. Where no exit costs so little, the cheapest counts.
+    The halves are the images of even and of odd place. Where no exit costs so little, the target is the cheapest
+    exit's cost.
     """
     halves = [answers.choose(slice(place, None, 2)) for place in (0, 1)]
     target_cost = max(target_cost, min(costs.alone()))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow would hand others, such as EPS, to another program
 
@@ -63,15 +63,16 @@ def read_square(path: Path, size: int) -> np.ndarray:
 
     Raises ValueError, in one sentence, for what is no PNG, JPEG or WebP or is damaged.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is not a file")
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise OSError("not a file")
         with Image.open(path, formats=FORMATS) as image:
             return to_square(image, size)
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise ValueError(f"{path} cannot be read as PNG, JPEG or WebP") from error
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({getattr(error, 'strerror', None) or error})"
+        raise ValueError(f"{path} cannot be read as PNG, JPEG or WebP{reason}") from error
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
@@ -86,4 +87,7 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.convert("RGB").crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))

@@ -126,9 +126,10 @@ class ResNet(nn.Module):
     def __init__(self, model: str, num_classes: int, width: int, *, imagenet_stem: bool = False) -> None:
         super().__init__()
         block, num_blocks, groups, group_width = ARCHITECTURES[model]
-        self.imagenet_stem = imagenet_stem
+        self.maxpool: nn.Module = nn.Identity()
         if imagenet_stem:
             self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         else:
             self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -146,8 +147,8 @@ class ResNet(nn.Module):
         initialise_convolutions(self)
 
     def stem(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, width, H, W], ImageNet's [B, width, H / 4, W / 4]
-        x = norm_relu(self.bn1, self.conv1(images))
-        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1) if self.imagenet_stem else x
+        x: Tensor = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
+        return x
 
     def stages(self) -> tuple[nn.Sequential, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4

@@ -12,6 +12,7 @@ import torchvision
 from PIL import Image
 from torchvision.transforms.functional import center_crop
 
+from analysis.trials import _compared_settings as compared_settings
 from byot import data, evaluate
 from byot.batches import augment, draw_epoch, mean_and_std, place_images, shuffled
 from byot.config import TrainConfig
@@ -150,14 +151,10 @@ def test_the_square_in_the_middle_is_resized(tmp_path: Path, width: int, height:
     """By a bicubic filter, as torch has it; a square of the right size keeps its pixels."""
     pixels = np.random.default_rng(0).integers(90, 160, (height, width, 3), dtype=np.uint8)
     (tmp_path / "a.png").write_bytes(encode_png(pixels))
-    scale = 32 / min(width, height)
-    whole = torch.nn.functional.interpolate(
-        torch.from_numpy(pixels).permute(2, 0, 1)[None].double(),
-        size=(round(height * scale), round(width * scale)),
-        mode="bicubic",
-        antialias=True,
-    )
-    expected = center_crop(whole[0], [32, 32]).permute(1, 2, 0)
+    side = min(width, height)
+    square = center_crop(torch.from_numpy(pixels).permute(2, 0, 1), [side, side])
+    resized = torch.nn.functional.interpolate(square[None].double(), size=(32, 32), mode="bicubic", antialias=True)
+    expected = resized[0].permute(1, 2, 0)
     found = read_square(tmp_path / "a.png", 32)
     assert np.abs(found - expected.numpy()).max() <= 2
     assert (width, height) != (32, 48) or np.array_equal(found, pixels[8:40])
@@ -211,7 +208,7 @@ def test_a_run_trains_on_what_is_whole_and_lists_the_rest(
     folder.rename(tmp_path / "moved photos")
     saved = find_run(run)
     assert saved.state["class_names"] == ["cat", "dog"]
-    assert load_network(run)[0].trunk.fc.out_features == 2
+    assert load_network(saved)[0].trunk.fc.out_features == 2
     code, out, err = call_main(
         evaluate, "evaluate.py", (run, "--data-dir", tmp_path / "moved photos"), monkeypatch, capsys
     )
@@ -380,6 +377,13 @@ def test_a_checkpoint_goes_on_with_its_own_images_alone(tmp_path: Path, cache: P
         read_result(config, run)
     with pytest.raises(ValueError, match="trained on other classes"):
         check_classes(find_run(run), load(tmp_path / "b", "test"))
+
+
+def test_tables_do_not_mix_runs_on_different_folders() -> None:
+    here, there = (SMALL.with_settings(data_dir=place) for place in ("/a", "/b"))
+    assert compared_settings(here.to_dict()) != compared_settings(there.to_dict())
+    one, other = (config.with_settings(dataset="cifar100") for config in (here, there))
+    assert compared_settings(one.to_dict()) == compared_settings(other.to_dict()), "CIFAR-100 is the same everywhere"
 
 
 def test_a_fingerprint_tells_images_and_labels_apart() -> None:

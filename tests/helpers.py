@@ -16,11 +16,24 @@ import pytest
 import torch
 from PIL import Image
 
+from byot.config import TrainConfig
+from byot.data import LabelledImages, load_images
+from byot.system.checkpoint import checkpoint_path, save_checkpoint
+from byot.trainer import Trainer
+
 PROJECT = Path(__file__).resolve().parents[1]
 ParquetMaker = Callable[..., Path]
 Refuse = Callable[..., None]  # of the program, its arguments as a tuple, and words its sentence must have
 LABEL_COLUMN = {"cifar100": "fine_label", "cifar10": "label"}
 TIMES = {"elapsed_s", "images_per_s"}
+SMALL_RUN: dict[str, Any] = {
+    "recipe": "reference",
+    "dataset": "digits",
+    "width": 4,
+    "epochs": 2,
+    "batch_size": 32,
+    "device": "cpu",
+}
 NUM_CLASSES = {"cifar100": 100, "cifar10": 10}
 
 
@@ -156,3 +169,14 @@ def assert_same_state(found: Any, expected: Any, where: str = "state") -> None:
             assert_same_state(a, b, f"{where}[{i}]")
     else:
         assert found == expected, where
+
+
+def save_digits_run(folder: Path, **settings: Any) -> Path:
+    """Train a small network on some of the digits and save it as a run's last checkpoint."""
+    config = TrainConfig(**{**SMALL_RUN, **settings})
+    digits = load_images("digits", None, "train")
+    trainer = Trainer(config, LabelledImages(digits.images[:640], digits.labels[:640]))
+    for _ in trainer:
+        pass
+    save_checkpoint(checkpoint_path(folder / "checkpoints", trainer.epoch), trainer.state_dict())
+    return folder

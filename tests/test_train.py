@@ -574,7 +574,16 @@ def test_parquet_from_a_relative_folder_trains_to_a_result(
 
 
 @pytest.mark.parametrize(
-    "script", ["byot/train.py", "byot/evaluate.py", "analysis/best.py", "analysis/report.py", "analysis/retrain.py"]
+    "script",
+    [
+        "byot/train.py",
+        "byot/evaluate.py",
+        "byot/predict.py",
+        "byot/export.py",
+        "analysis/best.py",
+        "analysis/report.py",
+        "analysis/retrain.py",
+    ],
 )
 def test_help_answers_without_importing_anything_heavy(tmp_path: Path, script: str) -> None:
     done = run_command(["--help"], cwd=tmp_path, script=script, python=("-X", "importtime"))

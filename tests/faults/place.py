@@ -20,6 +20,8 @@ import analysis.report
 import analysis.retrain
 import byot.data
 import byot.evaluate
+import byot.export
+import byot.predict
 import byot.runs
 import byot.train
 import search.driver
@@ -47,6 +49,8 @@ def programs() -> dict[str, Any]:
     return {
         "train.py": byot.train,
         "evaluate.py": byot.evaluate,
+        "predict.py": byot.predict,
+        "export.py": byot.export,
         "tune.py": search.tune,
         "best.py": analysis.best,
         "retrain.py": analysis.retrain,

@@ -79,6 +79,24 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("checkpoint.pt --device mps", "device mps is not available here"),
         ("cifar.pt --data-dir folder --device cpu", "neither test*.parquet"),
     ],
+    "predict.py": [
+        ("checkpoint.pt", "the following arguments are required: IMAGE"),
+        ("checkpoint.pt file nowhere", "there is no image or folder at nowhere"),
+        ("checkpoint.pt folder", "folder has no image: no name in it ends in .png, .jpg, .jpeg, .webp"),
+        ("nowhere file", "there is no run or checkpoint at"),
+        ("checkpoint.pt file --top 0", "--top must lie between 1 and 10, not 0"),
+        ("checkpoint.pt file --top 11", "--top must lie between 1 and 10, not 11"),
+        ("checkpoint.pt file --format xml", "--format: invalid choice: 'xml'"),
+        ("checkpoint.pt file --device mps", "device mps is not available here"),
+    ],
+    "export.py": [
+        ("checkpoint.pt", "the following arguments are required: --format"),
+        ("nowhere --format torch", "there is no run or checkpoint at"),
+        ("checkpoint.pt --format torch --stages --exit 1", "--exit: not allowed with argument --stages"),
+        ("checkpoint.pt --format torch --exit 5", "--exit must be one of 1, 2, 3, 4, not 5"),
+        ("checkpoint.pt --format torch --output file", "file is not a folder"),
+        ("checkpoint.pt --format torch --output images", "images holds other files than an export"),
+    ],
     "tune.py": [
         ("--alpha 0.5", "unrecognized arguments: --alpha 0.5"),  # it is searched
         ("--batch-norm local", "unrecognized arguments: --batch-norm local"),
@@ -154,6 +172,8 @@ LINES: dict[str, list[tuple[str, str]]] = {
 PATHS: dict[str, list[str]] = {
     "train.py": ["--data-dir", "--resume", "--dataset digits --outputs"],
     "evaluate.py": ["", "checkpoint.pt --data-dir"],
+    "predict.py": ["checkpoint.pt"],
+    "export.py": ["checkpoint.pt --format torch --output"],
     "tune.py": ["--data-dir", "--space", "--dataset digits --outputs", "--dataset digits --storage-path"],
     "best.py": ["done --csv", "--outputs"],
     "report.py": ["done --output", "--outputs"],
@@ -200,7 +220,7 @@ def test_a_bad_folder_in_the_environment(
 ) -> None:
     """It is told, and hinders nobody who names another."""
     monkeypatch.setenv("BYOT_OUTPUTS", "file")
-    for program in programs.keys() - {"evaluate.py"}:
+    for program in programs.keys() - {"evaluate.py", "predict.py", "export.py"}:
         refuse(program, (), "nothing can be written to", "file is not a folder")
     arguments = ("done", "--outputs", "outputs")
     code, out, err = call_main(programs["best.py"], "best.py", arguments, monkeypatch, capsys)

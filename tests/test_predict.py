@@ -1,0 +1,276 @@
+"""Holds predicting to a loop over single images, and reading pictures to what a viewer shows of them."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+import byot
+from byot import predict
+from byot.class_names import CLASS_NAMES
+from byot.config import DATASETS
+from byot.data import load_images
+from byot.predictor import DEEPEST_ALONE, Predictor, to_pixels
+from byot.runs import load_network
+from byot.system.files import write_json
+from tests.helpers import call_main, random_pixels, run_command, save_digits_run
+
+TEMPERATURES = (0.7, 1.3, 0.9, 1.1)
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run by whose rule images leave at three exits, and the third is not asked."""
+    folder = save_digits_run(tmp_path_factory.mktemp("runs") / "run")
+    write_json(folder / "exits.json", {"temperatures": TEMPERATURES, "thresholds": (0.4, 0.3, 2.0, 0.0)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(run: Path) -> Predictor:
+    return byot.load(run, "cpu")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    return lambda *arguments: call_main(predict, "predict.py", arguments, monkeypatch, capsys)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with three pictures, and three files that are none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, pixels in zip(("b.png", "a.JPG", "c.webp"), random_pixels(3, size=40), strict=True):
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "text.png").write_text("no picture")
+    (folder / "torn.jpeg").write_bytes((folder / "a.JPG").read_bytes()[:700])
+    os.mkfifo(folder / "pipe.png")
+    (folder / "notes.txt").write_text("of no known ending")
+    return folder
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_answers_are_those_of_the_exit_that_the_rule_finds(
+    run: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image by image, with every exit computed."""
+    model, (mean, std) = load_network(run)
+    images = load_images("digits", None, "test").images
+    monkeypatch.setattr(predictor, "batch_size", 100)
+    found = predictor.predict(images, top=3)
+    assert len(found) == len(images)
+    for pixels, answer in zip(images, found, strict=True):
+        x = (torch.from_numpy(pixels) / 255 - torch.tensor(mean)) / torch.tensor(std)
+        with torch.inference_mode():
+            logits = torch.cat(model(x.permute(2, 0, 1)[None]).logits)
+        first, second, _, fourth = (logits / torch.tensor(TEMPERATURES)[:, None]).softmax(dim=1)
+        number, chosen = (1, first) if first.max() >= 0.4 else (2, second) if second.max() >= 0.3 else (4, fourth)
+        best = chosen.sort(descending=True)
+        assert answer.exit == number
+        assert [name for name, _ in answer.top] == [str(i) for i in best.indices[:3].tolist()]
+        assert [value for _, value in answer.top] == pytest.approx(best.values[:3].tolist(), abs=1e-5)
+        assert (answer.name, answer.probability) == answer.top[0]
+    assert {answer.exit for answer in found} == {1, 2, 4}
+
+
+def test_files_pictures_and_arrays_are_one(predictor: Predictor, tmp_path: Path) -> None:
+    pixels = random_pixels(3, size=8)
+    pictures = [Image.fromarray(image) for image in pixels]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    answers = [
+        [(found.exit, found.top) for found in predictor.predict(images)]
+        for images in (pixels, pictures, paths, list(map(str, paths)))
+    ]
+    assert answers[1:] == answers[:1] * 3
+    (alone,) = predictor.predict(str(paths[1]))
+    assert alone.name == answers[0][1][1][0][0]
+    assert predictor.predict([]) == []
+    with pytest.raises(ValueError, match=r"must be uint8 \[N, H, W, 3\], not float64 \[3, 8, 8, 3\]"):
+        predictor.predict(pixels / 255)
+
+
+def test_without_a_rule_the_deepest_classifier_answers(run: Path, tmp_path: Path, pictures: Path, call: Call) -> None:
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    alone = tmp_path / "alone.pt"
+    alone.write_bytes(checkpoint.read_bytes())
+    code, out, err = call(alone, pictures / "a.JPG", "--format", "json")
+    (record,) = json.loads(out)
+    assert (code, record["exit"], err.count("\n")) == (0, 4, 1)
+    assert f"`python byot/evaluate.py {alone} --exits`" in err
+
+
+def test_a_plain_network_has_the_fourth_exit_alone(tmp_path: Path, pictures: Path, call: Call) -> None:
+    plain = save_digits_run(tmp_path / "plain", loss_form="plain", epochs=1)
+    code, out, err = call(plain, pictures / "a.JPG", "--format", "json")
+    (record,) = json.loads(out)
+    assert (code, record["exit"], err) == (0, 4, "")
+    assert byot.load(plain, "cpu").rule == DEEPEST_ALONE
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def halves(*colours: tuple[int, ...], mode: str = "RGB") -> Image.Image:
+    """A picture of 60 x 60 pixels, the first colour on the left, the second on the right."""
+    image = Image.new(mode, (60, 60), colours[0] if len(colours[0]) > 1 else colours[0][0])
+    image.paste(colours[1] if len(colours[1]) > 1 else colours[1][0], (30, 0, 60, 60))
+    return image
+
+
+def saved(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
+
+
+def exif_turned(path: Path) -> Path:
+    """Stored as the camera was held: turned by a quarter."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(halves(RED, BLUE).rotate(90), path / "a.png", exif=exif)
+
+
+def palette(path: Path) -> Path:
+    image = Image.new("P", (60, 60), 0)
+    image.putpalette([*RED, *BLUE, *GREY])
+    image.paste(1, (30, 0, 60, 60))
+    return saved(image, path / "a.png", transparency=0)
+
+
+def wide(path: Path) -> Path:
+    image = Image.new("RGB", (300, 60), GREY)
+    image.paste(halves(RED, BLUE), (120, 0))
+    return saved(image, path / "a.webp", lossless=True)
+
+
+MADE: dict[str, tuple[Callable[[Path], Path], tuple[int, ...], tuple[int, ...]]] = {
+    "PNG": (lambda path: saved(halves(RED, BLUE), path / "a.png"), RED, BLUE),
+    "CMYK JPEG": (
+        lambda path: saved(halves((0, 255, 255, 0), (255, 255, 0, 0), mode="CMYK"), path / "a.jpg", quality=100),
+        RED,
+        BLUE,
+    ),
+    "16-bit PNG": (
+        lambda path: saved(Image.fromarray(np.full((60, 60), 128 * 257, np.uint16)), path / "a.png"),
+        GREY,
+        GREY,
+    ),
+    "grey": (lambda path: saved(halves((128,), (255,), mode="L"), path / "a.webp", lossless=True), GREY, WHITE),
+    "one bit": (lambda path: saved(halves((0,), (255,), mode="1"), path / "a.png"), (0, 0, 0), WHITE),
+    "transparent": (lambda path: saved(halves((*RED, 0), (*BLUE, 255), mode="RGBA"), path / "a.png"), WHITE, BLUE),
+    "palette": (palette, WHITE, BLUE),
+    "animated": (
+        lambda path: saved(
+            halves(RED, BLUE), path / "a.webp", save_all=True, append_images=[halves(GREY, GREY)], lossless=True
+        ),
+        RED,
+        BLUE,
+    ),
+    "turned by EXIF": (exif_turned, RED, BLUE),
+    "wide": (wide, RED, BLUE),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_every_kind_of_picture_is_read_as_it_is_shown(tmp_path: Path, kind: str) -> None:
+    make, left, right = MADE[kind]
+    pixels = to_pixels(make(tmp_path), 8)
+    assert (pixels.shape, pixels.dtype) == ((8, 8, 3), np.uint8)
+    for columns, colour in ((pixels[:, :2], left), (pixels[:, 6:], right)):
+        assert np.abs(columns.astype(int) - colour).max() <= 2, "JPEG is not exact"
+
+
+def test_a_picture_of_the_right_size_keeps_its_pixels(tmp_path: Path) -> None:
+    (pixels,) = random_pixels(1)
+    assert np.array_equal(to_pixels(saved(Image.fromarray(pixels), tmp_path / "a.png"), 32), pixels)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_what_is_no_image_is_named_and_the_others_go_on(
+    run: Path, predictor: Predictor, pictures: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    monkeypatch.setattr("byot.predictor.EVAL_BATCH_SIZE", {"cpu": 2})
+    answer = Predictor.answer
+
+    def counted(self: Predictor, pixels: np.ndarray, top: int = 5) -> list[object]:
+        batches.append(len(pixels))
+        return list(answer(self, pixels, top))
+
+    monkeypatch.setattr(Predictor, "answer", counted)
+    given = (run, pictures, pictures / "c.webp", "--device", "cpu")
+    code, out, err = call(*given, "--format", "json")
+    records = json.loads(out)
+    names = ["a.JPG", "b.png", "c.webp", "c.webp"]
+    assert (code, [Path(record["file"]).name for record in records]) == (1, names)
+    assert max(batches) == 2, "no more in memory at once"
+    complaints = err.splitlines()
+    assert [line for line in complaints if line.startswith(f"predict.py: {pictures}")] == complaints
+    assert [Path(line.split()[1]).name for line in complaints] == ["pipe.png", "text.png", "torn.jpeg"]
+    expected = predictor.predict([pictures / name for name in names])
+    assert [record["exit"] for record in records] == [found.exit for found in expected]
+    assert [[entry["name"] for entry in record["top"]] for record in records] == [
+        [name for name, _ in found.top] for found in expected
+    ]
+
+    code, out, _ = call(*given, "--format", "csv", "--top", 2)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert (code, list(rows[0])) == (
+        1,
+        ["file", "exit", "ms", "name_1", "probability_1", "name_2", "probability_2"],
+    )
+    assert [(row["name_2"], float(row["probability_2"])) for row in rows] == [
+        (found.top[1][0], pytest.approx(found.top[1][1], abs=1e-5)) for found in expected
+    ]
+    code, out, _ = call(*given[:1], pictures / "b.png", "--top", 1)
+    header, row = out.splitlines()
+    assert (code, header.split()) == (0, ["file", "exit", "1", "ms"])
+    assert row.split()[:4] == [
+        str(pictures / "b.png"),
+        f"{expected[1].exit}/4",
+        expected[1].name,
+        f"{expected[1].probability:.1%}",
+    ]
+
+
+# ---------------------------------------------------------------- names and imports
+
+
+def test_every_class_has_a_name() -> None:
+    assert {dataset: len(set(names)) for dataset, names in CLASS_NAMES.items()} == {
+        dataset: info.num_classes for dataset, info in DATASETS.items()
+    }
+
+
+def test_names_of_cifar100_are_in_the_order_of_its_labels(cifar100_dir: Path) -> None:
+    (file,) = cifar100_dir.glob("test*.parquet")
+    features = json.loads(pyarrow.parquet.read_schema(file).metadata[b"huggingface"])["info"]["features"]
+    assert list(CLASS_NAMES["cifar100"]) == features["fine_label"]["names"]
+
+
+def test_importing_the_package_is_instant(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, byot\nassert callable(byot.load)\nprint(*{'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    )
+    done = run_command([], cwd=tmp_path, script=str(script))
+    assert (done.stdout, done.stderr) == ("\n", "")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from byot.batches import in_order, place_images
+from byot.class_names import CLASS_NAMES
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS, TrainConfig
 from byot.data import LabelledImages, Normalisation, check_dataset, load_images, split_validation
 from byot.exits import measure_costs
@@ -330,6 +331,11 @@ def load_network(run: Path | str | SavedRun) -> tuple[BranchedResNet, Normalisat
         model = build_model(saved.config, len(saved.state.get("class_names", [])))
         model.load_state_dict(saved.state["model"])
         return model.eval(), Normalisation(**saved.state["normalisation"])
+
+
+def class_names(saved: SavedRun) -> tuple[str, ...]:
+    """Name the classes of a saved network, in the order of the labels."""
+    return tuple(saved.state.get("class_names", ())) or CLASS_NAMES[saved.config.dataset]
 
 
 def check_classes(saved: SavedRun, images: LabelledImages) -> None:

@@ -17,8 +17,10 @@ from byot import data, evaluate
 from byot.batches import augment, draw_epoch, mean_and_std, place_images, shuffled
 from byot.config import TrainConfig
 from byot.data import LabelledImages, check_dataset, fingerprint, load_images, split_validation, take
+from byot.graphs import AllExits, Normalise, cut_sections
 from byot.image_files import list_classes, read_square
-from byot.runs import check_classes, find_run, load_network, open_run, read_result, train_run
+from byot.predictor import Predictor
+from byot.runs import check_classes, class_names, find_run, load_network, open_run, read_result, train_run
 from byot.system.files import read_json
 from byot.trainer import Trainer
 from tests.helpers import call_main, encode_png, random_pixels, run_command
@@ -207,8 +209,13 @@ def test_a_run_trains_on_what_is_whole_and_lists_the_rest(
     run = (tmp_path / "outputs" / "runs" / "mine").rename(tmp_path / "moved run")
     folder.rename(tmp_path / "moved photos")
     saved = find_run(run)
-    assert saved.state["class_names"] == ["cat", "dog"]
-    assert load_network(saved)[0].trunk.fc.out_features == 2
+    assert class_names(saved) == Predictor(saved).class_names == ("cat", "dog")
+    network, normalisation = load_network(saved)
+    x = torch.rand(2, 3, 72, 72)
+    with torch.inference_mode():
+        exported = AllExits(cut_sections(network, normalisation))(x)
+        expected = network(Normalise(normalisation)(x)).logits
+    torch.testing.assert_close(exported, expected)
     code, out, err = call_main(
         evaluate, "evaluate.py", (run, "--data-dir", tmp_path / "moved photos"), monkeypatch, capsys
     )

@@ -324,7 +324,7 @@ def confirm(
     import ray
 
     base, metric, store = confirmation.base, confirmation.metric, confirmation.store
-    images = ray.put(load_images(base.dataset, base.data_dir, "train"))
+    images = ray.put(load_images(base.dataset, base.data_dir, "train", base.image_size))
     trouble = ""
 
     def take() -> Task[Run] | None:

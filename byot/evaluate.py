@@ -69,14 +69,14 @@ def main() -> None:
             fitted = fit_exits(saved, config, asked if any_asked else Asked(max_drop=DEFAULT_MAX_DROP))
         test = load_images(config.dataset, config.data_dir, "test", config.image_size)
         check_classes(saved, test)
+        if not arguments.exits:
+            evaluation = evaluate_run(saved, config, test)
+            record |= {"num_test_images": evaluation.num_images, **evaluation.to_record("test")}
+            text = classifier_table(record, "test")
     if arguments.exits:
         measured = measure_exits(fitted, test)
         record |= fitted.record | {"test": measured}
         text = format_exits(fitted.record, measured)
-    else:
-        evaluation = evaluate_run(saved, config, test)
-        record |= {"num_test_images": evaluation.num_images, **evaluation.to_record("test")}
-        text = classifier_table(record, "test")
     if arguments.format == "json":
         print(json.dumps(record, indent=2))
         return

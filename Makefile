@@ -8,12 +8,12 @@ SEARCH_NAME ?= digits-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: search test lint quick-tests test-all faults bench bench-gpu
 
-# A real search on scikit-learn's handwritten digits, its best configuration retrained, a report.
+# A real search on scikit-learn's handwritten digits with its race, the best configuration retrained, its exits, a report.
 search: $(INSTALLED)
-	$(BIN)/python search/tune.py --model resnet18 --dataset digits --width 16 --epochs 30 --num-samples 20 \
+	$(BIN)/python search/tune.py --model resnet18 --dataset digits --width 8 --epochs 8 --num-samples 16 --confirm 2 \
 		--val-fraction 0.2 --name $(SEARCH_NAME)
-	$(BIN)/python byot/train.py --best $(SEARCH_NAME)
-	$(BIN)/python analysis/best.py $(SEARCH_NAME)
+	$(BIN)/python byot/train.py --best $(SEARCH_NAME) --val-fraction 0.2 --name $(SEARCH_NAME)
+	$(BIN)/python byot/evaluate.py outputs/runs/$(SEARCH_NAME) --exits
 	$(BIN)/python analysis/report.py $(SEARCH_NAME)
 
 # Lint and types beside the quick tests: each takes a core.

@@ -13,6 +13,7 @@ from analysis.run_figures import draw_run
 from analysis.verdict import accuracy_standard_error
 from byot.class_names import CLASS_NAMES
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS, TrainConfig
+from byot.console import format_duration
 from byot.exit_report import SEEN, TEST_FILE
 from byot.exits import describe_age
 from byot.runs import read_result
@@ -21,7 +22,8 @@ from byot.system.files import errors_in, read_json
 
 TEMPLATE = "run_page.html"
 DEEPEST = CLASSIFIERS[str(NUM_CLASSIFIERS)]
-MEASURED = {"num_images", "exits", "table", "curve", "oracle", "overthinking", "classes", "time"}  # of the exits
+FITTED = {"checkpoint", "fitted_on", "num_images", "hardware"}  # of the exits
+MEASURED = {"num_images", "exits", "table", "curve", "oracle", "overthinking", "classes", "time"}  # likewise
 
 
 def find_run_folder(outputs: Path, name: str) -> Path:
@@ -45,6 +47,7 @@ def render_run_page(folder: Path) -> str:
         config=config,
         settings=config.to_dict(),
         result=result,
+        format_duration=format_duration,
         num_epochs=max(epochs, default=0),
         findings=list(describe_run(config, result, exits)),
         classifiers=None if result is None else classifier_cells(result),
@@ -62,9 +65,10 @@ def load_exits(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path)
-    missing = MEASURED - set(record.get("test") or {})
+    test = record.get("test")
+    missing = (FITTED - record.keys()) | (MEASURED - test.keys() if isinstance(test, dict) else {"test"})
     if missing:
-        raise ValueError(f"{path} has no {min(missing)} under test: evaluate.py {folder} --exits writes it again")
+        raise ValueError(f"{path} has no {min(missing)}: evaluate.py {folder} --exits writes it again")
     return record
 
 
@@ -143,7 +147,7 @@ def exit_tables(test: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[s
     ]
     return {
         "alone": Table(["exit", "accuracy %", "cost", "ensemble so far %", "its cost", "threshold"], alone, 1),
-        "asked": Table(["asked", "accuracy %", "cost got", *(f"{name} %" for name in names), *times], asked, 1),
+        "asked": Table(["asked", "accuracy %", "cost got", *(f"at {name} %" for name in names), *times], asked, 1),
         "calibration": Table(
             ["exit", "temperature", "ECE % before", "after", "AUROC before", "after", "AURC % before", "after"],
             calibration,

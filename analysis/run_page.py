@@ -93,7 +93,7 @@ def describe_run(
         for timed in test["time"]:
             saved = 1 - timed["early_ms"] / timed["plain_ms"]
             yield (
-                f"With {timed['batch_size']} image{'s' * (timed['batch_size'] > 1)} at a time it takes "
+                f"With {timed['batch_size']} image{'s' * (timed['batch_size'] > 1)} at a time it took "
                 f"{100 * abs(saved):.0f} % {'less' if saved > 0 else 'more'} time than the plain network: "
                 f"{timed['early_ms']:.3f} against {timed['plain_ms']:.3f} ms an image."
             )

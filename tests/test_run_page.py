@@ -111,8 +111,8 @@ def test_the_page_tells_what_was_measured(made_up: Path) -> None:
     for words in (
         "it has not finished its 2 epochs",
         "Early exit (drop 1) is right on 70.75 % at 0.625 of the plain network's multiply-adds, -0.50 points from 4/4",
-        "With 1 image at a time it takes 25 % more time than the plain network: 5.000 against 4.000 ms",
-        "With 128 images at a time it takes 25 % less time",
+        "With 1 image at a time it took 25 % more time than the plain network: 5.000 against 4.000 ms",
+        "With 128 images at a time it took 25 % less time",
         "fitted on 287 held-out training images",
         "1/4 41.25 0.250 41.25 0.250 never asked",
         "3/4 61.25 0.750 59.25 0.850 0.6250",
@@ -128,7 +128,7 @@ def test_the_page_tells_what_was_measured(made_up: Path) -> None:
 
 def test_figures_hold_the_numbers(made_up: Path) -> None:
     test = read_json(made_up / "exits-test.json")["test"]
-    pictures = draw_run({}, test)
+    pictures: Any = draw_run({}, test)
     axes = pictures["cost"][0].axes[0]
     assert axes.lines[0].get_xydata().tolist() == pytest.approx(np.array([[0.7, 62], [0.8, 61], [0.9, 60]]))
     points = {str(dots.get_label()): dots.get_offsets().tolist() for dots in axes.collections}
@@ -213,7 +213,7 @@ def test_a_run_is_shown_before_and_after_its_exits_are_measured(run: Path, call:
     assert (code, out, err) == (0, f"{page}\n", "")
     assert page.read_text().count("<img") == 4
     assert "fitted on 287 held-out training images" in text_of(page.read_text())
-    lines = draw_run(read_epochs(run / "metrics.jsonl"), None)["training"][0].axes[1].lines
+    lines: Any = draw_run(read_epochs(run / "metrics.jsonl"), None)["training"][0].axes[1].lines
     assert [len(line.get_xdata()) for line in lines] == [2] * 9, "four classifiers twice and the ensemble"
 
 

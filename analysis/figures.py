@@ -100,7 +100,7 @@ def draw_history(search: SearchRecord, trials: pd.DataFrame) -> Drawing | None:
         return None
     metric = search.metric
     numbered = trials.assign(number=range(1, len(trials) + 1))
-    figure, (axes,) = _make_panels(1, 3.5)
+    figure, (axes,) = make_panels(1, 3.5)
     _draw_trials(axes, search, numbered, "number")
     competing = numbered[_whole(numbered, metric) & (numbered["role"] != "control")]
     best = "none has reached the last epoch"
@@ -112,7 +112,7 @@ def draw_history(search: SearchRecord, trials: pd.DataFrame) -> Drawing | None:
     axes.set_xlabel("trial, in the order they were started")
     axes.set_ylabel(metric_label(metric))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _add_legend(figure)
+    add_legend(figure)
     return figure, f"{describe_metric(metric)} of {len(trials)} trials in order; {best}."
 
 
@@ -122,7 +122,7 @@ def draw_parameters(search: SearchRecord, trials: pd.DataFrame) -> Drawing | Non
     if not names or trials[search.metric].isna().all():
         return None
     rows = math.ceil(len(names) / 3)
-    figure, panels = _make_panels(min(3, len(names)), 2.8 * rows + 0.4, rows, sharey=True)
+    figure, panels = make_panels(min(3, len(names)), 2.8 * rows + 0.4, rows, sharey=True)
     for axes, name in zip(panels, names, strict=False):
         bounds = search.space.get(name)
         if isinstance(bounds, Range):
@@ -133,7 +133,7 @@ def draw_parameters(search: SearchRecord, trials: pd.DataFrame) -> Drawing | Non
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     panels[0].set_ylabel(metric_label(search.metric))
-    _add_legend(figure)
+    add_legend(figure)
     return figure, f"One panel for each of {', '.join(names)}: its value against {describe_metric(search.metric)}."
 
 
@@ -146,7 +146,7 @@ def draw_curves(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame
     marks = {mark.row["trial_id"]: mark for mark in find_marks(search, trials)}
     completed = set(trials["trial_id"][_whole(trials, metric)])
     first = min(epochs * (1 - ENLARGED), epochs - 1)
-    figure, panels = _make_panels(2, 3.5, width_ratios=[2, 1])
+    figure, panels = make_panels(2, 3.5, width_ratios=[2, 1])
     for axes in panels:
         for trial_id, curve in measured.groupby("trial_id"):
             mark = marks.get(trial_id)
@@ -167,7 +167,7 @@ def draw_curves(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame
     late = measured[measured["epoch"] > first]
     panels[0].set_ylabel(metric_label(metric))
     panels[1].set_ylim(metric_range(late[metric], late[metric][late["trial_id"].isin(completed)], search.mode))
-    _add_legend(figure)
+    add_legend(figure)
     return figure, f"{describe_metric(metric)} after each epoch of {measured['trial_id'].nunique()} trials, as lines."
 
 
@@ -178,14 +178,14 @@ def draw_front(search: SearchRecord, trials: pd.DataFrame) -> Drawing | None:
         return None
     first, second = search.metrics[:2]
     front = pareto_front(trials, (first, second))
-    figure, (axes,) = _make_panels(1, 3.4)
+    figure, (axes,) = make_panels(1, 3.4)
     axes.scatter(whole[first], whole[second], **STATUS_MARKS["completed"])
     axes.plot(front[first], front[second], color=BLUE, linewidth=1.2, marker="o", markersize=5, label="Pareto front")
     for mark in find_marks(search, trials):
         _draw_mark(axes, mark, mark.row[first], mark.row[second])
     axes.set_xlabel(metric_label(first))
     axes.set_ylabel(metric_label(second))
-    _add_legend(figure)
+    add_legend(figure)
     return figure, f"{describe_metric(first)} against {describe_metric(second)}; {len(front)} trials are on the front."
 
 
@@ -197,7 +197,7 @@ def draw_confirmation(confirmation: ConfirmationRecord) -> Drawing | None:
         return None
     names = [ROLE_NAMES.get(arm.role, f"trial {arm.trial_id}") for arm in arms]
     against = f"from {names[arms.index(chosen)]}"
-    figure, (axes,) = _make_panels(1, 0.8 + 0.42 * len(arms))
+    figure, (axes,) = make_panels(1, 0.8 + 0.42 * len(arms))
     axes.axvline(0, color=BLUE, linewidth=1.2)
     means = []
     for y, arm in enumerate(arms):
@@ -250,7 +250,7 @@ def _draw_by_classifier(
     Classifiers differ by ten points and configurations by half a point: on one axis these could not be told apart.
     Of each configuration there are values and errors [K+1] and runs [runs, K+1].
     """
-    figure, panels = _make_panels(len(CLASSIFIERS), 3.0)
+    figure, panels = make_panels(len(CLASSIFIERS), 3.0)
     ends = np.concatenate([values - errors, values + errors, *runs])
     middles, half = (ends.min(axis=0) + ends.max(axis=0)) / 2, 0.58 * max(np.ptp(ends, axis=0).max(), 0.5)
     for i, (axes, name) in enumerate(zip(panels, CLASSIFIERS.values(), strict=True)):
@@ -264,7 +264,7 @@ def _draw_by_classifier(
         axes.set_xticks([])
         axes.set_xlabel(name)
     panels[0].set_ylabel(label)
-    _add_legend(figure)
+    add_legend(figure)
     words = "; ".join(f"{m.label} {', '.join(f'{v:.1f}' for v in row)}" for m, row in zip(marks, values, strict=True))
     return figure, f"{label} of classifiers 1/4 to 4/4 and the ensemble: {words}."
 
@@ -306,7 +306,7 @@ def _whole(trials: pd.DataFrame, metric: str) -> pd.Series:
     return (trials["status"] == "completed") & trials[metric].notna()
 
 
-def _make_panels(columns: int, height: float, rows: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+def make_panels(columns: int, height: float, rows: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
@@ -341,7 +341,7 @@ def _draw_mark(axes: Axes, mark: Mark, x: float, y: float) -> None:
     axes.scatter(x, y, s=size, color=mark.colour, marker=mark.marker, edgecolor="white", zorder=5, label=mark.label)
 
 
-def _add_legend(figure: Figure) -> None:
+def add_legend(figure: Figure) -> None:
     """Add one legend above the axes, each label once."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:

@@ -2,11 +2,11 @@
 
   python analysis/report.py                        the newest search, into outputs/reports/NAME.html
   python analysis/report.py NAME --output my.html  a named one, or a path to its folder
+  python analysis/report.py --run NAME             a run: its classifiers, its training and, if measured, its exits
 
-The page is one file with its figures inside. Reads files alone, also of a search that still runs or was killed.
+The page is one file with its figures inside. Reads files alone, also of a search or run that goes on or was killed.
 """
 
-import base64
 import shlex
 from pathlib import Path
 
@@ -33,7 +33,9 @@ FOLDED_FROM = 40  # trials: a longer table is folded away
 
 def build_parser() -> Parser:
     parser = Parser(prog="report.py", description=__doc__)
-    parser.add_argument("search", nargs="?", metavar="SEARCH", help="name of a search (default: the newest)")
+    of = parser.add_mutually_exclusive_group()
+    of.add_argument("search", nargs="?", metavar="SEARCH", help="name of a search (default: the newest)")
+    of.add_argument("--run", metavar="RUN", help="name of a run, or its folder")
     parser.add_argument("--output", metavar="FILE", help="the page (default: OUTPUTS/reports/NAME.html)")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     return parser
@@ -43,11 +45,10 @@ def render_page(folder: Path, outputs: Path) -> str:
     """Render the page of a search as HTML. Raises ValueError if the search's files are missing or damaged."""
     from datetime import UTC, datetime
 
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from analysis import trials as files
-    from analysis.figures import draw_pictures, to_svg
+    from analysis.figures import draw_pictures
     from analysis.listing import ranking_table, summary_table, trials_table
+    from analysis.page import fill_template
     from analysis.verdict import (
         count_statuses,
         describe_metric,
@@ -60,23 +61,16 @@ def render_page(folder: Path, outputs: Path) -> str:
     search, trials, confirmation = load_search(folder), files.load_trials(folder), load_confirmation(folder)
     retrained = files.retrained_runs(files.load_runs(outputs), search, trials)
     summary = files.summarise_runs(retrained)
-    pictures = draw_pictures(search, trials, files.load_curves(folder), retrained, summary, confirmation)
-    now = datetime.now(UTC)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
     verdicts = [
         confirmation.verdict if confirmation else [],
         judge_search(search, trials),
         judge_retrained(search, trials, retrained, confirmed_trial(folder)),
     ]
-    return environment.get_template(TEMPLATE).render(
+    return fill_template(
+        TEMPLATE,
+        draw_pictures(search, trials, files.load_curves(folder), retrained, summary, confirmation),
         search=search,
-        status=describe_status(search, files.last_sign_of_life(folder), now),
+        status=describe_status(search, files.last_sign_of_life(folder), datetime.now(UTC)),
         counts=count_statuses(trials),
         verdicts=[sentences for sentences in verdicts if sentences],
         metric=describe_metric(search.metric),
@@ -88,13 +82,8 @@ def render_page(folder: Path, outputs: Path) -> str:
         trials=trials_table(trials),
         folded=len(trials) >= FOLDED_FROM,
         failed=trials[trials["error"] != ""].to_dict("records"),
-        pictures={
-            name: (base64.b64encode(to_svg(figure)).decode("ascii"), words)
-            for name, (figure, words) in pictures.items()
-        },
         commands=[tune_command(search), *next_commands(folder, outputs)],
         space_file=space_file(search.space),
-        written=now.strftime("%d %B %Y, %H:%M UTC"),
     )
 
 
@@ -130,9 +119,14 @@ def main() -> None:
         outputs = outputs_folder(arguments.outputs)
         page = None if arguments.output is None else check_writable_file(arguments.output)
 
-        folder = find_search(outputs, arguments.search)
+        if arguments.run is None:
+            folder = find_search(outputs, arguments.search)
+        else:
+            from analysis.run_page import find_run_folder, render_run_page
+
+            folder = find_run_folder(outputs, arguments.run)
         page = page or check_writable_file(outputs / "reports" / f"{folder.name}.html")
-        write_output(page, render_page(folder, outputs))
+        write_output(page, render_page(folder, outputs) if arguments.run is None else render_run_page(folder))
     print(page)
 
 

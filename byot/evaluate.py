@@ -5,12 +5,13 @@
   python byot/evaluate.py outputs/runs/NAME --exits --max-drop 0.5
 
 Reads the test set; prints only. With --exits it first fits when an image may leave early, on held-out training images,
-and writes that to exits.json in the run's folder: docs/exits.md.
+and writes that to exits.json in the run's folder, what the test set then says to exits-test.json: docs/exits.md.
 """
 
 import json
 
 from byot.config import check_range
+from byot.system.files import write_json
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import absolute_path
 
@@ -54,6 +55,7 @@ def main() -> None:
 
         from byot.console import classifier_table
         from byot.data import check_dataset, load_images
+        from byot.exits import warn_of_age
         from byot.runs import check_classes, evaluate_run, find_run
 
         saved = find_run(absolute_path(arguments.run))
@@ -62,13 +64,14 @@ def main() -> None:
             config = config.with_settings(data_dir=str(absolute_path(arguments.data_dir)))
         record = {"checkpoint": str(saved.checkpoint), "epoch": saved.state["epoch"]}
         if arguments.exits:
-            from byot.exit_report import Asked, fit_exits, format_exits, measure_exits
+            from byot.exit_report import TEST_FILE, Asked, fit_exits, format_exits, measure_exits
 
             check_dataset(config.dataset, config.data_dir, config.image_size)
             asked = Asked(arguments.max_drop, arguments.target_cost)
             fitted = fit_exits(saved, config, asked if any_asked else Asked(max_drop=DEFAULT_MAX_DROP))
         test = load_images(config.dataset, config.data_dir, "test", config.image_size)
         check_classes(saved, test)
+        warn_of_age(saved.folder)
         if not arguments.exits:
             evaluation = evaluate_run(saved, config, test)
             record |= {"num_test_images": evaluation.num_images, **evaluation.to_record("test")}
@@ -76,6 +79,7 @@ def main() -> None:
     if arguments.exits:
         measured = measure_exits(fitted, test)
         record |= fitted.record | {"test": measured}
+        write_json(saved.folder / TEST_FILE, record)
         text = format_exits(fitted.record, measured)
     if arguments.format == "json":
         print(json.dumps(record, indent=2))

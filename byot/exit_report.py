@@ -41,10 +41,12 @@ from byot.trainer import EVAL_BATCH_SIZE, choose_autocast_dtype, choose_device
 
 SEEN_FRACTION = 0.1  # of the training images, to fit on where a run held none out
 TABLE_COSTS = (0.25, 0.5, 0.75, 1.0)
+CURVE_POINTS = 9  # of a figure, from the cheapest exit's cost to 1
 MOST_CLASSES_NAMED = 3  # that leave earliest, and latest
 TIMED_BATCHES = (1, 128)
 TIMED_IMAGES = 1024
-TIMED_S = 2.0  # for each of them
+TIMED_S = 1.0  # for each rule at each of them
+TEST_FILE = "exits-test.json"
 HELD_OUT, SEEN = "held-out training images", "training images that were trained on"
 SEEN_SENTENCE = "these images were trained on: the exits look surer than they are;\ntrain with --val-fraction 0.1"
 
@@ -68,6 +70,7 @@ class FittedExits(NamedTuple):
     rule: ExitRule
     costs: ExitCosts
     table: dict[Asked, Outcome | None]  # None: no exit costs so little
+    curve: list[Outcome]
     record: dict[str, Any]  # what exits.json holds
 
 
@@ -110,6 +113,10 @@ def fit_exits(saved: SavedRun, config: TrainConfig, asked: Asked) -> FittedExits
         else:
             reachable = one.target_cost >= min(costs.alone())
             table[one] = fit_thresholds(answers, costs, target_cost=one.target_cost) if reachable else None
+    curve = [
+        fit_thresholds(answers, costs, target_cost=cost)
+        for cost in np.linspace(min(costs.alone()), 1, CURVE_POINTS).tolist()
+    ]
     chosen = table[asked]
     assert chosen is not None
     rule = ExitRule(temperatures, chosen.thresholds)
@@ -128,7 +135,7 @@ def fit_exits(saved: SavedRun, config: TrainConfig, asked: Asked) -> FittedExits
         **provenance(device),
     }
     write_json(saved.folder / RULE_FILE, record)
-    return FittedExits(model, normalisation, config, rule, costs, table, record)
+    return FittedExits(model, normalisation, config, rule, costs, table, curve, record)
 
 
 @torch.inference_mode()
@@ -178,11 +185,14 @@ def measure_exits(fitted: FittedExits, test: LabelledImages) -> dict[str, Any]:
     confidence, correct = answers
     raw = make_answers(logits, labels, (1.0,) * len(temperatures)).confidence
     names = list(CLASSIFIERS.values())[: len(correct)]
+    ensembles, all_asked = judge_ensembles(logits, labels, temperatures), costs.of_exits((0.0,) * len(correct))
     exits = [
         {
             "exit": names[i],
             "accuracy": 100 * float(correct[i].mean()),
             "cost": costs.alone()[i],
+            "ensemble_accuracy": ensembles[i],
+            "ensemble_cost": all_asked[i],
             "temperature": temperatures[i],
             "threshold": fitted.rule.thresholds[i],
             "ece_before": calibration_error(raw[i], correct[i]),
@@ -203,10 +213,12 @@ def measure_exits(fitted: FittedExits, test: LabelledImages) -> dict[str, Any]:
             row |= {"accuracy": got.accuracy, "cost": got.cost, "thresholds": outcome.thresholds}
             row["left"] = (100 * left / left.sum()).tolist()
         table.append(row)
+    curve = [answers.judge(outcome.thresholds, costs) for outcome in fitted.curve]
     return {
         "num_images": len(labels),
         "exits": exits,
         "table": table,
+        "curve": [{"accuracy": point.accuracy, "cost": point.cost} for point in curve],
         "oracle": judge_oracle(correct, costs),
         "overthinking": 100 * float((correct[:-1].any(axis=0) & ~correct[-1]).mean()),
         "classes": rank_classes(find_exits(confidence, fitted.rule.thresholds), labels.numpy()),
@@ -236,6 +248,13 @@ def aurc(confidence: np.ndarray, correct: np.ndarray) -> float:
     return 100 * float((np.cumsum(wrong) / np.arange(1, len(wrong) + 1)).mean())
 
 
+def judge_ensembles(logits: Tensor, labels: Tensor, temperatures: tuple[float, ...]) -> list[float]:
+    """Compute the accuracies of the means of the first 1, 2, … K softmaxes, in percent: logits [K, N, C]."""
+    probabilities = (logits / torch.tensor(temperatures)[:, None, None]).softmax(dim=2)
+    correct = probabilities.cumsum(dim=0).argmax(dim=2) == labels
+    return (100 * correct.double().mean(dim=1)).tolist()
+
+
 def judge_oracle(correct: np.ndarray, costs: ExitCosts) -> dict[str, float]:
     """Say what leaving at the first exit that is right would come to; all branches are asked on the way."""
     exits = np.where(correct.any(axis=0), correct.argmax(axis=0), len(correct) - 1)
@@ -255,25 +274,39 @@ def rank_classes(exits: np.ndarray, labels: np.ndarray) -> dict[str, list[dict[s
 
 
 @torch.inference_mode()
-def time_exits(fitted: FittedExits, test: LabelledImages, batch_size: int) -> dict[str, float]:
-    """Time early exit and the plain deepest network in turns, on the same batches: milliseconds an image."""
+def time_exits(fitted: FittedExits, test: LabelledImages, batch_size: int) -> dict[str, Any]:
+    """Time early exit, as asked and at the costs of the table, and each exit alone, in turns on the same batches.
+
+    In milliseconds an image; the deepest exit alone is the plain network. None stands where no exit costs so little.
+    """
     images = take(test, np.arange(0, len(test.labels), max(1, len(test.labels) // TIMED_IMAGES))[:TIMED_IMAGES])
     batches = [batch for batch, _ in _batches(fitted.model, fitted.normalisation, fitted.config, images, batch_size)]
     num_exits = len(fitted.rule.thresholds)
-    plain = ExitRule((1.0,) * num_exits, (NEVER,) * (num_exits - 1) + (0.0,))
-    rules, passed_s, num_images = (plain, fitted.rule), [0.0, 0.0], 0
+    alone = [(NEVER,) * i + (0.0,) * (num_exits - i) for i in range(num_exits)]
+    in_table = [outcome.thresholds for outcome in fitted.table.values() if outcome is not None]
+    rules = [ExitRule(fitted.rule.temperatures, thresholds) for thresholds in (*alone, *in_table)]
+    passed_s, num_images = np.zeros(len(rules)), 0
     with _autocast(batches[0], fitted.config):
         for rule in rules * 2:
             _time_one(fitted.model, batches[0], rule)  # the first calls are slower
         turn = 0
-        while sum(passed_s) < TIMED_S:
+        while passed_s.mean() < TIMED_S:
             batch = batches[turn % len(batches)]
-            for i in (0, 1) if turn % 2 else (1, 0):
+            for i in range(len(rules))[:: 1 if turn % 2 else -1]:
                 passed_s[i] += _time_one(fitted.model, batch, rules[i])
             num_images += len(batch)
             turn += 1
-    plain_ms, early_ms = (1000 * seconds / num_images for seconds in passed_s)
-    return {"batch_size": batch_size, "num_images": num_images, "plain_ms": plain_ms, "early_ms": early_ms}
+    ms = (1000 * passed_s / num_images).tolist()
+    exits_ms, found = ms[:num_exits], iter(ms[num_exits:])
+    table_ms = [None if outcome is None else next(found) for outcome in fitted.table.values()]
+    return {
+        "batch_size": batch_size,
+        "num_images": num_images,
+        "plain_ms": exits_ms[-1],
+        "early_ms": table_ms[0],  # as asked
+        "exits_ms": exits_ms,
+        "table_ms": table_ms,
+    }
 
 
 def _time_one(model: BranchedResNet, batch: Tensor, rule: ExitRule) -> float:

@@ -7,6 +7,9 @@ branches costs 1.
 
 import copy
 import math
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from byot.config import NUM_CLASSIFIERS
 from byot.model import BranchedResNet
-from byot.system.files import errors_in, read_json
+from byot.system.checkpoint import list_checkpoints
+from byot.system.files import UnreadableError, errors_in, read_json
 
 RULE_FILE = "exits.json"
 NEVER = 2.0  # a threshold that no confidence reaches
@@ -45,13 +50,32 @@ def load_rule(folder: Path) -> ExitRule | None:
     record = read_json(path)
     with errors_in(path):
         rule = ExitRule(*(_read_numbers(record.get(name), name) for name in ExitRule._fields))
-        if len(rule.temperatures) != len(rule.thresholds):
-            raise ValueError(f"it has {len(rule.temperatures)} temperatures and {len(rule.thresholds)} thresholds")
+        for name, values in rule._asdict().items():
+            if len(values) != NUM_CLASSIFIERS:
+                raise ValueError(f"{name} must be {NUM_CLASSIFIERS} numbers, one for each exit, not {len(values)}")
         if min(rule.temperatures) <= 0:
             raise ValueError(f"temperatures must be above 0, not {min(rule.temperatures):g}")
         if rule.thresholds[-1] != 0:
             raise ValueError(f"the last threshold must be 0, not {rule.thresholds[-1]:g}")
     return rule
+
+
+def describe_age(folder: Path, record: Mapping[str, Any]) -> str | None:
+    """Say so, in a sentence, where a record of a run's exits is of another checkpoint than the run's newest."""
+    newest = next(iter(list_checkpoints(folder / "checkpoints")), None)
+    if newest is None or record.get("checkpoint") in (None, newest.name):
+        return None
+    return (
+        f"the exits were fitted on {record['checkpoint']} and the run's newest checkpoint is {newest.name}: "
+        f"evaluate.py {folder} --exits fits them again"
+    )
+
+
+def warn_of_age(folder: Path) -> None:
+    """Warn where the exits.json of a run's folder is of another checkpoint than its newest; a damaged one is passed."""
+    with suppress(UnreadableError):
+        if age := describe_age(folder, read_json(folder / RULE_FILE)):
+            warnings.warn(age, stacklevel=2)
 
 
 def _read_numbers(values: Any, name: str) -> tuple[float, ...]:

@@ -390,15 +390,16 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(run: Path, call: Any, tmp
 
 def test_a_rule_is_read_back_or_refused(tmp_path: Path) -> None:
     assert load_rule(tmp_path) is None
-    rule = ExitRule((1.0, 0.5), (NEVER, 0.0))
+    rule = ExitRule((1.0, 0.5, 2.0, 1.0), (NEVER, 0.5, 0.5, 0.0))
     write_json(tmp_path / "exits.json", rule._asdict())
     assert load_rule(tmp_path) == rule
     for changes, word in (
-        ({"temperatures": [1.0]}, "1 temperatures and 2 thresholds"),
-        ({"temperatures": [1.0, 0.0]}, "above 0"),
+        ({"temperatures": [1.0]}, "temperatures must be 4 numbers, one for each exit, not 1"),
+        ({"thresholds": [NEVER, 0.5, 0.5, 0.5, 0.0]}, "thresholds must be 4 numbers, one for each exit, not 5"),
+        ({"temperatures": [1.0, 0.0, 1.0, 1.0]}, "above 0"),
         ({"temperatures": "1"}, "must be numbers"),
-        ({"thresholds": [0.5, None]}, "must be numbers"),
-        ({"thresholds": [0.5, 0.5]}, "last threshold"),
+        ({"thresholds": [0.5, 0.5, 0.5, None]}, "must be numbers"),
+        ({"thresholds": [0.5] * 4}, "last threshold"),
     ):
         write_json(tmp_path / "exits.json", rule._asdict() | changes)
         with pytest.raises(ValueError, match=re.escape(str(tmp_path / "exits.json")) + ".*" + word):

@@ -115,13 +115,14 @@ def _take_number(path: Path, name: str) -> float:
 
 
 def measure(path: Path) -> tuple[int, float]:
-    """Add up the bytes of a file or folder, and find when something in it was last written, in seconds since 1970."""
+    """Add up the bytes of a file or folder, and find when one was last written, in seconds since 1970."""
     size, written = 0, 0.0
     for file in (path, *path.rglob("*")):
         with suppress(OSError):  # removed meanwhile
             found = file.lstat()
-            if not file.is_dir():
-                size += found.st_size
+            if file.is_dir():
+                continue
+            size += found.st_size
             if file.name != LOCK_FILE:
                 written = max(written, found.st_mtime)
     return size, written

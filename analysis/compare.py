@@ -117,12 +117,16 @@ def describe_group(letter: str, group: Group) -> str:
     return f"{letter}  {group.runs['run'].iloc[0]}{more}\n   {what}, seed{'s' * (len(group.runs) > 1)} {seeds}"
 
 
+def shown(setting: Any) -> str:
+    return f"{setting:.4g}" if isinstance(setting, float) else str(setting)
+
+
 def compare_groups(first: Group, letter: str, other: Group) -> list[str]:
     """Say in what a group differs from the first, and what the seeds that both have allow to say."""
     from analysis.verdict import describe_metric, judge_pairs
 
-    changed = {name: value for name, value in other.settings.items() if value != first.settings[name]}
-    listed = ", ".join(f"{name} {value} ({first.settings[name]})" for name, value in changed.items())
+    changed = [name for name, value in other.settings.items() if value != first.settings[name]]
+    listed = ", ".join(f"{name} {shown(other.settings[name])} ({shown(first.settings[name])})" for name in changed)
     sentences = [f"{letter} differs from A in {listed}."]
     if confounded := [name for name in ("epochs", "precision") if name in changed]:
         sentences.append(f"{' and '.join(confounded).capitalize()} alone may make a difference between {letter} and A.")
@@ -161,11 +165,8 @@ def describe_searches(folders: list[Path]) -> str:
 
     rows, verdicts = [], []
     for letter, folder in zip(LETTERS, folders, strict=False):
-        search, confirmation, trials = (
-            load_search(folder),
-            load_confirmation(folder),
-            read_trials(folder / "trials.csv"),
-        )
+        search, confirmation = load_search(folder), load_confirmation(folder)
+        trials = read_trials(folder / "trials.csv")
         config, metric = search.config, search.metric
         single = confirmed = (NOTHING, NOTHING)
         if best := ranked(trials, metric):

@@ -137,8 +137,9 @@ def main() -> None:
         from search.system.tasks import Task, run_tasks, told_if_stopped
 
         request = ResourceRequest(arguments.cpus_per_run, arguments.gpus_per_run, arguments.max_concurrent)
-        check_dataset(config.dataset, config.data_dir)
-        load_images(config.dataset, config.data_dir, "test")  # what has to be downloaded is, once for all runs
+        check_dataset(config.dataset, config.data_dir, config.image_size)
+        # what has to be downloaded or decoded is, once for all runs
+        load_images(config.dataset, config.data_dir, "test", config.image_size)
         resources = resolve(request, *this_machine(config.device))
         finished = {job: result for job in jobs if (result := read_result(job.config, job.folder)) is not None}
     print(

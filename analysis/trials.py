@@ -184,7 +184,8 @@ def retrained_runs(runs: pd.DataFrame, search: SearchRecord, trials: pd.DataFram
 
 
 def _compared_settings(config: Mapping[Any, Any]) -> tuple[Any, ...]:
-    return tuple(config[name] for name in SETTINGS if name not in NOT_COMPARED)
+    images = config["data_dir"] if config["dataset"] == "imagefolder" else None  # other folders have other images
+    return images, *(config[name] for name in SETTINGS if name not in NOT_COMPARED)
 
 
 def summarise_runs(retrained: pd.DataFrame) -> pd.DataFrame:

@@ -157,14 +157,13 @@ def draw_epoch(config: TrainConfig, num_images: int, epoch: int) -> EpochPlan:
     So a run looks the same on every device, runs with one seed see the same images in the same order whatever their
     loss weights, and resuming needs no generator state.
     """
-    info = DATASETS[config.dataset]
     seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1, np.uint32)[0])
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(num_images, generator=generator)
     offsets = torch.randint(0, 2 * crop_padding(config) + 1, (num_images, 2), generator=generator)
-    flips = torch.rand(num_images, generator=generator) < 0.5 if info.horizontal_flip else None
+    flips = torch.rand(num_images, generator=generator) < 0.5 if DATASETS[config.dataset].horizontal_flip else None
     blanks = cutout_size(config) > 0
-    centres = torch.randint(0, info.image_size, (num_images, 2), generator=generator) if blanks else None
+    centres = torch.randint(0, config.image_size, (num_images, 2), generator=generator) if blanks else None
     return EpochPlan(order, offsets, flips, centres)
 
 

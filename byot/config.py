@@ -11,8 +11,18 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
 
-ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-DatasetName = Literal["cifar100", "cifar10", "digits"]
+ModelName = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+]
+DatasetName = Literal["cifar100", "cifar10", "digits", "imagefolder"]
 LossForm = Literal["reference", "paper", "plain"]
 RecipeName = Literal["modern", "reference"]
 Teacher = Literal["deepest", "ensemble"]
@@ -31,17 +41,19 @@ CLASSIFIERS = {str(i): f"{i}/{NUM_CLASSIFIERS}" for i in range(1, NUM_CLASSIFIER
 class DatasetInfo(NamedTuple):
     """What is known about a data set before any file is opened."""
 
-    num_classes: int
-    image_size: int  # pixels, height = width
-    crop_padding: int  # pixels added on each side before the random crop
+    num_classes: int  # of imagefolder 0: they are those of its folder
+    image_size: int  # pixels, height = width; imagefolder may have others
     horizontal_flip: bool  # False where a mirrored image is another class or none
 
 
 DATASETS: dict[str, DatasetInfo] = {
-    "cifar100": DatasetInfo(num_classes=100, image_size=32, crop_padding=4, horizontal_flip=True),
-    "cifar10": DatasetInfo(num_classes=10, image_size=32, crop_padding=4, horizontal_flip=True),
-    "digits": DatasetInfo(num_classes=10, image_size=8, crop_padding=1, horizontal_flip=False),
+    "cifar100": DatasetInfo(num_classes=100, image_size=32, horizontal_flip=True),
+    "cifar10": DatasetInfo(num_classes=10, image_size=32, horizontal_flip=True),
+    "digits": DatasetInfo(num_classes=10, image_size=8, horizontal_flip=False),
+    "imagefolder": DatasetInfo(num_classes=0, image_size=32, horizontal_flip=True),
 }
+SMALLEST_IMAGE, LARGEST_IMAGE = 16, 1024  # pixels a side of an imagefolder
+LARGEST_CIFAR_STEM = 64  # pixels a side; larger images have the ImageNet stem
 
 
 class Recipe(NamedTuple):
@@ -202,7 +214,13 @@ class TrainConfig:
     )
     dataset: DatasetName = setting("cifar100", "data set")
     data_dir: str | None = setting(
-        None, "folder with the data set, as parquet files or the official archive (default: data/, downloaded)"
+        None,
+        "folder with the data set: parquet files or the official archive (default: data/, downloaded); of imagefolder "
+        "train/CLASS/* and test/CLASS/*, or CLASS/*",
+    )
+    image_size: int = setting(
+        None,  # the data set's own
+        "pixels a side of an imagefolder's images, a multiple of 8 [32]; other data sets have their own",
     )
     recipe: RecipeName = setting("modern", "schedule, resolution, normalisation and augmentation")
     epochs: int = setting(None, "passes over the training images; the schedule scales with it", low=1)
@@ -241,13 +259,28 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, "recipe")
-        for name in RECIPES_OWN:
+        check_fields(self, "recipe", "dataset")
+        own = RECIPES[self.recipe]._asdict() | DATASETS[self.dataset]._asdict()
+        for name in (*RECIPES_OWN, "image_size"):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(RECIPES[self.recipe], name))
+                object.__setattr__(self, name, own[name])
         check_fields(self)
+        self._check_image_size()
         if self.loss_form == "plain" and self.teacher == "ensemble":
             raise ValueError("teacher ensemble needs the shallow classifiers, which loss_form plain does not have")
+
+    def _check_image_size(self) -> None:
+        own, asked = DATASETS[self.dataset].image_size, self.image_size
+        if self.dataset != "imagefolder":
+            if asked != own:
+                raise ValueError(f"image_size must be {own} with dataset {self.dataset}, not {asked}")
+        elif asked % 8 or not SMALLEST_IMAGE <= asked <= LARGEST_IMAGE:
+            limits = f"a multiple of 8 between {SMALLEST_IMAGE} and {LARGEST_IMAGE}"
+            raise ValueError(f"image_size must be {limits}, not {asked}")
+
+    @property
+    def has_imagenet_stem(self) -> bool:
+        return self.image_size > LARGEST_CIFAR_STEM
 
     @property
     def num_classifiers(self) -> int:
@@ -271,6 +304,8 @@ class TrainConfig:
         return cls(**known)
 
     def with_settings(self, **changes: Any) -> Self:
+        if changes.get("dataset", self.dataset) != self.dataset:
+            changes.setdefault("image_size", None)  # the other data set's own
         return replace(self, **changes)
 
     def differing_settings(self, other: "TrainConfig") -> dict[str, tuple[Any, Any]]:
@@ -281,15 +316,19 @@ class TrainConfig:
     def run_name(self) -> str:
         """Make a folder name that two different runs never share: the same command finds its own run again."""
         identity = {k: v for k, v in self.to_dict().items() if k not in NOT_IDENTITY}
+        if self.dataset == "imagefolder":  # its name says nothing of what is in it
+            identity["data_dir"] = self.data_dir
+        own = RECIPES[self.recipe]._asdict() | DATASETS[self.dataset]._asdict()
         for name, default in LATER_SETTINGS.items():  # names from before them stay what they were
-            if identity[name] == (getattr(RECIPES[self.recipe], name) if default is None else default):
+            if identity[name] == (own[name] if default is None else default):
                 del identity[name]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.model}-w{self.width}-{self.dataset}-e{self.epochs}-s{self.seed}-{digest}"
 
 
 NOT_IDENTITY = ("data_dir", "device", "acceleration", "placement")
-LATER_SETTINGS = {"batch_norm": "global", "teacher": "deepest", "label_smoothing": None}  # None: the recipe's own
+# None: the recipe's or the data set's own.
+LATER_SETTINGS = {"batch_norm": "global", "teacher": "deepest", "label_smoothing": None, "image_size": None}
 
 
 def comparable_after(config: TrainConfig) -> float | None:
@@ -321,16 +360,17 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 def resolution(config: TrainConfig, progress: float) -> int:
     """Compute the side in pixels to which images are resized at `progress`, the share of the run already done.
 
-    It is a multiple of 8, which the branches' strides divide, and at least 16; smaller images stay as they are.
+    It is a multiple of the network's stride, 8 with the CIFAR stem and 32 with ImageNet's, and at least 16; smaller
+    images stay as they are.
     """
-    full = DATASETS[config.dataset].image_size
+    full, stride = config.image_size, 32 if config.has_imagenet_stem else 8
     share = next(share for share, until in RECIPES[config.recipe].resolutions if progress < until or until == 1)
-    return min(full, max(16, 8 * round(share * full / 8)))
+    return full if share == 1 else min(full, max(16, stride * round(share * full / stride)))
 
 
 def work_after(config: TrainConfig, epochs: float) -> float:
     """Compute the arithmetic of a run's first `epochs`, in epochs at full resolution: it grows with the pixels."""
-    done, start, full = 0.0, 0.0, DATASETS[config.dataset].image_size
+    done, start, full = 0.0, 0.0, config.image_size
     for _, until in RECIPES[config.recipe].resolutions:
         share = max(0.0, min(until, epochs / config.epochs) - start)
         done += share * config.epochs * (resolution(config, start) / full) ** 2
@@ -344,12 +384,15 @@ def varies_more(config: TrainConfig) -> bool:
 
 
 def crop_padding(config: TrainConfig) -> int:
-    """Compute the pixels added on each side before the random crop: half in a short run of the modern recipe."""
-    usual = DATASETS[config.dataset].crop_padding
+    """Compute the pixels added on each side before the random crop: an eighth of the image's side.
+
+    Half of that in a short run of the modern recipe.
+    """
+    usual = config.image_size // 8
     short = RECIPES[config.recipe].augmentation == "by epochs" and not varies_more(config)
     return max(1, usual // 2) if short else usual
 
 
 def cutout_size(config: TrainConfig) -> int:
     """Compute the side in pixels of the square that is blanked in each image: a quarter of the image's, or 0."""
-    return DATASETS[config.dataset].image_size // 4 if varies_more(config) else 0
+    return config.image_size // 4 if varies_more(config) else 0

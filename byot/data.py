@@ -5,30 +5,38 @@ N images of a data set, H = W image size in pixels. Images are uint8 [N, H, W, 3
 
 import hashlib
 import io
+import math
 import mmap
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from byot.config import DATASETS, RECIPES, TrainConfig
-from byot.system.files import remove_leftovers, write_whole
+from byot.image_files import FORMATS, ImageFiles, list_classes, read_square
+from byot.system.files import remove_leftovers, write_parts, write_whole
+from byot.system.lock import lock_folder
 from byot.system.paths import PROJECT_ROOT, absolute_path, cache_folder
 
 Split = Literal["train", "test"]
 DEFAULT_DATA_DIR = PROJECT_ROOT / "data"
 DOWNLOAD_TIMEOUT_S = 20
 CHUNK = 1 << 20  # bytes read at a time
+IMAGES_AT_A_TIME = 256
+LARGE = 1 << 30  # bytes of pixels that are kept in a file, not in memory, and not hashed each time they are mapped
+TEST_FRACTION = 0.2  # of a data set that has no test set of its own
+MOST_NAMED = 10  # files that a warning names
+MANY = 5000  # files that take so long to decode that it is told
 
-# The Hugging Face layout: the label's column (the image's is `img`), and the images' formats. Pillow would hand others,
-# such as EPS, to another program.
-LABEL_COLUMNS = {"cifar100": "fine_label", "cifar10": "label"}
-FORMATS = ("PNG", "JPEG", "WEBP")
+LABEL_COLUMNS = {"cifar100": "fine_label", "cifar10": "label"}  # in the Hugging Face layout; the images' is `img`
 # The folders to which the official archives unpack.
 ARCHIVE_FOLDERS = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}
 # CIFAR-10's constants, which the reference implementation uses for CIFAR-100 as well.
@@ -41,6 +49,7 @@ class LabelledImages(NamedTuple):
 
     images: np.ndarray  # uint8 [N, H, W, 3]
     labels: np.ndarray  # int64 [N]
+    class_names: tuple[str, ...] = ()  # of imagefolder alone; those of other data sets are known
 
 
 class Normalisation(NamedTuple):
@@ -53,13 +62,17 @@ class Normalisation(NamedTuple):
 # ---------------------------------------------------------------- files
 
 
-def load_images(dataset: str, data_dir: str | None, split: Split) -> LabelledImages:
+def load_images(dataset: str, data_dir: str | None, split: Split, image_size: int | None = None) -> LabelledImages:
     """Read and decode one split, or map what was decoded before; the arrays may be read-only.
 
-    Raises ValueError, in one sentence, for whatever is missing or unreadable.
+    `image_size` is needed for imagefolder alone, whose files that cannot be read are left out, with a warning. Raises
+    ValueError, in one sentence, for whatever else is missing or unreadable.
     """
     if dataset == "digits":
         return _load_digits(split)
+    if dataset == "imagefolder":
+        assert image_size is not None
+        return _load_image_files(find_image_files(data_dir, split), split, image_size)
     folder = DEFAULT_DATA_DIR if data_dir is None else absolute_path(data_dir)
     if sources := find_parquet(dataset, data_dir, split):
         decode = partial(_load_parquet, dataset, sources)
@@ -69,8 +82,14 @@ def load_images(dataset: str, data_dir: str | None, split: Split) -> LabelledIma
     return cached(f"{dataset}-{split}", sources, DATASETS[dataset].image_size, decode)
 
 
-def check_dataset(dataset: str, data_dir: str | None) -> None:
-    """Raise ValueError where the test set, which is read last, is missing or broken; reads no label and no image."""
+def check_dataset(dataset: str, data_dir: str | None, image_size: int | None = None) -> None:
+    """Raise ValueError where the test set, which is read last, is missing or broken.
+
+    Reads no label and no image, but for imagefolder, whose test images are decoded into the cache.
+    """
+    if dataset == "imagefolder":
+        load_images(dataset, data_dir, "test", image_size)
+        return
     if dataset == "digits" or not find_parquet(dataset, data_dir, "train"):
         return
     files = find_parquet(dataset, data_dir, "test")
@@ -88,9 +107,7 @@ def find_parquet(dataset: str, data_dir: str | None, split: Split) -> list[Path]
     """
     if data_dir is None:
         return []
-    folder = absolute_path(data_dir)
-    if not folder.is_dir():
-        raise ValueError(f"the data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    folder = _find_folder(data_dir)
     for candidate in (folder, folder / dataset, folder / "data", folder / "plain_text"):
         if files := sorted(candidate.glob(f"{split}*.parquet")):
             return files
@@ -100,6 +117,13 @@ def find_parquet(dataset: str, data_dir: str | None, split: Split) -> list[Path]
             f"--data-dir must name a folder with {dataset}"
         )
     return []
+
+
+def _find_folder(data_dir: str) -> Path:
+    folder = absolute_path(data_dir)
+    if not folder.is_dir():
+        raise ValueError(f"the data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    return folder
 
 
 @contextmanager
@@ -207,9 +231,105 @@ def _load_digits(split: Split) -> LabelledImages:
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # [N, 8, 8], stored as 0..16
     labels = bunch.target.astype(np.int64)
-    train, test = stratified_split(labels, fraction=0.2, seed=0)
+    train, test = stratified_split(labels, fraction=TEST_FRACTION, seed=0)
     chosen = train if split == "train" else test
     return LabelledImages(np.repeat(grey[chosen, ..., None], 3, axis=3), labels[chosen])
+
+
+# ---------------------------------------------------------------- folders of image files
+
+
+def find_image_files(data_dir: str | None, split: Split) -> ImageFiles:
+    """List the files of a split: those in train/ or test/, or a part of those in one folder of classes.
+
+    Raises ValueError for a folder that is not there, lacks classes or images, or has other classes in test/.
+    """
+    layout = "a folder with train/CLASS/* and test/CLASS/*, or with CLASS/*"
+    if data_dir is None:
+        raise ValueError(f"dataset imagefolder needs --data-dir: {layout}")
+    folder = _find_folder(data_dir)
+    train, test = folder / "train", folder / "test"
+    if test.is_dir() and train.is_dir():
+        found = {"train": list_classes(train), "test": list_classes(test)}
+        if differing := set(found["train"].class_names) ^ set(found["test"].class_names):
+            raise ValueError(f"{train} and {test} must have the same classes; one of them lacks {min(differing)!r}")
+        return found[split]
+    if train.is_dir() and any(path.is_dir() for path in train.glob("[!.]*")):
+        raise ValueError(f"{folder} has train/ but no test/: --data-dir must name {layout}")
+    class_names, paths, labels = list_classes(folder)
+    parts = stratified_split(labels, fraction=TEST_FRACTION, seed=0)
+    if len(parts[1]) == 0:
+        raise ValueError(f"{folder} has too few images to keep {TEST_FRACTION:.0%} of each class for the test")
+    chosen = parts[split == "test"]
+    return ImageFiles(class_names, [paths[i] for i in chosen], labels[chosen])
+
+
+def _load_image_files(files: ImageFiles, split: Split, image_size: int) -> LabelledImages:
+    """Map what was decoded from these files before, else decode them into the cache: see cached.
+
+    The name of a cache file has a digest of the files' names, sizes and times of change: their contents would take too
+    long to read at each start. While one process decodes, others that want the same wait for it.
+    """
+    path = cache_folder() / "imagefolder" / f"{split}-{image_size}-{_digest_of_stats(files)}.bin"
+    found = read_cached(path, image_size)
+    if found is None:
+        try:
+            with lock_folder(path.parent, wait_s=math.inf):
+                found = read_cached(path, image_size)
+                if found is None:
+                    if len(files.paths) > MANY:
+                        print(f"decoding {len(files.paths)} {split} images, once", file=sys.stderr, flush=True)
+                    remove_leftovers(path.parent)
+                    write_parts(path, _decode_files(files, image_size))
+                    found = read_cached(path, image_size)
+        except OSError:  # nothing can be written, or the disk is full
+            found = parse_cached(b"".join(_decode_files(files, image_size)), image_size)
+    if found is None:
+        raise ValueError(f"no file of the {split} images can be read as PNG, JPEG or WebP, such as {files.paths[0]}")
+    lacking = set(range(len(files.class_names))) - set(np.unique(found.labels).tolist())
+    if split == "train" and lacking:
+        name = files.class_names[min(lacking)]
+        raise ValueError(f"no training image of the class {name!r} can be read as PNG, JPEG or WebP")
+    return found._replace(class_names=files.class_names)
+
+
+def _digest_of_stats(files: ImageFiles) -> str:
+    digest = hashlib.sha256()
+    for path, label in zip(files.paths, files.labels.tolist(), strict=True):
+        with suppress(OSError):  # a link to nothing
+            stat = path.stat()
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns} ".encode())
+        digest.update(f"{label} {path.name}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+def _decode_files(files: ImageFiles, image_size: int) -> Iterator[bytes | memoryview]:
+    """Yield what a cache file holds, image by image; at the end, warn of the files that cannot be read."""
+
+    def read(path: Path) -> np.ndarray | None:
+        try:
+            return read_square(path, image_size)
+        except ValueError:
+            return None
+
+    checksum, readable = hashlib.sha256(), np.zeros(len(files.paths), dtype=bool)
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow says of odd files that it can read
+        for start in range(0, len(files.paths), IMAGES_AT_A_TIME):
+            for i, pixels in enumerate(pool.map(read, files.paths[start : start + IMAGES_AT_A_TIME]), start):
+                if pixels is not None:
+                    readable[i] = True
+                    checksum.update(pixels.data)
+                    yield pixels.data
+    labels = files.labels[readable].tobytes()
+    checksum.update(labels)
+    yield labels
+    yield checksum.digest()
+    if not readable.all():
+        unreadable = [str(files.paths[i]) for i in np.flatnonzero(~readable)]
+        more = f" and {len(unreadable) - MOST_NAMED} more" if len(unreadable) > MOST_NAMED else ""
+        listed = ", ".join(unreadable[:MOST_NAMED]) + more
+        warnings.warn(f"left out, since they cannot be read as PNG, JPEG or WebP: {listed}", stacklevel=2)
 
 
 # ---------------------------------------------------------------- the cache of decoded images
@@ -238,7 +358,7 @@ def cached(name: str, sources: list[Path], image_size: int, decode: Callable[[],
         found = decode()
         with suppress(OSError):
             remove_leftovers(path.parent)
-            pixels, labels = (np.ascontiguousarray(part).data.cast("B") for part in found)
+            pixels, labels = (np.ascontiguousarray(part).data.cast("B") for part in found[:2])
             checksum = hashlib.sha256(pixels)
             checksum.update(labels)
             write_whole(path, pixels, labels, checksum.digest())
@@ -246,22 +366,29 @@ def cached(name: str, sources: list[Path], image_size: int, decode: Callable[[],
 
 
 def read_cached(path: Path, image_size: int) -> LabelledImages | None:
-    """Map a cache file, read-only: pixels uint8 [N, H, W, 3], labels int64 [N], the SHA-256 of both.
-
-    Returns None where there is no such file or it is damaged.
-    """
-    pixels_each, checksum_size = image_size * image_size * 3, hashlib.sha256().digest_size
+    """Map a cache file, read-only. Returns None where there is no such file or it is damaged."""
     try:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # ValueError: empty
         return None
-    number, rest = divmod(len(mapped) - checksum_size, pixels_each + np.dtype(np.int64).itemsize)
-    content = memoryview(mapped)[:-checksum_size]
-    if number < 1 or rest or hashlib.sha256(content).digest() != mapped[-checksum_size:]:
+    return parse_cached(mapped, image_size)
+
+
+def parse_cached(content: bytes | mmap.mmap, image_size: int) -> LabelledImages | None:
+    """Find the arrays in what a cache file holds: pixels uint8 [N, H, W, 3], labels int64 [N], the SHA-256 of both.
+
+    Returns None where the size is wrong, or the sum, which is not computed of large files.
+    """
+    pixels_each, checksum_size = image_size * image_size * 3, hashlib.sha256().digest_size
+    number, rest = divmod(len(content) - checksum_size, pixels_each + np.dtype(np.int64).itemsize)
+    if number < 1 or rest:
         return None
-    images = np.frombuffer(mapped, np.uint8, number * pixels_each).reshape(number, image_size, image_size, 3)
-    return LabelledImages(images, np.frombuffer(mapped, np.int64, number, offset=number * pixels_each))
+    view = memoryview(content)
+    if len(view) <= LARGE and hashlib.sha256(view[:-checksum_size]).digest() != view[-checksum_size:]:
+        return None
+    images = np.frombuffer(content, np.uint8, number * pixels_each).reshape(number, image_size, image_size, 3)
+    return LabelledImages(images, np.frombuffer(content, np.int64, number, offset=number * pixels_each))
 
 
 # ---------------------------------------------------------------- splits
@@ -290,17 +417,43 @@ def split_validation(
     train, val = stratified_split(data.labels, fraction=fraction, seed=seed)
     if len(val) == 0:
         raise ValueError(f"val_fraction {fraction:g} of {len(data.labels)} images holds out none; give more")
-    return LabelledImages(*(part[train] for part in data)), LabelledImages(*(part[val] for part in data))
+    return take(data, train), take(data, val)
+
+
+def take(data: LabelledImages, rows: np.ndarray) -> LabelledImages:
+    """Copy the images with these indices, many of them into a mapped file without a name, where one can be written."""
+    images = None
+    if len(rows) * data.images[0].nbytes > LARGE:
+        with suppress(OSError), TemporaryFile(dir=cache_folder()) as file:
+            for start in range(0, len(rows), IMAGES_AT_A_TIME):
+                file.write(data.images[rows[start : start + IMAGES_AT_A_TIME]].data)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            images = np.frombuffer(mapped, np.uint8).reshape(len(rows), *data.images.shape[1:])
+    return data._replace(images=data.images[rows] if images is None else images, labels=data.labels[rows])
+
+
+def fingerprint(data: LabelledImages) -> str:
+    """Compute a SHA-256 of the labels and of about a hundred images, by which other data is told apart."""
+    digest = hashlib.sha256(data.labels.tobytes())
+    digest.update(data.images[:: max(1, len(data.labels) // 100)].tobytes())
+    return digest.hexdigest()
 
 
 def find_normalisation(config: TrainConfig, images: np.ndarray) -> Normalisation:
     """Give the recipe's normalisation: the reference's constants for CIFAR, else mean and deviation of `images`."""
-    if not RECIPES[config.recipe].dataset_normalisation and config.dataset != "digits":
+    from PIL import Image
+
+    if not RECIPES[config.recipe].dataset_normalisation and config.dataset in LABEL_COLUMNS:
         return Normalisation(REFERENCE_MEAN, REFERENCE_STD)
+    counts = np.zeros(3 * 256, dtype=np.int64)
+    for start in range(0, len(images), IMAGES_AT_A_TIME):
+        part = images[start : start + IMAGES_AT_A_TIME]
+        counts += Image.fromarray(part.reshape(-1, part.shape[2], 3)).histogram()  # four times as fast as NumPy's
     levels = np.arange(256) / 255
     mean, std = [], []
-    for channel in range(3):
-        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+    for of_channel in counts.reshape(3, 256):
+        share = of_channel / of_channel.sum()
         mean.append(float(share @ levels))
         std.append(float(np.sqrt(share @ (levels - mean[-1]) ** 2)))
     return Normalisation(tuple(mean), tuple(std))

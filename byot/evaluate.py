@@ -54,7 +54,7 @@ def main() -> None:
 
         from byot.console import classifier_table
         from byot.data import check_dataset, load_images
-        from byot.runs import evaluate_run, find_run
+        from byot.runs import check_classes, evaluate_run, find_run
 
         saved = find_run(absolute_path(arguments.run))
         config = saved.config.with_settings(device=arguments.device)
@@ -64,18 +64,19 @@ def main() -> None:
         if arguments.exits:
             from byot.exit_report import Asked, fit_exits, format_exits, measure_exits
 
-            check_dataset(config.dataset, config.data_dir)
+            check_dataset(config.dataset, config.data_dir, config.image_size)
             asked = Asked(arguments.max_drop, arguments.target_cost)
             fitted = fit_exits(saved, config, asked if any_asked else Asked(max_drop=DEFAULT_MAX_DROP))
-        test = load_images(config.dataset, config.data_dir, "test")
+        test = load_images(config.dataset, config.data_dir, "test", config.image_size)
+        check_classes(saved, test)
+        if not arguments.exits:
+            evaluation = evaluate_run(saved, config, test)
+            record |= {"num_test_images": evaluation.num_images, **evaluation.to_record("test")}
+            text = classifier_table(record, "test")
     if arguments.exits:
         measured = measure_exits(fitted, test)
         record |= fitted.record | {"test": measured}
         text = format_exits(fitted.record, measured)
-    else:
-        evaluation = evaluate_run(saved, config, test)
-        record |= {"num_test_images": evaluation.num_images, **evaluation.to_record("test")}
-        text = classifier_table(record, "test")
     if arguments.format == "json":
         print(json.dumps(record, indent=2))
         return

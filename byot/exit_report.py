@@ -16,7 +16,7 @@ from torch import Tensor
 from byot.batches import in_order, place_images
 from byot.config import CLASSIFIERS, TrainConfig
 from byot.console import text_table
-from byot.data import LabelledImages, Normalisation, load_images, split_validation
+from byot.data import LabelledImages, Normalisation, load_images, split_validation, take
 from byot.exits import (
     NEVER,
     RULE_FILE,
@@ -83,7 +83,7 @@ def fit_exits(saved: SavedRun, config: TrainConfig, asked: Asked) -> FittedExits
     if config.num_classifiers == 1:
         raise ValueError(f"{saved.folder} is of loss_form plain, whose one classifier is no early exit")
     check_writable(saved.folder)
-    images = load_images(config.dataset, config.data_dir, "train")
+    images = load_images(config.dataset, config.data_dir, "train", config.image_size)
     model, normalisation = load_network(saved)
     costs = measure_costs(model, images.images.shape[1])
     if asked.target_cost is not None:
@@ -257,8 +257,7 @@ def rank_classes(exits: np.ndarray, labels: np.ndarray) -> dict[str, list[dict[s
 @torch.inference_mode()
 def time_exits(fitted: FittedExits, test: LabelledImages, batch_size: int) -> dict[str, float]:
     """Time early exit and the plain deepest network in turns, on the same batches: milliseconds an image."""
-    spread = slice(None, None, max(1, len(test.labels) // TIMED_IMAGES))
-    images = LabelledImages(*(np.ascontiguousarray(part[spread][:TIMED_IMAGES]) for part in test))
+    images = take(test, np.arange(0, len(test.labels), max(1, len(test.labels) // TIMED_IMAGES))[:TIMED_IMAGES])
     batches = [batch for batch, _ in _batches(fitted.model, fitted.normalisation, fitted.config, images, batch_size)]
     num_exits = len(fitted.rule.thresholds)
     plain = ExitRule((1.0,) * num_exits, (NEVER,) * (num_exits - 1) + (0.0,))

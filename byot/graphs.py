@@ -10,12 +10,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from byot.class_names import CLASS_NAMES
-from byot.config import DATASETS, NUM_CLASSIFIERS
+from byot.config import NUM_CLASSIFIERS
 from byot.data import Normalisation
 from byot.exits import ExitRule, measure_costs
 from byot.model import BranchedResNet
-from byot.runs import SavedRun
+from byot.runs import SavedRun, class_names
 
 Network = tuple[BranchedResNet, Normalisation]
 Format = Literal["onnx", "torch"]
@@ -90,7 +89,7 @@ class AllExits(nn.Module):
 def cut_sections(model: BranchedResNet, normalisation: Normalisation) -> list[Section]:
     """Cut a network at its exits into K sections; the first normalises the images, too."""
     trunk = model.trunk
-    layers: list[nn.Module] = [Normalise(normalisation), trunk.conv1, trunk.bn1, nn.ReLU()]
+    layers: list[nn.Module] = [Normalise(normalisation), trunk.conv1, trunk.bn1, nn.ReLU(), trunk.maxpool]
     *shallow, deepest = trunk.stages()
     sections = []
     for stage, branch in zip(shallow, model.branches, strict=False):
@@ -140,7 +139,7 @@ def render(
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Make the files of an export and its manifest: one graph a stage, of one exit alone, or of all exits."""
     config, (model, normalisation) = saved.config, network
-    size = DATASETS[config.dataset].image_size
+    size = config.image_size
     costs: tuple[float, ...] = (1.0,) * NUM_CLASSIFIERS  # of the plain network
     if config.num_classifiers > 1:
         measured = measure_costs(model, size)
@@ -157,7 +156,7 @@ def render(
         "checkpoint": saved.checkpoint.name,
         **{name: getattr(config, name) for name in ("model", "width", "dataset")},
         "image_size": size,
-        "class_names": CLASS_NAMES[config.dataset],
+        "class_names": class_names(saved),
         "graphs": [
             {"file": file, "input": graph.input, "shape": ["batch", *graph.example.shape[1:]], "outputs": graph.outputs}
             for file, graph in zip(files, graphs, strict=True)

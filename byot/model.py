@@ -1,4 +1,4 @@
-"""A CIFAR ResNet with a classifier after each of its four stages.
+"""A ResNet with a classifier after each of its four stages.
 
 B batch, C classes, D feature width, K = 4 classifiers, ordered shallow to deep: [-1] is the deepest.
 """
@@ -52,8 +52,9 @@ class BasicBlock(nn.Module):
 
     expansion = 1  # of the channels
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, groups: int, group_width: int) -> None:
         super().__init__()
+        assert (groups, group_width) == (1, 64)
         self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
@@ -67,18 +68,22 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Adds its input to the result of 1x1, 3x3 and 1x1 convolutions; the 3x3 one has the stride, as in torchvision."""
+    """Adds its input to the result of 1x1, 3x3 and 1x1 convolutions; the 3x3 one has the stride, as in torchvision.
+
+    The 3x3 one has `groups`, each of `group_width` channels where `channels` is 64 (Xie et al., 2017).
+    """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, groups: int, group_width: int) -> None:
         super().__init__()
         out_channels = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, kernel_size=1, bias=False)
+        inner = max(1, channels * group_width // 64) * groups
+        self.conv1 = nn.Conv2d(in_channels, inner, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, out_channels, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample = make_downsample(in_channels, out_channels, stride)
 
@@ -89,42 +94,61 @@ class Bottleneck(nn.Module):
         return norm_relu(self.bn3, self.conv3(x), identity)
 
 
-ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (Bottleneck, [3, 4, 23, 3]),
-    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+class Architecture(NamedTuple):
+    """What a network's name stands for, as in torchvision."""
+
+    block: type[BasicBlock | Bottleneck]
+    num_blocks: tuple[int, int, int, int]  # of the stages
+    groups: int = 1
+    group_width: int = 64
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Architecture(Bottleneck, (3, 8, 36, 3)),
+    "wide_resnet50_2": Architecture(Bottleneck, (3, 4, 6, 3), group_width=128),
+    "wide_resnet101_2": Architecture(Bottleneck, (3, 4, 23, 3), group_width=128),
+    "resnext50_32x4d": Architecture(Bottleneck, (3, 4, 6, 3), groups=32, group_width=4),
+    "resnext101_32x8d": Architecture(Bottleneck, (3, 4, 23, 3), groups=32, group_width=8),
 }
 
 
-class CifarResNet(nn.Module):
-    """A ResNet with the CIFAR stem (3x3 convolution, stride 1, no pooling) and a scaled width.
+class ResNet(nn.Module):
+    """A ResNet of a scaled width with the CIFAR stem (3x3 convolution, stride 1, no pooling) or ImageNet's.
 
     Its parameters bear torchvision's names. It is written out here since importing torchvision costs each worker of a
     search two seconds.
     """
 
-    def __init__(self, model: str, num_classes: int, width: int) -> None:
+    def __init__(self, model: str, num_classes: int, width: int, *, imagenet_stem: bool = False) -> None:
         super().__init__()
-        block, num_blocks = ARCHITECTURES[model]
-        self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+        block, num_blocks, groups, group_width = ARCHITECTURES[model]
+        self.maxpool: nn.Module = nn.Identity()
+        if imagenet_stem:
+            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        else:
+            self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         channels = [c * width // STAGE_CHANNELS[0] for c in STAGE_CHANNELS]
         self.stage_channels = [c * block.expansion for c in channels]  # of the feature maps that leave the stages
         before = [width, *self.stage_channels]
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             nn.Sequential(
-                block(before[i], channels[i], stride=1 if i == 0 else 2),
-                *(block(before[i + 1], channels[i], stride=1) for _ in range(num_blocks[i] - 1)),
+                block(before[i], channels[i], 1 if i == 0 else 2, groups, group_width),
+                *(block(before[i + 1], channels[i], 1, groups, group_width) for _ in range(num_blocks[i] - 1)),
             )
             for i in range(len(channels))
         )
         self.fc = nn.Linear(self.stage_channels[-1], num_classes)
         initialise_convolutions(self)
 
-    def stem(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, width, H, W]
-        return norm_relu(self.bn1, self.conv1(images))
+    def stem(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, width, H, W], ImageNet's [B, width, H / 4, W / 4]
+        x: Tensor = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
+        return x
 
     def stages(self) -> tuple[nn.Sequential, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4
@@ -193,14 +217,17 @@ class Branch(nn.Module):
 
 
 class BranchedResNet(nn.Module):
-    """A ResNet trunk whose four stages each end in a classifier. Images must be at least 8 pixels on a side.
+    """A ResNet trunk whose four stages each end in a classifier.
 
-    Without branches it is an ordinary ResNet, with the deepest classifier alone (K = 1) and the same initial weights.
+    Images must be at least 8 pixels on a side, with ImageNet's stem 32. Without branches it is an ordinary ResNet, with
+    the deepest classifier alone (K = 1) and the same initial weights.
     """
 
-    def __init__(self, model: str, num_classes: int, width: int = 64, *, branched: bool = True) -> None:
+    def __init__(
+        self, model: str, num_classes: int, width: int = 64, *, branched: bool = True, imagenet_stem: bool = False
+    ) -> None:
         super().__init__()
-        self.trunk = CifarResNet(model, num_classes, width)
+        self.trunk = ResNet(model, num_classes, width, imagenet_stem=imagenet_stem)
         *shallow, deepest = self.trunk.stage_channels
         if not branched:
             shallow = []

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from byot.batches import mean_and_std, normalise
-from byot.class_names import CLASS_NAMES
-from byot.config import DATASETS, NUM_CLASSIFIERS
-from byot.data import FORMATS
+from byot.config import NUM_CLASSIFIERS
 from byot.exits import NEVER, ExitRule, load_rule, predict_early
-from byot.runs import SavedRun, load_network
+from byot.image_files import read_square, to_square
+from byot.runs import SavedRun, class_names, load_network
 from byot.trainer import EVAL_BATCH_SIZE, choose_device
 
 Picture = Path | str | Image.Image
@@ -45,8 +44,8 @@ class Predictor:
         model, normalisation = load_network(saved)
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.mean, self.std = mean_and_std(normalisation, self.device)
-        self.class_names = CLASS_NAMES[saved.config.dataset]
-        self.image_size = DATASETS[saved.config.dataset].image_size
+        self.class_names = class_names(saved)
+        self.image_size = saved.config.image_size
         self.batch_size = EVAL_BATCH_SIZE[self.device.type]
         rule = load_rule(saved.folder)
         self.stops_early = rule is not None
@@ -95,27 +94,7 @@ def to_pixels(image: Picture | np.ndarray, size: int) -> np.ndarray:
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
-        return _to_square(image, size)
-    path = Path(image)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is not a file")
-    try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as opened:
-            warnings.simplefilter("ignore")  # what Pillow says of odd files that it can read
-            return _to_square(opened, size)
-    except Exception as error:  # Pillow raises many kinds for a damaged file
-        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({getattr(error, 'strerror', None) or error})"
-        raise ValueError(f"{path} cannot be read as PNG, JPEG or WebP{reason}") from error
-
-
-def _to_square(image: Image.Image, size: int) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.convert("RGB").crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+        return to_square(image, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow says of odd files that it can read
+        return read_square(Path(image), size)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from byot.batches import in_order, place_images
+from byot.class_names import CLASS_NAMES
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS, TrainConfig
 from byot.data import LabelledImages, Normalisation, check_dataset, load_images, split_validation
 from byot.exits import measure_costs
@@ -90,6 +91,8 @@ def read_result(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{error}; without this file the run goes on from its last checkpoint") from error
     check_same_run(config, found)
+    if result is not None and config.dataset == "imagefolder" and config.data_dir != found.data_dir:
+        raise ValueError(f"{folder} is finished and was trained on {found.data_dir}; another --name would do")
     return result
 
 
@@ -102,8 +105,8 @@ def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None, 
     if not processes.is_first:
         processes.barrier()  # the first refuses, downloads and decodes for all
     read_result(config, folder)
-    check_dataset(config.dataset, config.data_dir)
-    images = load_images(config.dataset, config.data_dir, "train")
+    check_dataset(config.dataset, config.data_dir, config.image_size)
+    images = load_images(config.dataset, config.data_dir, "train", config.image_size)
     if processes.is_first:
         processes.barrier()
     train, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
@@ -245,7 +248,7 @@ def train_and_test(
         for metrics in train_saving(trainer, folder, on_batch, stop_asked):
             show_epoch()
             on_epoch(metrics)
-    test = trainer.evaluate_on(load_images(config.dataset, config.data_dir, "test"))
+    test = trainer.evaluate_on(load_images(config.dataset, config.data_dir, "test", config.image_size))
     trainer.check_finite(sum(test.nll))
     result = {
         "config": config.to_dict(),
@@ -325,9 +328,20 @@ def load_network(run: Path | str | SavedRun) -> tuple[BranchedResNet, Normalisat
     """
     saved = run if isinstance(run, SavedRun) else find_run(absolute_path(run))
     with explain_misfit(saved.checkpoint):
-        model = build_model(saved.config)
+        model = build_model(saved.config, len(saved.state.get("class_names", [])))
         model.load_state_dict(saved.state["model"])
         return model.eval(), Normalisation(**saved.state["normalisation"])
+
+
+def class_names(saved: SavedRun) -> tuple[str, ...]:
+    """Name the classes of a saved network, in the order of the labels."""
+    return tuple(saved.state.get("class_names", ())) or CLASS_NAMES[saved.config.dataset]
+
+
+def check_classes(saved: SavedRun, images: LabelledImages) -> None:
+    """Raise ValueError for images of other classes than those that a saved network knows."""
+    if list(images.class_names) != saved.state.get("class_names", []):
+        raise ValueError(f"{saved.checkpoint} was trained on other classes than the data set has")
 
 
 def evaluate_run(saved: SavedRun, config: TrainConfig, test: LabelledImages) -> Evaluation:

@@ -46,6 +46,7 @@ def build_parser() -> Parser:
     start.add_argument("--resume", metavar="PATH", help="go on from this run folder or checkpoint file")
     start_anew = "start anew; what the run's folder held is moved to runs/replaced/"
     parser.add_argument("--fresh", action="store_true", help=start_anew)
+    parser.add_argument("--dry-run", action="store_true", help="print the network, its costs and the time it will take")
     parser.add_argument("--name", help="folder of the run under outputs/runs (default: made from the settings)")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     add_settings(parser, TrainConfig, defaults=recipe_defaults())
@@ -71,6 +72,8 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
     if arguments.best is not None:
         TrainConfig(**given)  # refuses what is wrong by itself
         choice = find_best(outputs, arguments.best, given.get("model"), given.get("dataset"))
+        if given.get("dataset") not in (None, choice.settings.get("dataset")):
+            given.setdefault("image_size", None)  # the other data set's own
         config = TrainConfig.from_dict({**choice.settings, **given})
         as_searched = "epochs" in choice.settings and "epochs" not in given
         print(
@@ -99,7 +102,7 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
                 processes = held.enter_context(joined_processes(config.device))
                 if fresh and processes.is_first and folder.exists():
                     choose_device(config.device)  # before anything is moved: with these no run could start
-                    check_dataset(config.dataset, config.data_dir)
+                    check_dataset(config.dataset, config.data_dir, config.image_size)
                     with lock_folder(folder):
                         print(f"what was in {folder} is now in {set_aside(folder)}")
                 result = processes.broadcast(read_result(config, folder) if processes.is_first else None)
@@ -159,6 +162,11 @@ def main() -> None:
             arguments = build_parser().parse_args()
             with one_sentence_errors("train.py"):
                 config, folder, checkpoint = plan_run(arguments)
+                if arguments.dry_run:
+                    from byot.dry_run import describe_run
+
+                    print(describe_run(config))
+                    return
         result = train(config, folder, checkpoint, arguments.fresh)
 
         from byot.console import classifier_table

@@ -34,7 +34,7 @@ from byot.batches import (
     shuffled,
 )
 from byot.config import DATASETS, Acceleration, TrainConfig, learning_rate, resolution
-from byot.data import LabelledImages, Normalisation, find_normalisation
+from byot.data import LabelledImages, Normalisation, find_normalisation, fingerprint
 from byot.exits import measure_costs
 from byot.loss import LossTerms, self_distillation_loss
 from byot.metrics import EpochMetrics, Evaluation, TrainingSums, evaluate
@@ -75,7 +75,9 @@ class Trainer:
         self.normalisation = normalisation or find_normalisation(config, train.images)
         self.train_images = place_images(train, self.device, config.placement)
         self.val_images = None if val is None else place_images(val, self.device, config.placement)
-        self.model = build_model(config).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.class_names = train.class_names
+        self._fingerprint = fingerprint(train) if self.class_names else None
+        self.model = build_model(config, len(self.class_names)).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._exit_costs = measure_costs(self.model, train.images.shape[1]) if config.num_classifiers > 1 else None
         if processes.count > 1 and config.batch_norm == "global":
             synchronise_batch_norms(self.model, self.device)
@@ -211,8 +213,10 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Give all that is needed to go on exactly from here, as plain data. All processes call it together."""
+        named = {"class_names": list(self.class_names), "fingerprint": self._fingerprint} if self.class_names else {}
         return {
             "config": self.config.to_dict(),
+            **named,
             "num_train_images": len(self.train_images),
             "versions": self._versions,
             "epoch": self.epoch,
@@ -228,11 +232,16 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state. Raises ValueError, naming what differs, if it belongs to another run."""
         check_same_run(self.config, TrainConfig.from_dict(state["config"]))
+        go_on = "give the --data-dir it was started with or another --name"
+        if state.get("class_names", []) != list(self.class_names):
+            raise ValueError(f"the run was started with other classes than the data set has now; {go_on}")
         if state["num_train_images"] != len(self.train_images):
             raise ValueError(
                 f"the run was started with {state['num_train_images']} training images, the data set has "
-                f"{len(self.train_images)} now; give the --data-dir it was started with or another --name"
+                f"{len(self.train_images)} now; {go_on}"
             )
+        if state.get("fingerprint") != self._fingerprint:
+            raise ValueError(f"the run was started with other training images than the data set has now; {go_on}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step, self.history = state["epoch"], state["step"], list(state["history"])
@@ -303,15 +312,19 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
-def build_model(config: TrainConfig) -> BranchedResNet:
-    """Build a configuration's network with the initial weights of its seed; the global generator stays as it was."""
+def build_model(config: TrainConfig, num_classes: int = 0) -> BranchedResNet:
+    """Build a configuration's network with the initial weights of its seed; the global generator stays as it was.
+
+    `num_classes` is that of an imagefolder.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return BranchedResNet(
             config.model,
-            DATASETS[config.dataset].num_classes,
+            num_classes or DATASETS[config.dataset].num_classes,
             config.width,
             branched=config.num_classifiers > 1,
+            imagenet_stem=config.has_imagenet_stem,
         )
 
 

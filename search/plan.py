@@ -242,7 +242,7 @@ def _decide(
 
 def load_search_data(base: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
     """Load the training images, cut in two; the test set is never opened. Raises ValueError for what is missing."""
-    images = load_images(base.dataset, base.data_dir, "train")
+    images = load_images(base.dataset, base.data_dir, "train", base.image_size)
     train, val = split_validation(images, fraction=base.val_fraction, seed=base.split_seed)
     assert val is not None
     return train, val

@@ -64,7 +64,7 @@ class Probe:
 def few_images(data: LabelledImages, batch_size: int) -> LabelledImages:
     """Take enough images for some steps an epoch, repeated where there are not so many."""
     chosen = np.arange(PROBED_STEPS * batch_size) % len(data.labels)
-    return LabelledImages(data.images[chosen], data.labels[chosen])
+    return data._replace(images=data.images[chosen], labels=data.labels[chosen])
 
 
 @contextmanager

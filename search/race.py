@@ -294,6 +294,8 @@ class Confirmation:
             if other != judgement.leader:
                 sentence = f"{arm.describe()} ({arm.settings()}): {told}."
                 sentences.append(sentence[0].upper() + sentence[1:])
+        if len(judgement.comparisons) > 1:
+            sentences.append(f"Each interval holds by itself with {100 * (1 - ERROR):.0f} %, not all at once.")
         return sentences
 
     def _describe(self, one: Comparison) -> str:
@@ -322,7 +324,7 @@ def confirm(
     import ray
 
     base, metric, store = confirmation.base, confirmation.metric, confirmation.store
-    images = ray.put(load_images(base.dataset, base.data_dir, "train"))
+    images = ray.put(load_images(base.dataset, base.data_dir, "train", base.image_size))
     trouble = ""
 
     def take() -> Task[Run] | None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from byot.config import TrainConfig
-from byot.data import LabelledImages, Split, load_images
+from byot.data import LabelledImages, Split, load_images, take
 from byot.system.checkpoint import checkpoint_path, save_checkpoint
 from byot.trainer import Trainer
 
@@ -134,7 +134,7 @@ def random_pixels(num_images: int, size: int = 32, seed: int = 0) -> np.ndarray:
 
 
 def few_digits(number: int, split: Split = "train") -> LabelledImages:
-    return LabelledImages(*(part[:number] for part in load_images("digits", None, split)))
+    return take(load_images("digits", None, split), np.arange(number))
 
 
 def write_parquet(

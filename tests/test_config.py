@@ -24,8 +24,9 @@ from tests.helpers import PROJECT, command_environment
 OTHER: dict[str, Any] = {
     "model": "resnet50",
     "width": 16,
-    "dataset": "digits",
+    "dataset": "imagefolder",
     "data_dir": "/somewhere",
+    "image_size": 64,
     "recipe": "reference",
     "epochs": 7,
     "batch_size": 64,
@@ -82,6 +83,7 @@ def test_unknown_settings_are_named() -> None:
 LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "width": ([1, 1024], [0, 1025]),
     "epochs": ([1, 1_000_000], [0, 1_000_001]),
+    "image_size": ([32], [24, 64, 10**9]),
     "batch_size": ([2, 1_000_000], [1, 1_000_001]),
     "lr": ([1e-9, 1e9], [0.0, -0.01, math.inf, math.nan, 10**400]),
     "momentum": ([0.0, 0.999], [-0.01, 1.0, math.nan]),
@@ -125,11 +127,46 @@ def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any, words
 
 @pytest.mark.parametrize("name", OTHER)
 def test_run_name_tells_runs_apart_but_not_their_place(name: str) -> None:
-    config, other = TrainConfig(), TrainConfig().with_settings(**{name: OTHER[name]})
+    config = TrainConfig(dataset="imagefolder") if name == "image_size" else TrainConfig()
+    other = config.with_settings(**{name: OTHER[name]})
     same = name in ("device", "data_dir", "acceleration", "placement")
     assert (config.run_name() == other.run_name()) is same
     assert check_name(other.run_name()) == other.run_name()
     assert config.differing_settings(other) == ({} if same else {name: (getattr(config, name), OTHER[name])})
+
+
+def test_an_image_folder_is_another_run_but_may_be_moved() -> None:
+    config = TrainConfig(dataset="imagefolder", data_dir="/a/photos")
+    moved = config.with_settings(data_dir="/b/photos")
+    assert config.run_name() != moved.run_name()
+    assert config.differing_settings(moved) == {}
+
+
+def test_names_from_before_image_sizes_stay() -> None:
+    assert TrainConfig().run_name() == "resnet18-w64-cifar100-e30-s0-b1ef3611"
+    assert TrainConfig(dataset="digits", width=8).run_name() == "resnet18-w8-digits-e30-s0-4e276b09"
+
+
+def test_image_sizes_are_an_image_folder_s_alone() -> None:
+    folder = TrainConfig(dataset="imagefolder")
+    assert (folder.image_size, TrainConfig().image_size, TrainConfig(dataset="digits").image_size) == (32, 32, 8)
+    assert folder.run_name() == folder.with_settings(image_size=32).run_name()
+    for size in (16, 32, 72, 224, 1024):
+        assert folder.with_settings(image_size=size).image_size == size
+    for size in (8, 0, -32, 36, 1032):
+        with pytest.raises(ValueError, match=f"^image_size must be a multiple of 8 between 16 and 1024, not {size}$"):
+            folder.with_settings(image_size=size)
+    assert TrainConfig(dataset="imagefolder", image_size=64).with_settings(dataset="digits").image_size == 8
+    assert [c.has_imagenet_stem for c in (folder, TrainConfig(dataset="imagefolder", image_size=72))] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("image_size", "sizes"), [(16, {16}), (64, {32, 48, 64}), (96, {64, 96}), (224, {128, 160, 224})]
+)
+def test_large_images_grow_in_steps_of_the_stride(image_size: int, sizes: set[int]) -> None:
+    config = TrainConfig(dataset="imagefolder", image_size=image_size)
+    assert {resolution(config, i / 100) for i in range(100)} == sizes
+    assert (crop_padding(config), crop_padding(config.with_settings(epochs=31))) == (image_size // 16, image_size // 8)
 
 
 def test_equal_settings_have_one_name() -> None:

@@ -30,7 +30,8 @@ def load_train(folder: Path) -> LabelledImages:
 
 
 def same(a: LabelledImages, b: LabelledImages) -> bool:
-    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    arrays = zip((a.images, a.labels), (b.images, b.labels), strict=True)
+    return a.class_names == b.class_names and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in arrays)
 
 
 # ---------------------------------------------------------------- splits and normalisation
@@ -100,7 +101,7 @@ def test_digits_are_scikit_learns() -> None:
     bunch = load_digits()
     found: Counter[bytes] = Counter()
     for split, share in zip(SPLITS, (0.8, 0.2), strict=True):
-        images, labels = load_images("digits", None, split)
+        images, labels, _ = load_images("digits", None, split)
         assert (images.shape[1:], images.dtype) == ((8, 8, 3), np.uint8)
         assert (images == images[..., :1]).all()
         assert (np.abs(np.bincount(labels) - np.bincount(bunch.target) * share) <= 0.5).all()

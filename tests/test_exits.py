@@ -342,7 +342,9 @@ def test_test_labels_do_not_matter(run: Path, call: Any, monkeypatch: pytest.Mon
     files, printed = [], []
     for seed in (None, 1):
 
-        def load(dataset: str, data_dir: str | None, split: Any, seed: int | None = seed) -> LabelledImages:
+        def load(
+            dataset: str, data_dir: str | None, split: Any, image_size: int, seed: int | None = seed
+        ) -> LabelledImages:
             images = load_images(dataset, data_dir, split)
             if seed is None or split == "train":
                 return images

@@ -1,13 +1,14 @@
 """Holds byot/model.py to torchvision's ResNet, to the reference's branches and their published sizes, and to seeds."""
 
-from typing import Any
+from itertools import zip_longest
+from typing import Any, get_args
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from byot.config import NUM_CLASSIFIERS, TrainConfig
+from byot.config import NUM_CLASSIFIERS, ModelName, TrainConfig
 from byot.loss import self_distillation_loss
 from byot.model import BranchedResNet, PatchConv2d
 from byot.trainer import build_model, choose_autocast_dtype
@@ -33,16 +34,27 @@ def stir_batch_norms(model: nn.Module, seed: int = 0) -> None:
                 values.copy_(torch.rand(values.shape, generator=generator) * (high - low) + low)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_deepest_classifier_is_torchvisions_resnet(name: str) -> None:
-    ours = BranchedResNet(name, num_classes=100).double().eval()
+@pytest.mark.parametrize(
+    ("name", "imagenet_stem"),
+    [
+        ("resnet18", False),
+        ("resnet34", False),
+        ("resnet50", False),
+        ("resnet18", True),
+        ("resnext50_32x4d", True),
+    ],
+)
+def test_deepest_classifier_is_torchvisions_resnet(name: str, imagenet_stem: bool) -> None:
+    ours = BranchedResNet(name, num_classes=100, branched=False, imagenet_stem=imagenet_stem).double().eval()
     stir_batch_norms(ours)
     theirs: Any = getattr(torchvision.models, name)(num_classes=100)
-    theirs.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    theirs.maxpool = nn.Identity()
+    if not imagenet_stem:
+        theirs.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        theirs.maxpool = nn.Identity()
     theirs = theirs.double().eval()
     theirs.load_state_dict(ours.trunk.state_dict())
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    size = 72 if imagenet_stem else 32
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.inference_mode():
         found, expected = ours(images).logits[-1], theirs(images)
     assert expected.std() > 1e-3
@@ -79,6 +91,28 @@ def test_branches_are_the_references(name: str, width: int) -> None:
             torch.testing.assert_close(outputs.logits[i], logits, rtol=1e-9, atol=1e-12)
         deepest = model.trunk.layer4(x).flatten(2).mean(dim=2)
         torch.testing.assert_close(outputs.features[3], deepest, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", get_args(ModelName))
+def test_every_network_has_torchvisions_parameters(name: str) -> None:
+    """By name and shape, with the ImageNet stem: its published weights fit."""
+    with torch.device("meta"):
+        ours = BranchedResNet(name, num_classes=1000, imagenet_stem=True).trunk
+        theirs = getattr(torchvision.models, name)()
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def test_branches_end_in_the_deepest_shape_with_the_imagenet_stem() -> None:
+    """7 x 7 of an image of 224 pixels."""
+    with torch.device("meta"):
+        model = BranchedResNet("resnet18", num_classes=10, width=16, imagenet_stem=True).eval()
+        x = model.trunk.stem(torch.empty(1, 3, 224, 224))
+        shapes = []
+        for stage, branch in zip_longest(model.trunk.stages(), model.branches):
+            x = stage(x)
+            shapes.append((x if branch is None else branch.get_submodule("bottleneck")(x)).shape)
+    assert shapes == [(1, 128, 7, 7)] * NUM_CLASSIFIERS
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED_PARAMETERS))

@@ -257,7 +257,7 @@ def test_what_is_no_image_is_named_and_the_others_go_on(
 
 def test_every_class_has_a_name() -> None:
     assert {dataset: len(set(names)) for dataset, names in CLASS_NAMES.items()} == {
-        dataset: info.num_classes for dataset, info in DATASETS.items()
+        dataset: info.num_classes for dataset, info in DATASETS.items() if dataset != "imagefolder"
     }
 
 

@@ -316,7 +316,7 @@ def test_test_set_is_read_once_and_after_the_last_epoch(tmp_path: Path, monkeypa
     config = SMALL.with_settings(epochs=3, val_fraction=0.2)
     reads: list[tuple[str, list[int]]] = []
 
-    def load(dataset: Any, data_dir: str | None, split: Any) -> LabelledImages:
+    def load(dataset: Any, data_dir: str | None, split: Any, image_size: int) -> LabelledImages:
         reads.append((split, epochs_in(folder)))
         return few_digits(300, split)
 

@@ -59,7 +59,7 @@ class ReferenceNet(nn.Module):
 
     def __init__(self, model: str, width: int, num_classes: int) -> None:
         super().__init__()
-        ours, num_blocks = ARCHITECTURES[model]
+        ours, num_blocks, *grouping = ARCHITECTURES[model]
         block: type[BasicBlock | Bottleneck] = BasicBlock if ours.expansion == 1 else Bottleneck
         trunk: dict[str, nn.Module] = {
             "conv1": nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False),
@@ -73,8 +73,9 @@ class ReferenceNet(nn.Module):
             if (before, 1) != (channels, stride):
                 convolution = nn.Conv2d(before, channels, kernel_size=1, stride=stride, bias=False)
                 downsample = nn.Sequential(convolution, nn.BatchNorm2d(channels))
-            first = block(before, planes, stride, downsample)
-            trunk[f"layer{i + 1}"] = nn.Sequential(first, *(block(channels, planes) for _ in range(count - 1)))
+            first = block(before, planes, stride, downsample, *grouping)
+            others = (block(channels, planes, 1, None, *grouping) for _ in range(count - 1))
+            trunk[f"layer{i + 1}"] = nn.Sequential(first, *others)
             stage_channels.append(before := channels)
         *shallow, deepest = stage_channels
         self.trunk = nn.ModuleDict({**trunk, "fc": nn.Linear(deepest, num_classes)})

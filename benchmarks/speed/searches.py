@@ -29,11 +29,13 @@ from pkgutil import resolve_name
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from benchmarks import common
 from benchmarks.speed.train_speed import resident_gib, some_images
 from byot.config import TrainConfig
 from byot.console import text_table
-from byot.data import LabelledImages
+from byot.data import LabelledImages, take
 from byot.system.files import read_json_lines
 from byot.system.flags import Parser, one_sentence_errors
 from byot.trainer import choose_device
@@ -156,7 +158,7 @@ def measure_blocks(settings: SearchSettings, block: int) -> list[dict[str, float
         return record
 
     train, val = load_search_data(ONE_STEP)
-    few = LabelledImages(*(part[: ONE_STEP.batch_size] for part in train)), LabelledImages(*(p[:NUM_VAL] for p in val))
+    few = take(train, np.arange(ONE_STEP.batch_size)), take(val, np.arange(NUM_VAL))
     is_started = mock.patch("search.system.resources.start_ray")
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(SearchRecords, "end", end_and_measure), is_started:
         search(Path(folder) / "search", ONE_STEP, settings, *few)

@@ -39,7 +39,7 @@ KIND = "cuda" if torch.cuda.is_available() else "cpu"
 def some_images(data_dir: str | None, number: int) -> LabelledImages:
     """Load the first images of CIFAR-100, or make random ones."""
     if data_dir is not None:
-        images, labels = load_images("cifar100", data_dir, "train")
+        images, labels, _ = load_images("cifar100", data_dir, "train")
         return LabelledImages(images[:number], labels[:number])
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)

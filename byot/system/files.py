@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +30,11 @@ def write_output(path: Path, text: str) -> None:
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file that is never seen half written: to a temporary name, flushed to the disk, renamed."""
+    write_parts(path, parts)
+
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write what an iterable yields as write_whole does, each part as it comes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

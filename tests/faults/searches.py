@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,13 @@ class Search:
 
     def wait_for_work(self, process: subprocess.Popen[bytes]) -> None:
         """Wait until a trial has done one more epoch, or the process has ended."""
-        before, deadline = self.num_epochs(), time.monotonic() + 600
-        while self.num_epochs() <= before and process.poll() is None:
+        before = self.num_epochs()
+        self.wait_until(lambda: self.num_epochs() > before, process)
+
+    def wait_until(self, is_so: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+        """Wait until it is so, or the process has ended."""
+        deadline = time.monotonic() + 600
+        while not is_so() and process.poll() is None:
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.02)
 

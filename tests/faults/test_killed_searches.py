@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from byot.search_files import find_best, load_confirmation
 from tests.faults.conftest import LONG
 from tests.faults.searches import Search, kill_quietly, trial_workers
 from tests.faults.tally import TALLY
@@ -20,8 +21,9 @@ WORKER_KILLS = 10 if LONG else 2
 
 @pytest.mark.parametrize("number", range(SEARCHES))
 def test_killed_driver(tmp_path: Path, moments: random.Random, number: int) -> None:
-    search = Search(tmp_path / "outputs")
-    with TALLY.attempt("kill -9 of a search's driver", DRIVER_KILLS):
+    """While it tries settings, and once while it runs the best again over fresh seeds."""
+    search = Search(tmp_path / "outputs", "--confirm", 1, "--confirm-seeds", 3)
+    with TALLY.attempt("kill -9 of a search's driver", DRIVER_KILLS + 1):
         for _ in range(DRIVER_KILLS):
             process = search.start()
             if moments.random() < 0.2:  # now and then while it starts
@@ -32,7 +34,18 @@ def test_killed_driver(tmp_path: Path, moments: random.Random, number: int) -> N
             process.kill()
             assert process.wait() == -signal.SIGKILL, f"it ended before it could be killed: {search.log()}"
             search.note_ended()
+        process = search.start()
+        done = "confirmation/*/result.json"
+        search.wait_until(lambda: any(search.folder.glob(done)), process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, f"it ended before it could be killed: {search.log()}"
+        before = {path: path.stat().st_mtime_ns for path in search.folder.glob(done)}
         search.finish()
+        assert {path: path.stat().st_mtime_ns for path in before} == before, "a run that had ended was done again"
+        confirmation = load_confirmation(search.folder)
+        assert confirmation is not None
+        assert (confirmation.status, confirmation.num_rounds) == ("finished", 3)
+        assert find_best(search.outputs, "s").settings == confirmation.fields["config"]
 
 
 def test_killed_workers(tmp_path: Path, moments: random.Random) -> None:

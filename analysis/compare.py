@@ -84,7 +84,11 @@ def load_groups(paths: list[Path]) -> list[Group]:
 
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     names = [name for name in SETTINGS if name not in (*NOT_IDENTITY, "seed")]
-    for row in map(read_run, paths):
+    for path in paths:
+        row = read_run(path)
+        for name in ("test_accuracy", "elapsed_s"):
+            if name not in row:
+                raise ValueError(f"{path} has no number as {name}")
         key = tuple(row[name] for name in names if name != "split_seed" or row["val_fraction"] > 0)
         groups.setdefault(key, []).append(row)
     if len(groups) > len(LETTERS):

@@ -100,7 +100,11 @@ def remove(kind: str, folder: Path, shown: list[Item], checkpoints: bool) -> Non
 
 
 def ask(question: str) -> bool:
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
 
 
 def main() -> None:

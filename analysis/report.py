@@ -23,7 +23,7 @@ from byot.search_files import (
     next_commands,
 )
 from byot.system.files import write_output
-from byot.system.flags import Parser, flag_name, one_sentence_errors
+from byot.system.flags import Parser, as_called, flag_name, one_sentence_errors
 from byot.system.paths import check_writable_file, outputs_folder
 
 TEMPLATE = "report_page.html"
@@ -105,7 +105,7 @@ def tune_command(search: SearchRecord) -> str:
     defaults = TrainConfig(recipe=search.config.recipe).to_dict() | {"recipe": TrainConfig().recipe, "epochs": None}
     fixed = set(ROLE_SETTINGS["reference"]) - set(search.space)
     config = {n: value for n, value in search.config.to_dict().items() if value != defaults[n] or n in fixed}
-    words = ["python", "search/tune.py", "--space", "space.toml"]
+    words = [*as_called("python search/tune.py").split(), "--space", "space.toml"]
     searched = search.settings | {"confirm": search.settings.get("confirm") or 0}  # null in older searches
     for name, value in (searched | config).items():
         if value not in (None, []) and name not in search.space:

@@ -26,7 +26,7 @@ from byot.search_files import (
     read_trials,
 )
 from byot.system.files import describe_refusal, write_text
-from byot.system.flags import Parser, flag_name, one_sentence_errors
+from byot.system.flags import Parser, flag_name, one_sentence_errors, tell, this_command
 from byot.system.paths import absolute_path, check_writable, outputs_folder
 from byot.system.stopping import catch_stop_signals
 
@@ -151,7 +151,7 @@ def main() -> None:
         print(f"{outcome_line(number, len(jobs), job, result)}  (finished before)", flush=True)
     tasks = iter([Task(job, (job.config, job.folder, resources.cpus)) for job in jobs if job not in finished])
     named = [] if arguments.search else [folder.name]  # by then another search may be the newest
-    go_on = shlex.join([sys.executable, *sys.argv[:1], *named, *sys.argv[1:]])
+    go_on = shlex.join([*this_command(), *named, *sys.argv[1:]])
     failed = 0
     try:
         if len(finished) < len(jobs):
@@ -164,12 +164,12 @@ def main() -> None:
         try:
             runs = write_runs(outputs, folder, search)
         except OSError as error:  # a full disk
-            print(f"retrain.py: {describe_refusal(error, folder)}; once it can, go on with: {go_on}", file=sys.stderr)
+            tell("retrain.py", f"{describe_refusal(error, folder)}; once it can, go on with: {go_on}")
             raise SystemExit(1) from None
     print_summary(search, folder, confirmed, runs[runs["run"].isin([job.folder.name for job in jobs])])
     print(f"\nevery run of this search: {folder / 'retrained.csv'}")
     if failed:
-        print(f"retrain.py: {failed} of {len(jobs)} runs failed; the same command tries them again", file=sys.stderr)
+        tell("retrain.py", f"{failed} of {len(jobs)} runs failed; the same command tries them again")
         raise SystemExit(1)
 
 

@@ -12,6 +12,7 @@ A run table has one row a finished run: its folder's name, every setting, the te
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +35,7 @@ from byot.search_files import (
     settings_of,
     trial_columns,
 )
-from byot.system.files import read_json
+from byot.system.files import errors_in, read_json
 
 SETTINGS = tuple(f.name for f in fields(TrainConfig))
 TEST_MEASURES = (
@@ -46,6 +47,7 @@ TEST_MEASURES = (
     "test_accuracy_mean",
     "test_exit_accuracy",
 )
+MEASURED, OF_RUNS = (*TEST_MEASURES, "elapsed_s"), ("num_train_images", "num_test_images", "commit")
 # In these a retrained run may differ from the trial whose settings it takes up.
 NOT_COMPARED = (*NOT_IDENTITY, "seed", "epochs", "val_fraction", "split_seed", "precision")
 NOT_POOLED = ["epochs", "precision"]  # runs that differ in these are not compared, and have no common mean
@@ -132,19 +134,28 @@ def _chosen(trials: pd.DataFrame, records: list[TrialRecord]) -> pd.DataFrame:
 
 def load_runs(outputs: Path) -> pd.DataFrame:
     """Read the finished runs; one whose record is damaged counts as not finished."""
-    measured, others = (*TEST_MEASURES, "elapsed_s"), ("num_train_images", "num_test_images", "commit")
     rows = []
     for path in sorted((outputs / "runs").glob("*/result.json")):
-        try:
-            result = read_json(path)
-            config = TrainConfig.from_dict(result.get("config"))
-        except ValueError:
-            continue
-        row = {"run": path.parent.name, **config.to_dict(), **{name: result.get(name) for name in others}}
-        row["precision"] = result.get("precision", config.precision)  # what auto came to
-        rows.append(row | {name: result[name] for name in measured if is_number(result.get(name))})
-    columns = ["run", *SETTINGS, *others[:2], *measured, "commit"]
-    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(measured, "float64"))
+        with suppress(ValueError):
+            rows.append(read_run(path))
+    return run_table(rows)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Read a result.json, also under another name, as a row of a run table. Raises ValueError where it is damaged."""
+    result = read_json(path)
+    with errors_in(path):
+        config = TrainConfig.from_dict(result.get("config"))
+    name = path.parent.name if path.name == "result.json" else path.stem
+    row = {"run": name, **config.to_dict(), **{name: result.get(name) for name in OF_RUNS}}
+    row["precision"] = result.get("precision", config.precision)  # what auto came to
+    return row | {name: result[name] for name in MEASURED if is_number(result.get(name))}
+
+
+def run_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Make a run table of its rows."""
+    columns = ["run", *SETTINGS, *OF_RUNS[:2], *MEASURED, "commit"]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(MEASURED, "float64"))
 
 
 def trial_config(search: SearchRecord, trial: Mapping[str, Any] | pd.Series) -> TrainConfig:

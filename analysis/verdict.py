@@ -198,7 +198,7 @@ def judge_retrained(
             others = runs[(runs["role"] == role) & (runs["trial_id"] != chosen)]
             if not others.empty:
                 same = others[others["trial_id"] == others["trial_id"].iloc[0]]
-                sentences.append(f"Against {name}, {_format_mean(metric, same)}: {_judge_pairs(metric, best, same)}")
+                sentences.append(f"Against {name}, {_format_mean(metric, same)}: {judge_pairs(metric, best, same)}")
             elif best["role"].iloc[0] != role:
                 sentences.append(f"{name.capitalize()} was not retrained for {epochs} epochs in {precision}.")
     return sentences
@@ -211,7 +211,7 @@ def _format_mean(metric: str, runs: pd.DataFrame) -> str:
     return f"{mean} ± {sd} {unit(metric)} ({len(runs)} runs, ± standard deviation)"
 
 
-def _judge_pairs(metric: str, best: pd.DataFrame, other: pd.DataFrame) -> str:
+def judge_pairs(metric: str, best: pd.DataFrame, other: pd.DataFrame) -> str:
     """Compare two configurations by the seeds that both have; several runs with one seed count as their mean."""
     by_seed = [runs.groupby("seed")[metric].mean() for runs in (best, other)]
     pairs = pd.concat(by_seed, axis="columns", join="inner", keys=["best", "other"]).dropna()

@@ -8,13 +8,12 @@ Input: float images [N,3,H,W] from 0 to 1; they are normalised inside. manifest.
 names, the image size, and each exit's temperature and threshold.
 """
 
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from byot.system.files import UnreadableError, describe_refusal, read_json, write_json, write_whole
-from byot.system.flags import Parser, one_sentence_errors
+from byot.system.flags import Parser, as_called, one_sentence_errors, tell
 from byot.system.paths import absolute_path, check_writable
 
 MANIFEST = "manifest.json"
@@ -91,10 +90,10 @@ def main() -> None:
         output = check_output(default if arguments.output is None else arguments.output)
         rule, network = load_rule(saved.folder), load_network(saved)
     if arguments.stages and rule is None and len(numbers) > 1:
-        print(
-            f"export.py: only the last exit will answer; after `python byot/evaluate.py {arguments.run} --exits` an "
-            "export has the thresholds to stop early",
-            file=sys.stderr,
+        command = as_called(f"python byot/evaluate.py {arguments.run} --exits")
+        tell(
+            "export.py",
+            f"only the last exit will answer; after `{command}` an export has the thresholds to stop early",
         )
     files, manifest = render(
         saved, network, rule or DEEPEST_ALONE, arguments.format, stages=arguments.stages, exit=arguments.exit

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byot.config import NUM_CLASSIFIERS, check_range
-from byot.system.flags import Parser, one_line, one_sentence_errors
+from byot.system.flags import Parser, as_called, one_line, one_sentence_errors, tell
 from byot.system.paths import absolute_path
 
 if TYPE_CHECKING:  # importing it imports torch
@@ -69,7 +69,7 @@ def predict_files(predictor: "Predictor", files: Sequence[Path], top: int) -> It
             try:
                 decoded.append((file, to_pixels(file, predictor.image_size)))
             except ValueError as error:
-                print(f"predict.py: {one_line(str(error))}", file=sys.stderr)
+                tell("predict.py", one_line(str(error)))
         if decoded:
             read, pixels = zip(*decoded, strict=True)
             yield from zip(read, predictor.answer(np.stack(pixels), top), strict=True)
@@ -119,11 +119,8 @@ def main() -> None:
         predictor = Predictor(saved, arguments.device)
         check_range("--top", arguments.top, low=1, high=len(predictor.class_names))
     if not predictor.stops_early and saved.config.num_classifiers > 1:
-        print(
-            f"predict.py: the deepest classifier answers; after `python byot/evaluate.py {arguments.run} --exits` the "
-            "network stops early",
-            file=sys.stderr,
-        )
+        command = as_called(f"python byot/evaluate.py {arguments.run} --exits")
+        tell("predict.py", f"the deepest classifier answers; after `{command}` the network stops early")
     answers = list(predict_files(predictor, files, arguments.top))
     {"table": print_table, "json": print_json, "csv": print_csv}[arguments.format](answers, arguments.top)
     if len(answers) < len(files):

@@ -29,7 +29,8 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 from byot.config import CLASSIFIERS, LARGEST_COUNT, TrainConfig
 from byot.system.files import errors_in, read_json, read_json_lines, write_json, write_text
-from byot.system.paths import PROJECT_ROOT, absolute_path, check_name, default_outputs
+from byot.system.flags import as_called
+from byot.system.paths import SHIPPED_FOLDER, absolute_path, check_name, default_outputs
 
 Role = Literal["sampled", "reference", "control"]
 Status = Literal["completed", "stopped", "failed", "running"]  # running: begun and not ended, whether it runs or not
@@ -60,7 +61,6 @@ LAST_COLUMNS = ("seconds", "seed", "error")
 TEXT_COLUMNS = ("trial_id", "role", "status", "error")
 
 CONFIRMATION = "confirmation.json"
-SHIPPED_FOLDER = PROJECT_ROOT / "results" / "best"
 KINDS = {str: "a text", int: "a count", float: "a number", dict: "a table", list: "a list", bool: "true or false"}
 
 
@@ -650,7 +650,7 @@ def next_commands(folder: Path, outputs: Path) -> list[str]:
     name = shlex.quote(folder.name if folder.parent == outputs / "searches" else str(folder))
     where = "" if outputs == default_outputs() else f" --outputs {shlex.quote(str(outputs))}"
     return [
-        f"python byot/train.py --best {name}{where}",
-        f"python analysis/retrain.py {name} --top 3 --seeds 3{where}",
-        f"python analysis/report.py {name}{where}",
+        as_called("python byot/train.py --best ") + f"{name}{where}",
+        as_called("python analysis/retrain.py ") + f"{name} --top 3 --seeds 3{where}",
+        as_called("python analysis/report.py ") + f"{name}{where}",
     ]

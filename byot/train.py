@@ -25,7 +25,7 @@ from typing import Any
 from byot.config import TrainConfig, recipe_defaults
 from byot.search_files import find_best
 from byot.system.files import describe_refusal, set_aside
-from byot.system.flags import Parser, add_settings, given_settings, one_sentence_errors
+from byot.system.flags import Parser, add_settings, given_settings, one_sentence_errors, tell, this_command
 from byot.system.lock import lock_folder
 from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
 from byot.system.stopping import StoppedError, TrainingError, catch_stop_signals
@@ -89,7 +89,7 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
 
 def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: bool) -> dict[str, Any]:
     """Do the run, or the rest of it, and return its result. Ends the program where that cannot be."""
-    go_on = f"go on with: {shlex.join([sys.executable, *sys.argv[:1], '--resume', str(folder)])}"
+    go_on = f"go on with: {shlex.join([*this_command(), '--resume', str(folder)])}"
     with ExitStack() as held:
         try:
             with one_sentence_errors("train.py"):
@@ -132,9 +132,9 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
             print(f"\nstopped; {go_on}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
         except TrainingError as error:
-            print(f"train.py: {error}", file=sys.stderr)
+            tell("train.py", str(error))
         except OSError as error:  # a full disk, most often; what was saved before is whole
-            print(f"train.py: {describe_refusal(error, folder)}; once it can, {go_on}", file=sys.stderr)
+            tell("train.py", f"{describe_refusal(error, folder)}; once it can, {go_on}")
     raise SystemExit(1)
 
 

@@ -4,7 +4,6 @@ import io
 import logging
 import shlex
 import shutil
-import sys
 import time
 import warnings
 from contextlib import nullcontext, redirect_stdout, suppress
@@ -18,7 +17,7 @@ from byot.config import work_after
 from byot.console import format_duration
 from byot.search_files import SearchRecord, load_confirmation, space_to_dict
 from byot.system.files import describe_refusal, remove_leftovers
-from byot.system.flags import one_sentence_errors
+from byot.system.flags import one_sentence_errors, tell, this_command
 from byot.system.paths import default_outputs
 from byot.system.provenance import find_commit, find_versions, provenance
 from byot.system.stopping import catch_stop_signals
@@ -53,7 +52,7 @@ def run_search(plan: SearchPlan) -> int:
                 return _run_on_ray(plan, records)
     except OSError as error:
         told = f"{describe_refusal(error, plan.folder)}; once it can, go on with: {go_on(plan)}"
-        print(f"tune.py: {told}", file=sys.stderr)
+        tell("tune.py", told)
         return 1
 
 
@@ -88,7 +87,7 @@ def open_records(plan: SearchPlan) -> SearchRecords:
         store=plan.store,
     )
     for note in records.notes:
-        print(f"tune.py: {note}", file=sys.stderr)
+        tell("tune.py", note)
     if plan.retry_failed:
         print(f"{records.retry_failed()} failed trials are tried again")
     return records
@@ -286,7 +285,7 @@ def _end(session: Session, watch: "SearchWatch", record: dict[str, Any]) -> int:
         print(f"\n{trials_table(records)}\n", flush=True)
     if watch.trouble:
         retry = ["--retry-failed"] if any(trial.status == "failed" for trial in records.ended) else []
-        print(f"tune.py: {watch.trouble}; when that is mended, go on with: {go_on(plan, *retry)}", file=sys.stderr)
+        tell("tune.py", f"{watch.trouble}; when that is mended, go on with: {go_on(plan, *retry)}")
         return 1
     if not in_time:
         print(
@@ -314,7 +313,7 @@ def _confirm(session: Session) -> int:
     print(f"\n{describe_confirmation(confirmation, list(records.trials.values()), resources)}", flush=True)
     is_over, trouble = confirm(confirmation, resources, stop_asked, deadline)
     if trouble:
-        print(f"tune.py: {trouble}; when that is mended, go on with: {go_on(plan)}", file=sys.stderr)
+        tell("tune.py", f"{trouble}; when that is mended, go on with: {go_on(plan)}")
         return 1
     if not is_over:
         print(f"{plan.settings.time_budget} are over; go on with: {go_on(plan)}", flush=True)
@@ -347,7 +346,7 @@ def go_on(plan: SearchPlan, *more: str) -> str:
     if plan.store.bucket is not None:
         place += ["--storage-path", plan.store.bucket.url]
     address = [] if plan.address is None else ["--address", plan.address]
-    command = [sys.executable, *sys.argv[:1], "--name", plan.folder.name, *place, *address]
+    command = [*this_command(), "--name", plan.folder.name, *place, *address]
     return shlex.join([*command, "--resume", *more])
 
 

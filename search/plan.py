@@ -1,7 +1,6 @@
 """Decides on a search, once: from its command line, from what is recorded of it, and from what this machine has."""
 
 import argparse
-import sys
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from byot.search_files import (
 )
 from byot.system.distributed import ALONE
 from byot.system.files import UnreadableError, describe_refusal, errors_in, set_aside
-from byot.system.flags import flag_name, given_settings
+from byot.system.flags import flag_name, given_settings, tell
 from byot.system.lock import LOCK_FILE, lock_folder
 from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
 from byot.trainer import choose_device, records_graphs
@@ -109,7 +108,7 @@ def _take(plan: SearchPlan, held: ExitStack, *, fresh: bool) -> bool:
         print(f"what was in {store.folder} is now in {set_aside(store.folder)}")
         held.enter_context(lock_folder(store.folder))
     if told := held.enter_context(store.lease()):
-        print(f"tune.py: {told}", file=sys.stderr)
+        tell("tune.py", told)
     if aside := store.set_aside(leftovers=not fresh):
         print(f"what was in {store} is now in {aside}")
     if store.bucket is None or fresh:
@@ -263,7 +262,7 @@ def _load_record(folder: Path, resume: bool) -> SearchRecord | None:
     except UnreadableError as error:
         if resume:
             raise
-        print(f"tune.py: {error}: its settings are taken from this command", file=sys.stderr)
+        tell("tune.py", f"{error}: its settings are taken from this command")
         return None
 
 

@@ -10,12 +10,11 @@ both and the best others are run again over fresh seeds, until it is clear which
 Everything is left in outputs/searches/NAME. The same command goes on with its own search, --fresh starts it anew.
 """
 
-import sys
 from contextlib import ExitStack
 
 from byot.config import TrainConfig, recipe_defaults
 from byot.system.files import describe_refusal
-from byot.system.flags import Parser, add_settings, one_sentence_errors
+from byot.system.flags import Parser, add_settings, one_sentence_errors, tell
 from search.settings import VAL_FRACTION, SearchSettings
 from search.space import DEFAULT_SPACE
 
@@ -61,7 +60,7 @@ def main() -> None:
             raise SystemExit(run_search(plan))
     except OSError as error:  # a full disk, most often
         reason = describe_refusal(error, "the search's folder")
-        print(f"tune.py: {reason}", file=sys.stderr)
+        tell("tune.py", reason)
         raise SystemExit(1) from None
 
 

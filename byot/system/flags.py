@@ -7,6 +7,7 @@ settings of a search or of an earlier run.
 import argparse
 import atexit
 import os
+import re
 import signal
 import sys
 import warnings
@@ -26,11 +27,46 @@ REFUSED = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryE
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a bad command line with one sentence and exit code 2."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, *, prog: str, description: str | None, **kwargs: Any) -> None:
+        super().__init__(
+            prog=program_name(prog),
+            description=as_called(description or ""),
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+
+def program_name(script: str) -> str:
+    """Name the program as it was called: `train.py`, or `byot train`."""
+    return sys.argv[0] if sys.argv[0].startswith("byot ") else script
+
+
+def tell(script: str, message: str) -> None:
+    """Print a line on standard error, with the program's name before it."""
+    print(f"{program_name(script)}: {message}", file=sys.stderr)
+
+
+def this_command() -> list[str]:
+    """Return the words that call this program again, from any folder."""
+    if sys.argv[0].startswith("byot "):
+        return [sys.executable, "-m", *sys.argv[0].split()]
+    return [sys.executable, *sys.argv[:1]]
+
+
+def as_called(text: str) -> str:
+    """Write the commands in a text as this one was called: where that was `byot`, without the scripts' paths."""
+    if not sys.argv[0].startswith("byot "):
+        return text
+    text = re.sub(r"(torchrun .*)byot/train\.py", r"\1-m byot train", text)
+    return re.sub(
+        r"(?:python |(?<![\w/]))(?:byot|search|analysis)/(\w+)\.py",
+        lambda found: f"byot {'search' if found[1] == 'tune' else found[1]}",
+        text,
+    )
 
 
 def one_line(message: str) -> str:
@@ -95,6 +131,7 @@ def one_sentence_errors(program: str) -> Iterator[None]:
     Ctrl-C ends the program at once, as nothing has begun. Warnings are printed as one line each. From here on, the
     program also ends quietly once the reader of its output, such as `head`, has gone.
     """
+    program = program_name(program)
     _end_quietly_without_reader()
 
     def as_one_line(message: Warning | str, *_: Any, **__: Any) -> str:
@@ -114,7 +151,7 @@ def one_sentence_errors(program: str) -> Iterator[None]:
         return
     finally:
         warnings.formatwarning = formatted
-    print(f"{program}: {one_line(message)}", file=sys.stderr)
+    print(f"{program}: {one_line(as_called(message))}", file=sys.stderr)
     raise SystemExit(2)
 
 

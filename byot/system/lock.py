@@ -44,3 +44,16 @@ def lock_folder(folder: Path, wait_s: float = 0, *, has_to_lock: bool = False) -
                 for path in made:
                     path.rmdir()
         lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Check whether a process holds the lock of a folder. Nothing is written; where it cannot be found out, False."""
+    if not (folder / LOCK_FILE).is_file():
+        return False
+    try:
+        with lock_folder(folder, has_to_lock=True):
+            return False
+    except LockedError:
+        return True
+    except OSError:
+        return False

@@ -4,7 +4,11 @@ import os
 import re
 from pathlib import Path
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_CODE = Path(__file__).resolve().parents[2]  # a checkout, or where packages are installed
+IS_CHECKOUT = (_CODE / "pyproject.toml").is_file()
+# Installed, the folder that the command was started in: the environment tells it to Ray's workers, which run in others.
+PROJECT_ROOT = _CODE if IS_CHECKOUT else Path(os.environ.setdefault("BYOT_PROJECT_ROOT", str(Path.cwd())))
+SHIPPED_FOLDER = _CODE / ("results/best" if IS_CHECKOUT else "byot/shipped")
 
 
 def check_name(name: str) -> str:
@@ -40,7 +44,7 @@ def absolute_path(given: str | Path) -> Path:
 
 
 def outputs_folder(given: str | None) -> Path:
-    """Find where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in the project's root.
+    """Find where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in PROJECT_ROOT.
 
     Raises ValueError where nothing can be written.
     """

@@ -3,13 +3,14 @@
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from byot.system.paths import PROJECT_ROOT
+from byot.system.paths import IS_CHECKOUT, PROJECT_ROOT
 
 PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy", "pandas")
 
@@ -25,10 +26,10 @@ def find_commit() -> str | None:
     A copy of the files knows no commit: outside a checkout it is $BYOT_COMMIT, or None.
     """
     command = ("git", "-C", str(PROJECT_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
-        found = ""
+    found = ""
+    if IS_CHECKOUT:
+        with suppress(OSError, subprocess.SubprocessError):  # no git, or a copy of the files
+            found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return found or os.environ.get("BYOT_COMMIT") or None
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from byot.runs import StopAsked
+from byot.system.flags import tell
 from byot.system.stopping import StoppedError
 from search.system.resources import RayStartError, Resources
 
@@ -77,5 +78,5 @@ def told_if_stopped(program: str, go_on: str) -> Iterator[None]:
         number = stopped.signal_number if isinstance(stopped, StoppedError) else signal.SIGINT
         raise SystemExit(128 + number) from None
     except RayStartError as error:
-        print(f"{program}: Ray did not start ({error}); try again with: {go_on}", file=sys.stderr)
+        tell(program, f"Ray did not start ({error}); try again with: {go_on}")
         raise SystemExit(1) from None

@@ -16,11 +16,15 @@ import torch
 import torchvision  # noqa: F401  # which imports torch's compiler, as it must before torch's backends are patched
 
 import analysis.best
+import analysis.compare
 import analysis.report
 import analysis.retrain
+import byot.clean_outputs
+import byot.cli
 import byot.data
 import byot.evaluate
 import byot.export
+import byot.list_outputs
 import byot.predict
 import byot.runs
 import byot.train
@@ -55,6 +59,10 @@ def programs() -> dict[str, Any]:
         "best.py": analysis.best,
         "retrain.py": analysis.retrain,
         "report.py": analysis.report,
+        "compare.py": analysis.compare,
+        "byot list": byot.list_outputs,
+        "byot clean": byot.clean_outputs,
+        "byot": byot.cli,
     }
 
 

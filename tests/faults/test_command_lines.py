@@ -170,6 +170,31 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("done", "cifar100 is not in"),
         ("done --data-dir folder", "folder has neither"),
     ],
+    "compare.py": [
+        ("", "the following arguments are required: NAME"),
+        ("done nowhere", "there is no finished run and no search nowhere in"),
+        ("'no*where'", "there is no finished run and no search no*where in"),
+        ("mine done", "runs are compared with runs, and searches with searches"),
+        ("mine", "result.json: the settings must be a table"),
+        ("file.json", "there is no finished run and no search file.json in"),
+        ("outputs/searches/done/best.json", "best.json has no number as test_accuracy"),
+    ],
+    "byot list": [
+        ("done", "unrecognized arguments: done"),
+        ("--format xml", "--format: invalid choice: 'xml'"),
+        ("--outputs file", "file is not a folder"),
+    ],
+    "byot clean": [
+        ("outputs", "unrecognized arguments: outputs"),
+        ("--yes=all", "ignored explicit argument 'all'"),
+        ("--outputs file/below", "file is not a folder"),
+    ],
+    "byot": [
+        ("retain", "there is no command 'retain': did you mean retrain?"),
+        ("'t\nune'", r"there is no command 't\nune'"),
+        ("--best", "there is no command '--best'"),
+        ("''", "there is no command ''; byot alone lists them"),
+    ],
 }
 # Before the path that is typed: everything that goes through the check of paths.
 PATHS: dict[str, list[str]] = {
@@ -181,6 +206,9 @@ PATHS: dict[str, list[str]] = {
     "best.py": ["done --csv", "--outputs"],
     "report.py": ["done --output", "--outputs"],
     "retrain.py": ["done --data-dir", "--outputs"],
+    "compare.py": ["", "done --outputs"],
+    "byot list": ["--outputs"],
+    "byot clean": ["--yes --outputs"],
 }
 ALL = [(program, *line) for program, lines in LINES.items() for line in lines]
 for program, starts in PATHS.items():
@@ -223,7 +251,7 @@ def test_a_bad_folder_in_the_environment(
 ) -> None:
     """It is told, and hinders nobody who names another."""
     monkeypatch.setenv("BYOT_OUTPUTS", "file")
-    for program in programs.keys() - {"evaluate.py", "predict.py", "export.py"}:
+    for program in programs.keys() - {"evaluate.py", "predict.py", "export.py", "compare.py", "byot"}:
         refuse(program, (), "nothing can be written to", "file is not a folder")
     arguments = ("done", "--outputs", "outputs")
     code, out, err = call_main(programs["best.py"], "best.py", arguments, monkeypatch, capsys)
@@ -250,6 +278,7 @@ def test_a_folder_that_must_not_be_written_to_is_told(
         ("analysis/best.py", "nowhere", "there is no search nowhere in"),
         ("analysis/retrain.py", "done --data-dir nowhere", "nowhere does not exist"),
         ("analysis/report.py", "done --output folder", "folder is a folder"),
+        ("analysis/compare.py", "nowhere", "no finished run and no search nowhere"),
     ],
     ids=lambda value: value[:40],
 )

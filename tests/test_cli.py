@@ -1,0 +1,350 @@
+"""The command byot, from a checkout and installed, and what its list, clean and compare say and do."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from scipy.stats import ttest_rel
+
+import byot.clean_outputs
+import byot.cli
+import byot.list_outputs
+from analysis.listing import NOTHING
+from byot.cli import COMMANDS
+from byot.config import TrainConfig
+from byot.search_files import Status, write_trials
+from byot.system.files import write_json
+from byot.system.lock import LOCK_FILE, lock_folder
+from byot.system.paths import PROJECT_ROOT
+from search.space import DEFAULT_SPACE
+from tests.helpers import PROJECT, Call, command_environment, picture_of
+from tests.made_up import make_trial, search_record
+
+CONFIG = TrainConfig(dataset="digits", width=4, epochs=2)
+HEAVY = ("torch", "ray", "pandas", "optuna")
+
+
+def python(*arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=command_environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def save_run(folder: Path, config: TrainConfig = CONFIG, **result: float) -> Path:
+    write_json(folder / "config.json", config.to_dict())
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "epoch-0002.pt").write_bytes(b"x" * 1000)
+    if result:
+        write_json(folder / "result.json", {"config": config.to_dict(), "num_test_images": 359, **result})
+    return folder
+
+
+def save_search(folder: Path, status: str = "finished") -> Path:
+    """A search with a completed, a stopped, a failed and a running trial, each with a checkpoint."""
+    write_json(folder / "search.json", search_record(name=folder.name, status=status))
+    trials = [make_trial(f"t{number}", 90.0, status=state) for number, state in enumerate(get_args(Status))]
+    write_trials(folder / "trials.csv", trials, DEFAULT_SPACE)
+    for trial in trials:
+        checkpoint = folder / "trials" / trial.trial_id / "checkpoints" / "epoch-0006.pt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.write_bytes(b"x" * 1000)
+    (folder / "ray").mkdir()
+    (folder / "ray" / "tuner.pkl").write_bytes(b"x" * 500)
+    return folder
+
+
+# ---------------------------------------------------------------- one command
+
+
+def test_byot_and_its_help_are_light(tmp_path: Path) -> None:
+    """Neither the list of commands nor the help of any imports what is slow to import."""
+    script = (
+        "import sys\nfrom byot.cli import COMMANDS, main\n"
+        "for line in ([], *([name, '--help'] for name in COMMANDS)):\n"
+        "    sys.argv = ['byot', *line]\n"
+        "    try:\n        main()\n    except SystemExit as stop:\n        assert not stop.code\n"
+        f"    heavy = set({HEAVY}) & set(sys.modules)\n    assert not heavy, (line, heavy)\n"
+    )
+    done = python("-c", script, cwd=tmp_path, PYTHONPATH=str(PROJECT))
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} +\w", done.stdout, re.MULTILINE)
+        assert f"usage: byot {name} " in done.stdout
+    assert "torchrun --nproc-per-node 4 -m byot train …" in done.stdout
+    assert not re.search(r"(byot|search|analysis)/\w+\.py", done.stdout)
+
+
+def test_a_command_bears_its_name_in_what_it_says(tmp_path: Path) -> None:
+    done = python("-m", "byot", "best", "--outputs", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"byot best: no search is in {tmp_path}/searches: run byot search first\n"
+    done = python("-m", "byot", "trian", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "byot: there is no command 'trian': did you mean train?\n")
+
+
+def test_what_it_says_to_type_next_can_be_typed(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(PROJECT_ROOT / "results/searches/cifar100-w16", tmp_path / "searches" / "done")
+    monkeypatch.setenv("BYOT_OUTPUTS", str(tmp_path))
+    code, out, _ = call(byot.cli, "best", "done")
+    assert code == 0
+    next_lines = out.partition("\nnext:\n")[2].splitlines()
+    assert next_lines[0] == "  byot train --best done"
+    assert all(line.split()[:1] == ["byot"] and line.split()[1] in COMMANDS for line in next_lines)
+
+
+def test_installed_it_keeps_to_the_current_folder(tmp_path: Path) -> None:
+    """As the wheel lays it out: outputs and data go to the current folder, and the shipped setting is found."""
+    site, here = tmp_path / "site", tmp_path / "here"
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for package in project["packages"]:
+        source = PROJECT / project["package-dir"].get(package, package.replace(".", "/"))
+        target = site / package.replace(".", "/")
+        target.mkdir(parents=True)
+        for pattern in ("*.py", *project["package-data"].get(package, [])):
+            for file in source.glob(pattern):
+                shutil.copy(file, target)
+    before = picture_of(site)
+    here.mkdir()
+    for arguments, code, words in (
+        (["list"], 0, f"no search and no run is in {here}/outputs"),
+        (["train", "--best", "--data-dir", "nowhere"], 2, "results/best, shipped with the project"),
+        (["report"], 2, f"no search is in {here}/outputs/searches: run byot search first"),
+    ):
+        done = python("-B", "-m", "byot", *arguments, cwd=here, PYTHONPATH=str(site))
+        assert done.returncode == code, done.stderr
+        assert words in done.stdout + done.stderr
+    script = "import os; os.chdir('/'); import byot.data; print(byot.data.DEFAULT_DATA_DIR)"
+    worker = "import subprocess, sys, byot.system.paths as p; subprocess.run([sys.executable, '-B', '-c', sys.argv[1]])"
+    done = python("-B", "-c", worker, script, cwd=here, PYTHONPATH=str(site))
+    assert done.stdout == f"{here}/data\n", "a worker in another folder finds the same data"
+    assert picture_of(site) == before
+
+
+def test_every_package_is_installed() -> None:
+    packages = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        path.parent.relative_to(PROJECT).as_posix().replace("/", ".") for path in PROJECT.glob("[abs]*/**/__init__.py")
+    }
+    assert set(packages) - {"byot.shipped"} == found
+
+
+# ---------------------------------------------------------------- list
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make one search or run of each state; the run `done` is the newest, the search `gone` the oldest."""
+    save_search(tmp_path / "searches" / "finished-search")
+    save_search(tmp_path / "searches" / "gone", status="running")
+    save_run(tmp_path / "runs" / "done", test_accuracy=97.5)
+    save_run(tmp_path / "runs" / "half")
+    save_run(tmp_path / "runs" / "damaged", test_accuracy=float("nan"))
+    (tmp_path / "runs" / "no-record").mkdir()
+    (tmp_path / "runs" / "no-record" / "metrics.jsonl").write_text("")
+    (tmp_path / "runs" / "refused").mkdir()
+    (tmp_path / "runs" / "refused" / LOCK_FILE).touch()
+    for age, name in ((0, "runs/done"), (9, "searches/gone")):
+        for path in (tmp_path / name).rglob("*"):
+            os.utime(path, (1.9e9 - age * 1e8,) * 2)
+    monkeypatch.setenv("BYOT_OUTPUTS", str(tmp_path))
+    return tmp_path
+
+
+def test_list_tells_the_states(call: Call, outputs: Path) -> None:
+    with lock_folder(outputs / "runs" / "half"):
+        code, out, err = call(byot.list_outputs, "--format", "json")
+    assert (code, err) == (0, "")
+    entries = {entry["name"]: entry for entry in json.loads(out)}
+    assert {name: entry["state"] for name, entry in entries.items()} == {
+        "finished-search": "finished",
+        "gone": "killed",
+        "done": "finished",
+        "half": "running",
+        "damaged": "damaged",
+        "no-record": "damaged",
+    }
+    names = list(entries)
+    assert (names[0], names[-1]) == ("done", "gone"), "newest first"
+    done = entries["done"]
+    assert (done["model"], done["width"], done["dataset"], done["epochs"]) == ("resnet18", 4, "digits", 2)
+    assert (done["metric"], done["value"]) == ("test_accuracy", 97.5)
+    assert done["bytes"] == sum(path.stat().st_size for path in (outputs / "runs/done").rglob("*") if path.is_file())
+    assert "config.json cannot be read" in entries["no-record"]["error"]
+    assert "no number as test_accuracy" in entries["damaged"]["error"]
+    code, out, _ = call(byot.list_outputs, "--format", "csv")
+    assert [row["state"] for row in csv.DictReader(out.splitlines()) if row["name"] == "half"] == ["interrupted"]
+
+
+def test_the_list_fits_80_columns(call: Call, outputs: Path) -> None:
+    big = TrainConfig(model="resnet152", dataset="cifar100", width=128, epochs=200)
+    save_run(outputs / "runs" / "big", big, test_accuracy=100.0)
+    code, out, _ = call(byot.list_outputs)
+    assert code == 0
+    assert max(map(len, out.splitlines()[:-2])) <= 80
+    lines = out.splitlines()
+    line = lines[lines.index("run big") + 1]
+    assert line.split()[:7] == ["finished", "resnet152", "w128", "cifar100", "e200", "100.00", "%"]
+
+
+# ---------------------------------------------------------------- clean
+
+
+@pytest.fixture
+def litter(outputs: Path) -> set[str]:
+    """Add what may be removed without asking for checkpoints; return its paths."""
+    old = save_run(outputs / "runs" / "replaced" / "done-20261126-100000-000000", test_accuracy=1.0)
+    torn = outputs / "runs" / "half" / ".result.json.123.tmp"
+    left = outputs / "runs" / "half" / "checkpoints" / "left-epoch-0003.pt"
+    for path in (torn, left):
+        path.write_text("x")
+    rays = [outputs / "searches" / name / "ray" for name in ("finished-search", "gone")]
+    return {str(path.relative_to(outputs)) for path in (old, torn, left, *rays)}
+
+
+CHECKPOINTS = {
+    "runs/done/checkpoints",
+    *(
+        f"searches/{search}/trials/{trial}/checkpoints"
+        for search in ("finished-search", "gone")
+        for trial in ("t0", "t1")
+    ),
+}
+
+
+def removed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    """The files and folders that are gone, without what was in such a folder."""
+    gone = before.keys() - after.keys()
+    assert all(after[path] == before[path] for path in after.keys() & before.keys())
+    return {path for path in gone if not any(str(parent) in gone for parent in Path(path).parents)}
+
+
+@pytest.mark.parametrize("flags", [(), ("--checkpoints",)])
+def test_clean_removes_what_it_shows(call: Call, outputs: Path, litter: set[str], flags: tuple[str, ...]) -> None:
+    expected = litter | CHECKPOINTS if flags else litter
+    before = picture_of(outputs)
+    code, out, err = call(byot.clean_outputs, *flags)  # pytest's standard input is no terminal
+    assert (code, err) == (0, "")
+    assert {line.split()[2] for line in out.splitlines()[:-1]} == expected
+    assert "--yes does it" in out.splitlines()[-1]
+    assert picture_of(outputs) == before, "without a terminal it only lists"
+    code, _, err = call(byot.clean_outputs, *flags, "--yes")
+    assert (code, err) == (0, "")
+    assert removed(before, picture_of(outputs)) == expected
+    code, out, _ = call(byot.clean_outputs, *flags)
+    assert out == f"nothing to remove in {outputs}\n"
+
+
+@pytest.mark.parametrize(("answer", "goes"), [("y", True), ("", False), ("no", False)])
+def test_clean_asks_on_a_terminal(
+    call: Call, outputs: Path, litter: set[str], monkeypatch: pytest.MonkeyPatch, answer: str, goes: bool
+) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    before = picture_of(outputs)
+    assert call(byot.clean_outputs)[0] == 0
+    assert removed(before, picture_of(outputs)) == (litter if goes else set())
+
+
+def test_clean_leaves_what_is_in_use(call: Call, outputs: Path, litter: set[str]) -> None:
+    """A run, a search by the worker of one of its trials, and a folder that was moved away under its writer."""
+    old = next((outputs / "runs" / "replaced").iterdir())
+    places = [outputs / "runs" / "done", outputs / "searches" / "gone" / "trials" / "t3", old]
+    with lock_folder(places[0]), lock_folder(places[1]), lock_folder(places[2]):
+        before = picture_of(outputs)
+        code, out, _ = call(byot.clean_outputs, "--checkpoints", "--yes")
+        assert code == 0
+        gone = removed(before, picture_of(outputs))
+    assert gone
+    assert not any(path.startswith(("runs/done", "searches/gone", "runs/replaced")) for path in gone)
+    assert out.count("in use") == 3
+
+
+def test_clean_leaves_what_came_into_use_while_it_asked(
+    call: Call, outputs: Path, litter: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = lock_folder(outputs / "runs" / "half")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: held.__enter__() or "y")
+    before = picture_of(outputs)
+    code, _, err = call(byot.clean_outputs)
+    held.__exit__(None, None, None)
+    assert code == 1
+    assert err.startswith(f"byot clean: another process is writing to {outputs / 'runs' / 'half'}")
+    after = {path: what for path, what in picture_of(outputs).items() if path != f"runs/half/{LOCK_FILE}"}
+    assert removed(before, after) == {path for path in litter if not path.startswith("runs/half")}
+
+
+def test_clean_follows_no_link(call: Call, outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Neither a link in place of a run, nor one to its checkpoints, to replaced/, or in it."""
+    outside = tmp_path_factory.mktemp("outside")
+    save_run(outside / "run", test_accuracy=1.0)
+    (outside / "run" / ".a.1.tmp").touch()
+    (outputs / "runs" / "linked").symlink_to(outside / "run")
+    shutil.rmtree(outputs / "runs" / "done" / "checkpoints")
+    (outputs / "runs" / "done" / "checkpoints").symlink_to(outside / "run" / "checkpoints")
+    (outputs / "searches" / "replaced").symlink_to(outside)
+    (outputs / "runs" / "replaced").mkdir()
+    (outputs / "runs" / "replaced" / "a").symlink_to(outside / "run")
+    before = picture_of(outside)
+    assert call(byot.clean_outputs, "--checkpoints", "--yes")[0] == 0
+    assert picture_of(outside) == before
+    assert (outputs / "runs" / "replaced" / "a").is_symlink()
+
+
+# ---------------------------------------------------------------- compare
+
+
+def accuracies(outputs: Path, name: str, values: list[float], **settings: object) -> None:
+    for seed, value in enumerate(values):
+        config = CONFIG.with_settings(seed=seed, **settings)
+        figures = {"test_accuracy": value, "test_accuracy_4": value, "test_nll": value / 50, "elapsed_s": 1.0}
+        save_run(outputs / "runs" / f"{name}-s{seed}", config, **figures)
+
+
+def test_compare_gives_the_paired_interval(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BYOT_OUTPUTS", str(tmp_path))
+    first, other = [90.0, 92.0, 91.0, 80.0], [90.5, 94.0, 91.7]  # a fourth seed that has no pair
+    accuracies(tmp_path, "a", first)
+    accuracies(tmp_path, "b", other, alpha=0.5)
+    accuracies(tmp_path, "long", [95.0], epochs=4)
+    code, out, err = call(byot.cli, "compare", "a-s*", *(f"b-s{seed}" for seed in range(3)), "long-s0")
+    assert (code, err) == (0, "")
+    rows = {line[0]: line.split() for line in out.splitlines() if re.match(r"[ABC]  +\d", line)}
+    assert [rows[letter][1] for letter in "ABC"] == ["4", "3", "1"]
+    assert rows["B"][5] == f"{sum(other) / 3:.2f}"
+    low, high = ttest_rel(other, first[:3]).confidence_interval(0.95)
+    gain = sum(other) / 3 - sum(first[:3]) / 3
+    assert (
+        f"B against A, test accuracy, classifier 4/4: better by {gain:.2f} points "
+        f"(95 % interval {low:+.2f} to {high:+.2f}, by seed)" in out
+    )
+    assert f"test NLL, classifier 4/4: worse by {gain / 50:.4f} nats" in out
+    assert "B differs from A in alpha 0.5 (0.1)." in out
+    assert "C differs from A in epochs 4 (2)." in out
+    assert "Epochs alone may make a difference between C and A." in out
+    assert "It takes two seeds that C and A both have" in out
+
+
+def test_compare_puts_searches_side_by_side(call: Call) -> None:
+    searches = PROJECT_ROOT / "results" / "searches"
+    code, out, err = call(byot.cli, "compare", searches / "cifar100-w16", searches / "cifar100-w16-e6")
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert ["A", "val_accuracy", "8", "5cc7cd4c", "34.12", NOTHING, NOTHING] in lines
+    assert ["B", "val_accuracy", "12", "t0000", "33.82", "t0000", "34.43", "(3)"] in lines
+    confirmation = json.loads((searches / "cifar100-w16-e6" / "confirmation.json").read_text())
+    assert all(f"- {sentence}" in out for sentence in confirmation["verdict"])

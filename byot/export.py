@@ -76,12 +76,13 @@ def main() -> None:
     with one_sentence_errors("export.py"):
         check_packages(arguments.format)
 
-        from byot.exits import load_rule
+        from byot.exits import load_rule, warn_of_age
         from byot.graphs import exit_numbers, render
         from byot.predictor import DEEPEST_ALONE
         from byot.runs import find_run, load_network
 
         saved = find_run(absolute_path(arguments.run))
+        warn_of_age(saved.folder)
         numbers = exit_numbers(saved.config.num_classifiers)
         if arguments.exit is not None and arguments.exit not in numbers:
             raise ValueError(f"--exit must be one of {', '.join(map(str, numbers))}, not {arguments.exit}")

@@ -112,10 +112,12 @@ def main() -> None:
     with one_sentence_errors("predict.py"):
         files = find_images(arguments.images)
 
+        from byot.exits import warn_of_age
         from byot.predictor import Predictor
         from byot.runs import find_run
 
         saved = find_run(absolute_path(arguments.run))
+        warn_of_age(saved.folder)
         predictor = Predictor(saved, arguments.device)
         check_range("--top", arguments.top, low=1, high=len(predictor.class_names))
     if not predictor.stops_early and saved.config.num_classifiers > 1:

@@ -21,8 +21,8 @@ from byot.config import DATASETS
 from byot.data import load_images
 from byot.predictor import DEEPEST_ALONE, Predictor, to_pixels
 from byot.runs import load_network
-from byot.system.files import write_json
-from tests.helpers import call_main, random_pixels, run_command, save_digits_run
+from byot.system.files import read_json, write_json
+from tests.helpers import PROJECT, call_main, random_pixels, run_command, save_digits_run
 
 TEMPERATURES = (0.7, 1.3, 0.9, 1.1)
 Call = Callable[..., tuple[int, str, str]]
@@ -34,6 +34,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_digits_run(tmp_path_factory.mktemp("runs") / "run")
     write_json(folder / "exits.json", {"temperatures": TEMPERATURES, "thresholds": (0.4, 0.3, 2.0, 0.0)})
     return folder
+
+
+def test_the_shipped_network_is_as_good_as_its_record_says(cifar100_dir: Path):
+    """On the first thousand test images: within three standard errors of early exit on all ten thousand."""
+    folder = PROJECT / "results/networks/resnet18-w16-cifar100"
+    images, labels, *_ = load_images("cifar100", str(cifar100_dir), "test", 32)
+    answers = byot.load(folder, "cpu").predict(images[:1000])
+    right = [CLASS_NAMES["cifar100"][label] == found.name for label, found in zip(labels[:1000], answers, strict=True)]
+    recorded = read_json(folder / "exits-test.json")["test"]["table"][0]
+    assert abs(100 * np.mean(right) - recorded["accuracy"]) < 3 * 1.6
+    assert {found.exit for found in answers} == {2, 3, 4}, "nobody asks the first exit"
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ REFUSED = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryE
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a bad command line with one sentence and exit code 2."""
 
-    def __init__(self, *, prog: str, description: str | None, **kwargs: Any) -> None:
+    def __init__(self, *, prog: str, description: str | None = None, **kwargs: Any) -> None:
         super().__init__(
             prog=program_name(prog),
             description=as_called(description or ""),

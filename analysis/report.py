@@ -2,7 +2,8 @@
 
   python analysis/report.py                        the newest search, into outputs/reports/NAME.html
   python analysis/report.py NAME --output my.html  a named one, or a path to its folder
-  python analysis/report.py --run NAME             a run: its classifiers, its training and, if measured, its exits
+  python analysis/report.py --run NAME             a run, into outputs/reports/run-NAME.html: its classifiers, its
+                                                   training and, if measured, its exits
 
 The page is one file with its figures inside. Reads files alone, also of a search or run that goes on or was killed.
 """
@@ -121,11 +122,13 @@ def main() -> None:
 
         if arguments.run is None:
             folder = find_search(outputs, arguments.search)
+            name = folder.name
         else:
             from analysis.run_page import find_run_folder, render_run_page
 
             folder = find_run_folder(outputs, arguments.run)
-        page = page or check_writable_file(outputs / "reports" / f"{folder.name}.html")
+            name = f"run-{folder.name}"  # a search may have the same
+        page = page or check_writable_file(outputs / "reports" / f"{name}.html")
         write_output(page, render_page(folder, outputs) if arguments.run is None else render_run_page(folder))
     print(page)
 

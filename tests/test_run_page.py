@@ -186,7 +186,7 @@ def test_what_cannot_be_shown_is_refused_in_a_sentence(made_up: Path, call: Any)
 def test_a_run_is_shown_before_and_after_its_exits_are_measured(run: Path, call: Any) -> None:
     outputs = run.parents[1]
     code, out, err = call(report, "--run", "real", "--outputs", outputs)
-    assert (code, out, err) == (0, f"{outputs / 'reports' / 'real.html'}\n", "")
+    assert (code, out, err) == (0, f"{outputs / 'reports' / 'run-real.html'}\n", "")
     before = Path(out.strip()).read_text()
     result = read_json(run / "result.json")
     assert before.count("<img") == 1, "the training"

@@ -11,7 +11,6 @@ from analysis.listing import NOTHING, Table
 from analysis.page import fill_template
 from analysis.run_figures import draw_run
 from analysis.verdict import accuracy_standard_error
-from byot.class_names import CLASS_NAMES
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS, TrainConfig
 from byot.console import format_duration
 from byot.exit_report import SEEN, TEST_FILE
@@ -54,7 +53,7 @@ def render_run_page(folder: Path) -> str:
         exits=exits,
         seen=exits is not None and exits["fitted_on"] == SEEN,
         age=None if exits is None else describe_age(folder, exits),
-        tables={} if test is None else exit_tables(test, CLASS_NAMES.get(config.dataset, ())),
+        tables={} if test is None else exit_tables(test),
         command=f"python byot/evaluate.py {folder} --exits",
     )
 
@@ -110,7 +109,7 @@ def classifier_cells(result: Mapping[str, Any]) -> Table:
     return Table(["classifier", "accuracy %", "± se", "NLL", "ECE %"], rows, num_text=1)
 
 
-def exit_tables(test: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[str, Table]:
+def exit_tables(test: Mapping[str, Any]) -> dict[str, Table]:
     """Make the tables of the exits: alone, as asked, calibration, classes."""
     exits, names = test["exits"], [row["exit"] for row in test["exits"]]
     alone = [
@@ -139,11 +138,8 @@ def exit_tables(test: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[s
             cells, times = ["no exit so cheap", *[NOTHING] * (1 + len(names))], [NOTHING] * len(test["time"])
         asked.append([row["asked"], *cells, *times])
     times = [f"ms, {timed['batch_size']} at a time" for timed in test["time"]]
-    named = dict(enumerate(class_names))
     classes = [
-        [end, named.get(one["class"], str(one["class"])), f"{one['mean_exit']:.2f}"]
-        for end, chosen in test["classes"].items()
-        for one in chosen
+        [end, one["class"], f"{one['mean_exit']:.2f}"] for end, chosen in test["classes"].items() for one in chosen
     ]
     return {
         "alone": Table(["exit", "accuracy %", "cost", "ensemble so far %", "its cost", "threshold"], alone, 1),

@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from byot.batches import in_order, place_images
+from byot.class_names import CLASS_NAMES
 from byot.config import CLASSIFIERS, TrainConfig
 from byot.console import text_table
 from byot.data import LabelledImages, Normalisation, load_images, split_validation, take
@@ -185,6 +186,7 @@ def measure_exits(fitted: FittedExits, test: LabelledImages) -> dict[str, Any]:
     confidence, correct = answers
     raw = make_answers(logits, labels, (1.0,) * len(temperatures)).confidence
     names = list(CLASSIFIERS.values())[: len(correct)]
+    class_names = test.class_names or CLASS_NAMES[fitted.config.dataset]
     ensembles, all_asked = judge_ensembles(logits, labels, temperatures), costs.of_exits((0.0,) * len(correct))
     exits = [
         {
@@ -221,7 +223,7 @@ def measure_exits(fitted: FittedExits, test: LabelledImages) -> dict[str, Any]:
         "curve": [{"accuracy": point.accuracy, "cost": point.cost} for point in curve],
         "oracle": judge_oracle(correct, costs),
         "overthinking": 100 * float((correct[:-1].any(axis=0) & ~correct[-1]).mean()),
-        "classes": rank_classes(find_exits(confidence, fitted.rule.thresholds), labels.numpy()),
+        "classes": rank_classes(find_exits(confidence, fitted.rule.thresholds), labels.numpy(), class_names),
         "time": [time_exits(fitted, test, batch_size) for batch_size in TIMED_BATCHES],
     }
 
@@ -262,7 +264,7 @@ def judge_oracle(correct: np.ndarray, costs: ExitCosts) -> dict[str, float]:
     return {"accuracy": 100 * float(correct.any(axis=0).mean()), "cost": float(cost)}
 
 
-def rank_classes(exits: np.ndarray, labels: np.ndarray) -> dict[str, list[dict[str, float]]]:
+def rank_classes(exits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
     """Find the classes that leave earliest and latest, by the mean number of their images' exits, counted from 1."""
     counts = np.bincount(labels)
     means = np.bincount(labels, weights=exits + 1.0) / np.maximum(counts, 1)
@@ -270,7 +272,7 @@ def rank_classes(exits: np.ndarray, labels: np.ndarray) -> dict[str, list[dict[s
     ranked = present[np.argsort(means[present], kind="stable")]
     most = min(MOST_CLASSES_NAMED, len(ranked) // 2)
     ends = {"earliest": ranked[:most], "latest": ranked[::-1][:most]}
-    return {end: [{"class": int(c), "mean_exit": float(means[c])} for c in chosen] for end, chosen in ends.items()}
+    return {end: [{"class": names[c], "mean_exit": float(means[c])} for c in chosen] for end, chosen in ends.items()}
 
 
 @torch.inference_mode()

@@ -302,7 +302,7 @@ def test_a_command_ends_quietly_once_nobody_reads_what_it_prints(unbuffered: str
 ROOMS = ("byot", "search", "analysis")
 # what the analysis knows of byot: it needs the standard library alone
 FILES_ALONE = ["byot.config", "byot.console", "byot.search_files", "byot.system.files", "byot.system.flags"]
-FILES_ALONE += ["byot.system.paths", "byot.class_names"]
+FILES_ALONE += ["byot.system.paths"]
 RUN_READERS = ["byot.runs", "byot.exits", "byot.exit_report"]  # of a run's files, for its page; they import torch
 
 

@@ -279,9 +279,9 @@ def test_measures_equal_their_loops() -> None:
 
 def test_classes_are_ranked_by_where_their_images_leave() -> None:
     labels, exits = np.array([5, 5, 2, 2, 9, 9, 9, 0]), np.array([0, 1, 3, 3, 2, 2, 1, 2])
-    assert rank_classes(exits, labels) == {
-        "earliest": [{"class": 5, "mean_exit": 1.5}, {"class": 9, "mean_exit": pytest.approx(8 / 3)}],
-        "latest": [{"class": 2, "mean_exit": 4}, {"class": 0, "mean_exit": 3}],
+    assert rank_classes(exits, labels, tuple("abcdefghij")) == {
+        "earliest": [{"class": "f", "mean_exit": 1.5}, {"class": "j", "mean_exit": pytest.approx(8 / 3)}],
+        "latest": [{"class": "c", "mean_exit": 4}, {"class": "a", "mean_exit": 3}],
     }
 
 

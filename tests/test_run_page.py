@@ -63,7 +63,10 @@ def made_up_exits() -> dict[str, Any]:
             **{"num_images": 10_000, "exits": exits, "table": table, "overthinking": 6.75},
             "curve": [{"accuracy": 60.0 + i, "cost": 0.9 - 0.1 * i} for i in range(3)],
             "oracle": {"accuracy": 83.5, "cost": 0.375},
-            "classes": {"earliest": [{"class": 53, "mean_exit": 1.5}], "latest": [{"class": 3, "mean_exit": 3.5}]},
+            "classes": {
+                "earliest": [{"class": "orange", "mean_exit": 1.5}],
+                "latest": [{"class": "bear", "mean_exit": 3.5}],
+            },
             "time": [
                 {"batch_size": 1, "early_ms": 5.0, "table_ms": [5.0, None, 6.0], **ms},
                 {"batch_size": 128, "early_ms": 3.0, "table_ms": [3.0, None, 3.5], **ms},

@@ -107,8 +107,7 @@ def tune_command(search: SearchRecord) -> str:
     fixed = set(ROLE_SETTINGS["reference"]) - set(search.space)
     config = {n: value for n, value in search.config.to_dict().items() if value != defaults[n] or n in fixed}
     words = [*as_called("python search/tune.py").split(), "--space", "space.toml"]
-    searched = search.settings | {"confirm": search.settings.get("confirm") or 0}  # null in older searches
-    for name, value in (searched | config).items():
+    for name, value in (search.settings | config).items():
         if value not in (None, []) and name not in search.space:
             words += [flag_name(name), *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)

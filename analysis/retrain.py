@@ -89,16 +89,14 @@ def choose_configurations(
     The trial that was confirmed over fresh seeds is the best, whatever its single run says. Trials with the same
     settings count once. Raises ValueError if no trial has reached the last epoch.
     """
-    from search.race import choose_arms, make_arm
+    from search.race import choose_arms, to_arm
 
     if not ranked(trials, search.metric):
         epochs = search.config.epochs
         raise ValueError(f"no trial of the search {search.name} has reached its last epoch ({epochs}) yet")
     roles = (find_role(trials, "reference", search.metric), find_role(trials, "control", search.metric))
-    controls, chosen = (
-        [make_arm(trial.trial_id, trial.role, trial.params, search.config) for trial in found if trial is not None]
-        for found in (roles, [trial for trial in trials if trial.trial_id == confirmed])
-    )
+    controls = [to_arm(trial, search.config) for trial in roles if trial is not None]
+    chosen = [to_arm(trial, search.config) for trial in trials if trial.trial_id == confirmed]
     arms = choose_arms(trials, search.config, search.metric, top, controls if with_controls else [], first=chosen)
     return {arm.trial_id: search.config.with_settings(**arm.params, val_fraction=0.0) for arm in arms}
 

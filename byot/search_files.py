@@ -225,7 +225,8 @@ class SearchRecord:
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         counts = ("num_samples", "max_concurrent", "num_train_images", "num_val_images")
         record = _known(fields, commit="", versions={}, hardware={}, **dict.fromkeys(counts, 0))
-        metric, settings = record.get("metric"), take(record, dict, "settings")["settings"]
+        metric, settings = record.get("metric"), {"confirm": None, **take(record, dict, "settings")["settings"]}
+        settings["confirm"] = settings["confirm"] or 0  # older searches that were not to confirm have null or nothing
         if metric not in MEASURES:
             raise ValueError(f"metric must be a measure such as val_accuracy, not {metric!r:.40}")
         metrics = settings.get("metric")  # one metric was no list in older searches

@@ -159,7 +159,7 @@ def _is_unfinished(folder: Path, search: SearchRecord) -> bool:
     """Check whether trials, or runs over fresh seeds that were asked for, are still to be done."""
     if search.status != "finished":
         return True
-    if not search.settings.get("confirm"):
+    if not search.settings["confirm"]:
         return False
     try:
         confirmation = load_confirmation(folder)

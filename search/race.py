@@ -72,8 +72,8 @@ class Run(NamedTuple):
     round: int  # from 0
 
 
-def make_arm(trial_id: str, role: Role, params: dict[str, Any], base: TrainConfig) -> Arm:
-    return Arm(trial_id, role, settings_of(base, role, params))
+def to_arm(trial: TrialRecord, base: TrainConfig) -> Arm:
+    return Arm(trial.trial_id, trial.role, settings_of(base, trial.role, trial.params))
 
 
 def choose_arms(
@@ -92,7 +92,7 @@ def choose_arms(
     arms = list(first)
     for trial in ranked(trials, metric):
         asked = len(arms) < top or trial.trial_id in in_before
-        arm = make_arm(trial.trial_id, trial.role, trial.params, base)
+        arm = to_arm(trial, base)
         if asked and arm.params not in [other.params for other in arms]:
             arms.append(arm)
     return arms + [control for control in controls if control.params not in [arm.params for arm in arms]]
@@ -143,7 +143,10 @@ class Confirmation:
         written = self._read_written()
         in_before = [arm.trial_id for arm in written.arms if arm.still_in] if written else []
         ids = {trial.role: trial.trial_id for trial in trials}
-        controls = [make_arm(ids.get(role, role), role, params, base) for role, params in first_points(space, base)]
+        controls = [
+            Arm(ids.get(role, role), role, settings_of(base, role, params))
+            for role, params in first_points(space, base)
+        ]
         arms = choose_arms(trials, base, self.metric, settings.confirm, controls, in_before)
         self.arms = {arm.trial_id: arm for arm in arms}
         origin = written.fields if written else {}  # of the runs, until more are done

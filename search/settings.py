@@ -105,12 +105,9 @@ class SearchSettings:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Build from what a search recorded, also an older one: it knew patience, cmaes and trials_per_gpu.
-
-        Where it was not asked to confirm, that was null or not there.
-        """
+        """Build from what a search recorded, also an older one: it knew patience, cmaes and trials_per_gpu."""
         if isinstance(values, dict):
-            values = values | {"confirm": values.get("confirm") or 0}
+            values = dict(values)
             trials, patience = values.pop("trials_per_gpu", None), values.pop("patience", None)
             if trials is not None:
                 values["gpus_per_trial"] = 1 / int(trials) if re.fullmatch("[1-9][0-9]*", str(trials)) else trials

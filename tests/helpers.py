@@ -60,14 +60,16 @@ def run_command(
 
     `python` are options of the interpreter, `before` is a command that is to run it.
     """
+    return run_process([*before, *command_line(script, *arguments, python=python)], cwd, variables)
+
+
+def run_process(
+    command: Sequence[str], cwd: Path, variables: dict[str, str], timeout_s: float = 900
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with these variables in its environment, and keep what it prints."""
+    environment = command_environment(**variables)
     return subprocess.run(
-        [*before, *command_line(script, *arguments, python=python)],
-        cwd=cwd,
-        env=command_environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
     )
 
 

@@ -25,7 +25,7 @@ from byot.system.files import write_json
 from byot.system.lock import LOCK_FILE, lock_folder
 from byot.system.paths import PROJECT_ROOT
 from search.space import DEFAULT_SPACE
-from tests.helpers import PROJECT, Call, command_environment, picture_of
+from tests.helpers import PROJECT, Call, picture_of, run_process
 from tests.made_up import make_trial, search_record
 
 CONFIG = TrainConfig(dataset="digits", width=4, epochs=2)
@@ -33,15 +33,7 @@ HEAVY = ("torch", "ray", "pandas", "optuna")
 
 
 def python(*arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=command_environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_process([sys.executable, *map(str, arguments)], cwd, variables, timeout_s=120)
 
 
 def save_run(folder: Path, config: TrainConfig = CONFIG, **result: float) -> Path:

@@ -26,6 +26,7 @@ from byot.config import CLASSIFIERS, TrainConfig, learning_rate
 from byot.data import LabelledImages, load_images, split_validation
 from byot.loss import self_distillation_loss
 from byot.metrics import EpochMetrics
+from byot.optimizer import orthogonalise
 from byot.runs import load_network, open_run, train_and_test, train_run
 from byot.system.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
 from byot.system.files import read_json, read_json_lines, write_json
@@ -71,6 +72,19 @@ def orthogonal_direction(momentum: torch.Tensor) -> torch.Tensor:
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     return (left * values @ right).view(momentum.shape).to(momentum.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-6), (torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("shape", [(16, 144), (144, 16), (96, 400), (400, 96), (96, 96)])
+def test_directions_are_those_of_the_singular_values(shape: tuple[int, int], dtype: torch.dtype, error: float) -> None:
+    """Also where singular values spread over three powers of ten, and rounding makes some of the Gram's negative."""
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(*shape, dtype=torch.float64), full_matrices=False)
+    matrix = left * torch.logspace(0, -3, min(shape), dtype=torch.float64) @ right
+    expected = orthogonal_direction(matrix)
+    found = orthogonalise(matrix, dtype)
+    assert (found - expected).norm() <= error * expected.norm()
+    assert torch.linalg.matrix_norm(found, 2) < 1.3
 
 
 def train_by_hand(config: TrainConfig, images: LabelledImages, trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -9,7 +9,18 @@ from byot.system.files import errors_in, read_json
 from byot.system.paths import PROJECT_ROOT
 from search.space import DEFAULT_SPACE
 
-Arm = Literal["plain", "deep-supervision", "reference", "bf16", "searched"]
+Arm = Literal[
+    "plain",
+    "deep-supervision",
+    "reference",
+    "bf16",
+    "searched",
+    "label-smoothing",
+    "no-hint",
+    "no-distillation",
+    "ensemble-teacher",
+    "paper-form",
+]
 
 RESULTS = PROJECT_ROOT / "results"
 ARM_NAMES: dict[Arm, str] = {
@@ -18,12 +29,22 @@ ARM_NAMES: dict[Arm, str] = {
     "reference": "self distillation, the reference's setting",
     "bf16": "self distillation, the reference's setting, in bf16",
     "searched": "self distillation, the searched setting",
+    "label-smoothing": "deep supervision alone, labels smoothed by 0.1",
+    "no-hint": "self distillation without the hint",
+    "no-distillation": "the hint alone",
+    "ensemble-teacher": "self distillation, the ensemble as teacher",
+    "paper-form": "self distillation, the paper's form of the loss",
 }
 FIXED_ARMS: dict[Arm, dict[str, Any]] = {
     "plain": {"alpha": 0.0, "beta": 0.0, "loss_form": "plain"},
     "deep-supervision": {"alpha": 0.0, "beta": 0.0},
     "reference": {},
     "bf16": {"precision": "bf16"},
+    "label-smoothing": {"alpha": 0.0, "beta": 0.0, "label_smoothing": 0.1},
+    "no-hint": {"beta": 0.0},
+    "no-distillation": {"alpha": 0.0},
+    "ensemble-teacher": {"teacher": "ensemble"},
+    "paper-form": {"loss_form": "paper"},
 }
 
 
@@ -34,6 +55,7 @@ class TablePlan(NamedTuple):
     search: str | None = None  # the last arm's: its name in results/searches or among the searches of this machine
     num_seeds: int = 3
     arms: tuple[Arm, ...] = ("plain", "deep-supervision", "reference", "searched")
+    side_arms: tuple[Arm, ...] = ()  # trained after those, over half as many seeds
 
 
 class SearchPlan(NamedTuple):
@@ -57,6 +79,12 @@ TABLE_PLANS = {
     "modern-r50": TablePlan(R50.with_settings(epochs=6), num_seeds=1, arms=("reference",)),
     "modern-w16": TablePlan(W16.with_settings(epochs=epochs_of(8, W16)), num_seeds=5, arms=("reference", "bf16")),
     "modern-w16-short": TablePlan(W16.with_settings(epochs=epochs_of(3, W16)), arms=("reference",)),
+    "answer-w16": TablePlan(
+        R18.with_settings(width=16, epochs=8),
+        search="search-w16",
+        num_seeds=8,
+        side_arms=("label-smoothing", "no-hint", "no-distillation", "ensemble-teacher", "paper-form"),
+    ),
     "reference-r18": TablePlan(TrainConfig(recipe="reference", model="resnet18"), search="search-r18"),
     "reference-r50": TablePlan(TrainConfig(recipe="reference", model="resnet50"), search="search-r18"),
     "tiny": TablePlan(TrainConfig(recipe="reference", model="resnet18", width=16, epochs=6), search="search-tiny"),
@@ -67,9 +95,11 @@ SEARCHED = TrainConfig(
     val_fraction=0.1,
     seed=100,  # none of the tables': a setting that has luck with a seed is not measured with the same one
 )
+SEARCHED_MODERN = R18.with_settings(width=16, epochs=8, val_fraction=0.1, seed=SEARCHED.seed)
 SEARCH_PLANS = {
     # A fifth of the epochs: the first rung, when the learning rate has dropped once, is at epoch 16.
     "search-r18": SearchPlan(SEARCHED.with_settings(epochs=40), ("--num-samples", "24", "--gpus-per-trial", "0.25")),
+    "search-w16": SearchPlan(SEARCHED_MODERN, ("--num-samples", "24")),
     "search-tiny": SearchPlan(SEARCHED.with_settings(width=16, epochs=6), ("--num-samples", "16")),
 }
 
@@ -102,18 +132,21 @@ def arms_of(plan: TablePlan, outputs: Path, results: Path = RESULTS) -> dict[Arm
     searched = searched_settings(plan.search, outputs / "searches", results / "searches")
     if searched is not None and (config := plan.base.with_settings(**searched)) not in arms.values():
         arms["searched"] = config
-    return {arm: config for arm, config in arms.items() if arm in plan.arms}
+    return {arm: config for arm, config in arms.items() if arm in plan.arms + plan.side_arms}
 
 
 def planned_runs(
     name: str, plan: TablePlan, outputs: Path, results: Path = RESULTS, data_dir: str | None = None
 ) -> list[PlannedRun]:
     """List every arm with seed 0, then every one with seed 1: stopped early, all have as many runs."""
-    arms = arms_of(plan, outputs, results)
+    found = arms_of(plan, outputs, results)
+    rounds = [(plan.arms, seed) for seed in range(plan.num_seeds)]
+    rounds += [(plan.side_arms, seed) for seed in range((plan.num_seeds + 1) // 2)]
     return [
         PlannedRun(f"{name}-{arm}-s{seed}", arm, config.with_settings(seed=seed, data_dir=data_dir))
-        for seed in range(plan.num_seeds)
-        for arm, config in arms.items()
+        for arms, seed in rounds
+        for arm, config in found.items()
+        if arm in arms
     ]
 
 

@@ -189,7 +189,9 @@ def main() -> None:
         raise SystemExit(run_search_plan(name, arguments, outputs, results))
     plan = TABLE_PLANS[name]
     base = plan.base.with_settings(**TOY) if arguments.toy else plan.base
-    plan = TablePlan(base, plan.search, arguments.seeds or plan.num_seeds, tuple(arguments.arms or plan.arms))
+    plan = plan._replace(base=base, num_seeds=arguments.seeds or plan.num_seeds)
+    if arguments.arms:
+        plan = plan._replace(arms=tuple(arguments.arms), side_arms=())
     raise SystemExit(run_table_plan(name, plan, arguments, outputs, results))
 
 

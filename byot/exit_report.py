@@ -33,7 +33,7 @@ from byot.exits import (
     predict_early,
 )
 from byot.metrics import ECE_BINS
-from byot.model import BranchedResNet
+from byot.model import BranchedResNet, fold_batch_norms
 from byot.runs import SavedRun, load_network
 from byot.system.files import write_json
 from byot.system.paths import check_writable
@@ -103,7 +103,7 @@ def fit_exits(saved: SavedRun, config: TrainConfig, asked: Asked) -> FittedExits
         _, held_out = split_validation(images, fraction=SEEN_FRACTION, seed=config.split_seed)
     assert held_out is not None
     device = choose_device(config.device)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = fold_batch_norms(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     logits, labels = collect_logits(model, normalisation, config, held_out)
     temperatures = fit_temperatures(logits, labels)
     answers = make_answers(logits, labels, temperatures)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from byot.config import NUM_CLASSIFIERS
 from byot.data import Normalisation
 from byot.exits import ExitRule, measure_costs
-from byot.model import BranchedResNet
+from byot.model import BranchedResNet, fold_batch_norms
 from byot.runs import SavedRun, class_names
 
 Network = tuple[BranchedResNet, Normalisation]
@@ -144,7 +144,7 @@ def render(
     if config.num_classifiers > 1:
         measured = measure_costs(model, size)
         costs = measured.of_exits((0.0,) * NUM_CLASSIFIERS) if exit is None else measured.alone()
-    sections = cut_sections(model, normalisation)
+    sections = cut_sections(fold_batch_norms(model), normalisation)
     if stages:
         graphs = stage_graphs(sections, size)
     else:

@@ -17,6 +17,7 @@ from byot.batches import mean_and_std, normalise
 from byot.config import NUM_CLASSIFIERS
 from byot.exits import NEVER, ExitRule, load_rule, predict_early
 from byot.image_files import read_square, to_square
+from byot.model import fold_batch_norms
 from byot.runs import SavedRun, class_names, load_network
 from byot.trainer import EVAL_BATCH_SIZE, choose_device
 
@@ -42,7 +43,7 @@ class Predictor:
     def __init__(self, saved: SavedRun, device: str = "auto") -> None:
         self.device = choose_device(device)
         model, normalisation = load_network(saved)
-        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = fold_batch_norms(model).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.mean, self.std = mean_and_std(normalisation, self.device)
         self.class_names = class_names(saved)
         self.image_size = saved.config.image_size

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from byot.config import NUM_CLASSIFIERS, ModelName, TrainConfig
 from byot.loss import self_distillation_loss
-from byot.model import BranchedResNet, PatchConv2d
+from byot.model import BranchedResNet, PatchConv2d, fold_batch_norms
 from byot.trainer import build_model, choose_autocast_dtype
 
 # with a CIFAR stem, 100 classes and the reference's branches, its dead modules left out (FIELD.md, section 1)
@@ -32,6 +32,20 @@ def stir_batch_norms(model: nn.Module, seed: int = 0) -> None:
                 (module.running_var, 0.5, 2.0),
             ):
                 values.copy_(torch.rand(values.shape, generator=generator) * (high - low) + low)
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 8), ("resnet18", 16), ("resnext50_32x4d", 64)])
+def test_folded_batch_norms_change_nothing_and_are_gone(name: str, width: int) -> None:
+    model = BranchedResNet(name, num_classes=10, width=width).double()
+    stir_batch_norms(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    folded = fold_batch_norms(model)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.inference_mode():
+        for found, expected in zip(folded(images), model.eval()(images), strict=True):
+            torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

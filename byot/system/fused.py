@@ -35,7 +35,7 @@ COMPILE_TIMEOUT_S = 60
 POINTER, COUNT, DOUBLE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 
 
-def norm_relu(norm: AnyBatchNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def norm_relu(norm: AnyBatchNorm | nn.Identity, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Compute relu(norm(x) + residual), [B, C, H, W]."""
     if _can_fuse(norm, x, residual) and load_library() is not None:
         y: Tensor = FusedNormRelu.apply(x, residual, norm.weight, norm.bias, norm)
@@ -44,7 +44,7 @@ def norm_relu(norm: AnyBatchNorm, x: Tensor, residual: Tensor | None = None) -> 
     return F.relu(x if residual is None else x + residual, inplace=True)
 
 
-def _can_fuse(norm: AnyBatchNorm, x: Tensor, residual: Tensor | None) -> bool:
+def _can_fuse(norm: AnyBatchNorm | nn.Identity, x: Tensor, residual: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16

@@ -20,6 +20,7 @@ Arm = Literal[
     "no-distillation",
     "ensemble-teacher",
     "paper-form",
+    "wide-branches",
 ]
 
 RESULTS = PROJECT_ROOT / "results"
@@ -34,6 +35,7 @@ ARM_NAMES: dict[Arm, str] = {
     "no-distillation": "the hint alone",
     "ensemble-teacher": "self distillation, the ensemble as teacher",
     "paper-form": "self distillation, the paper's form of the loss",
+    "wide-branches": "self distillation, the reference's setting, wide branches",
 }
 FIXED_ARMS: dict[Arm, dict[str, Any]] = {
     "plain": {"alpha": 0.0, "beta": 0.0, "loss_form": "plain"},
@@ -45,6 +47,7 @@ FIXED_ARMS: dict[Arm, dict[str, Any]] = {
     "no-distillation": {"alpha": 0.0},
     "ensemble-teacher": {"teacher": "ensemble"},
     "paper-form": {"loss_form": "paper"},
+    "wide-branches": {"branch": "wide"},
 }
 
 
@@ -83,7 +86,7 @@ TABLE_PLANS = {
         R18.with_settings(width=16, epochs=8),
         search="search-w16",
         num_seeds=8,
-        side_arms=("label-smoothing", "no-hint", "no-distillation", "ensemble-teacher", "paper-form"),
+        side_arms=("label-smoothing", "no-hint", "no-distillation", "ensemble-teacher", "paper-form", "wide-branches"),
     ),
     "reference-r18": TablePlan(TrainConfig(recipe="reference", model="resnet18"), search="search-r18"),
     "reference-r50": TablePlan(TrainConfig(recipe="reference", model="resnet50"), search="search-r18"),

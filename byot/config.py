@@ -23,6 +23,7 @@ ModelName = Literal[
     "resnext101_32x8d",
 ]
 DatasetName = Literal["cifar100", "cifar10", "digits", "imagefolder"]
+BranchKind = Literal["reference", "lean", "wide"]
 LossForm = Literal["reference", "paper", "plain"]
 RecipeName = Literal["modern", "reference"]
 Teacher = Literal["deepest", "ensemble"]
@@ -212,6 +213,11 @@ class TrainConfig:
     width: int = setting(
         64, "channels of the first stage (64 is the published network, 16 a quick one)", low=1, high=1024
     )
+    branch: BranchKind = setting(
+        "reference",
+        "the layers before a shallow classifier: the reference's; 'lean' ones, which in resnet50 and deeper have a "
+        "quarter of the channels; or 'wide' ones, lean with one more 3x3 convolution",
+    )
     dataset: DatasetName = setting("cifar100", "data set")
     data_dir: str | None = setting(
         None,
@@ -266,6 +272,8 @@ class TrainConfig:
                 object.__setattr__(self, name, own[name])
         check_fields(self)
         self._check_image_size()
+        if self.loss_form == "plain" and self.branch != "reference":
+            raise ValueError(f"branch {self.branch} is of the shallow classifiers, which loss_form plain does not have")
         if self.loss_form == "plain" and self.teacher == "ensemble":
             raise ValueError("teacher ensemble needs the shallow classifiers, which loss_form plain does not have")
 
@@ -328,7 +336,13 @@ class TrainConfig:
 
 NOT_IDENTITY = ("data_dir", "device", "acceleration", "placement")
 # None: the recipe's or the data set's own.
-LATER_SETTINGS = {"batch_norm": "global", "teacher": "deepest", "label_smoothing": None, "image_size": None}
+LATER_SETTINGS = {
+    "batch_norm": "global",
+    "teacher": "deepest",
+    "label_smoothing": None,
+    "image_size": None,
+    "branch": "reference",
+}
 
 
 def comparable_after(config: TrainConfig) -> float | None:

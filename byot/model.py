@@ -4,7 +4,7 @@ B batch, C classes, D feature width, K = 4 classifiers, ordered shallow to deep:
 """
 
 import copy
-from itertools import pairwise, zip_longest
+from itertools import chain, pairwise, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from byot.config import BranchKind
 from byot.system.fused import AnyBatchNorm, norm_relu
 
 STAGE_CHANNELS = (64, 128, 256, 512)  # of the published network, before the width scales them
@@ -188,25 +189,25 @@ class PatchConv2d(nn.Conv2d):
 class Branch(nn.Module):
     """Brings a shallow stage's feature map to the shape of the deepest one and classifies it.
 
-    1x1 convolution to a quarter of the channels, k x k convolution of stride k, 1x1 convolution to `out_channels`,
-    each with bias, batch normalisation and ReLU; then global average pooling and a linear classifier.
-    Source: luanyunteng/pytorch-be-your-own-teacher.
+    1x1 convolution to `middle` channels, k x k convolution of stride k, 1x1 convolution to `out_channels`, each with
+    bias, batch normalisation and ReLU; then global average pooling and a linear classifier. A wide one halves the
+    feature map by a 3x3 convolution of stride 2 after the first, which leaves k / 2 for the second.
+    Source: luanyunteng/pytorch-be-your-own-teacher; its users found that a further convolution helps (its issue 3).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, num_classes: int) -> None:
+    def __init__(
+        self, in_channels: int, middle: int, out_channels: int, kernel_size: int, num_classes: int, *, wide: bool
+    ) -> None:
         super().__init__()
-        middle = out_channels // 4
-        self.bottleneck = nn.Sequential(
-            nn.Conv2d(in_channels, middle, kernel_size=1),
-            nn.BatchNorm2d(middle),
-            nn.ReLU(inplace=True),
-            PatchConv2d(middle, middle, kernel_size),
-            nn.BatchNorm2d(middle),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(middle, out_channels, kernel_size=1),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        convolutions: list[nn.Conv2d] = [nn.Conv2d(in_channels, middle, kernel_size=1)]
+        if wide:
+            convolutions.append(nn.Conv2d(middle, middle, kernel_size=3, stride=2, padding=1))
+            kernel_size //= 2
+        if kernel_size > 1:
+            convolutions.append(PatchConv2d(middle, middle, kernel_size))
+        convolutions.append(nn.Conv2d(middle, out_channels, kernel_size=1))
+        layers = [(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)) for conv in convolutions]
+        self.bottleneck = nn.Sequential(*chain.from_iterable(layers))
         self.fc = nn.Linear(out_channels, num_classes)
         initialise_convolutions(self)
 
@@ -228,15 +229,27 @@ class BranchedResNet(nn.Module):
     """
 
     def __init__(
-        self, model: str, num_classes: int, width: int = 64, *, branched: bool = True, imagenet_stem: bool = False
+        self,
+        model: str,
+        num_classes: int,
+        width: int = 64,
+        *,
+        branch: BranchKind | None = "reference",
+        imagenet_stem: bool = False,
     ) -> None:
+        """`branch` None is for a network without. The reference's branches have a quarter of the deepest feature map's
+        channels in their middle; lean and wide ones as many as those of a network of basic blocks.
+        """
         super().__init__()
         self.trunk = ResNet(model, num_classes, width, imagenet_stem=imagenet_stem)
         *shallow, deepest = self.trunk.stage_channels
-        if not branched:
+        if branch is None:
             shallow = []
+        middle = deepest // 4
+        if branch != "reference":
+            middle //= ARCHITECTURES[model].block.expansion
         self.branches = nn.ModuleList(
-            Branch(channels, deepest, kernel_size=2 ** (len(shallow) - i), num_classes=num_classes)
+            Branch(channels, middle, deepest, 2 ** (len(shallow) - i), num_classes, wide=branch == "wide")
             for i, channels in enumerate(shallow)
         )
 

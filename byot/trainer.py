@@ -323,7 +323,7 @@ def build_model(config: TrainConfig, num_classes: int = 0) -> BranchedResNet:
             config.model,
             num_classes or DATASETS[config.dataset].num_classes,
             config.width,
-            branched=config.num_classifiers > 1,
+            branch=config.branch if config.num_classifiers > 1 else None,
             imagenet_stem=config.has_imagenet_stem,
         )
 

@@ -24,6 +24,7 @@ from tests.helpers import PROJECT, command_environment
 OTHER: dict[str, Any] = {
     "model": "resnet50",
     "width": 16,
+    "branch": "lean",
     "dataset": "imagefolder",
     "data_dir": "/somewhere",
     "image_size": 64,

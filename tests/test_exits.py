@@ -147,7 +147,7 @@ def test_costs_are_what_torch_counts(model: str, size: int) -> None:
     assert costs.stages == (counted["BranchedResNet.trunk.conv1"] + layers[0], *layers[1:])
     branches = [counted[f"BranchedResNet.branches.{i}"] for i in range(3)]
     assert costs.classifiers == (*branches, counted["BranchedResNet.trunk.fc"])
-    plain = BranchedResNet(model, num_classes=10, width=16, branched=False).eval()
+    plain = BranchedResNet(model, num_classes=10, width=16, branch=None).eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         plain(torch.zeros(1, 3, size, size))
     assert costs.plain == counter.get_total_flops() // 2

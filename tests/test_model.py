@@ -8,9 +8,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from byot.config import NUM_CLASSIFIERS, ModelName, TrainConfig
+from byot.config import NUM_CLASSIFIERS, BranchKind, ModelName, TrainConfig
+from byot.exits import measure_costs
 from byot.loss import self_distillation_loss
 from byot.model import BranchedResNet, PatchConv2d, fold_batch_norms
+from byot.system.paths import PROJECT_ROOT
 from byot.trainer import build_model, choose_autocast_dtype
 
 # with a CIFAR stem, 100 classes and the reference's branches, its dead modules left out (FIELD.md, section 1)
@@ -59,7 +61,7 @@ def test_folded_batch_norms_change_nothing_and_are_gone(name: str, width: int) -
     ],
 )
 def test_deepest_classifier_is_torchvisions_resnet(name: str, imagenet_stem: bool) -> None:
-    ours = BranchedResNet(name, num_classes=100, branched=False, imagenet_stem=imagenet_stem).double().eval()
+    ours = BranchedResNet(name, num_classes=100, branch=None, imagenet_stem=imagenet_stem).double().eval()
     stir_batch_norms(ours)
     theirs: Any = getattr(torchvision.models, name)(num_classes=100)
     if not imagenet_stem:
@@ -107,6 +109,29 @@ def test_branches_are_the_references(name: str, width: int) -> None:
         torch.testing.assert_close(outputs.features[3], deepest, rtol=1e-9, atol=1e-12)
 
 
+# Width 64: parameters of the three branches, and their multiply-adds for 32 x 32 pixels, the plain network's being 1.
+BRANCHES: dict[tuple[ModelName, BranchKind], tuple[tuple[int, ...], tuple[float, ...]]] = {
+    ("resnet18", "reference"): ((1_175_908, 397_668, 217_444), (0.0473, 0.0171, 0.0076)),
+    ("resnet18", "lean"): ((1_175_908, 397_668, 217_444), (0.0473, 0.0171, 0.0076)),
+    ("resnet18", "wide"): ((537_316, 348_900, 299_364), (0.0926, 0.0284, 0.0100)),
+    ("resnet50", "reference"): ((18_170_980, 5_719_140, 2_835_556), (0.3233, 0.1165, 0.0519)),
+    ("resnet50", "lean"): ((1_555_300, 801_636, 670_564), (0.0422, 0.0195, 0.0107)),
+    ("resnet50", "wide"): ((916_708, 752_868, 752_484), (0.0616, 0.0244, 0.0117)),
+}
+
+
+@pytest.mark.parametrize(("name", "branch"), BRANCHES)
+def test_branches_cost_what_the_documentation_says(name: ModelName, branch: BranchKind) -> None:
+    model = build_model(TrainConfig(model=name, branch=branch))
+    costs = measure_costs(model, 32)
+    sizes, shares = BRANCHES[name, branch]
+    assert tuple(sum(p.numel() for p in part.parameters()) for part in model.branches) == sizes
+    assert [cost / costs.plain for cost in costs.classifiers[:3]] == pytest.approx(shares, abs=5e-5)
+    page = (PROJECT_ROOT / "docs" / "train.md").read_text()
+    told = f"| {name} | {branch} | {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million |"
+    assert f"{told} {' | '.join(f'{cost:.3f}' for cost in costs.alone()[:3])} |" in page
+
+
 @pytest.mark.parametrize("name", get_args(ModelName))
 def test_every_network_has_torchvisions_parameters(name: str) -> None:
     """By name and shape, with the ImageNet stem: its published weights fit."""
@@ -117,10 +142,11 @@ def test_every_network_has_torchvisions_parameters(name: str) -> None:
     assert shapes[0] == shapes[1]
 
 
-def test_branches_end_in_the_deepest_shape_with_the_imagenet_stem() -> None:
+@pytest.mark.parametrize("kind", get_args(BranchKind))
+def test_branches_end_in_the_deepest_shape_with_the_imagenet_stem(kind: BranchKind) -> None:
     """7 x 7 of an image of 224 pixels."""
     with torch.device("meta"):
-        model = BranchedResNet("resnet18", num_classes=10, width=16, imagenet_stem=True).eval()
+        model = BranchedResNet("resnet18", num_classes=10, width=16, branch=kind, imagenet_stem=True).eval()
         x = model.trunk.stem(torch.empty(1, 3, 224, 224))
         shapes = []
         for stage, branch in zip_longest(model.trunk.stages(), model.branches):
@@ -136,8 +162,10 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_every_parameter_learns(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "branch"), [("resnet18", "reference"), ("resnet50", "reference"), ("resnet18", "wide")]
+)
+def test_every_parameter_learns(name: str, branch: BranchKind) -> None:
     """Dead modules are one of the reference's known weaknesses.
 
     A bias right before a batch normalisation in training mode has a gradient of 0 by nature, so that the second half
@@ -146,7 +174,7 @@ def test_every_parameter_learns(name: str) -> None:
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(16, 3, 32, 32, generator=generator)
     labels = torch.randint(0, 10, (16,), generator=generator)
-    model = BranchedResNet(name, num_classes=10, width=8)
+    model = BranchedResNet(name, num_classes=10, width=8, branch=branch)
 
     def gradients() -> dict[str, Tensor | None]:
         model.zero_grad()
@@ -214,14 +242,28 @@ def test_convolutions_start_as_kaiming_normal_fan_out() -> None:
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
 @pytest.mark.parametrize("image_size", [8, 32])
-@pytest.mark.parametrize(("name", "width"), [("resnet18", 4), ("resnet18", 8), ("resnet18", 16), ("resnet50", 2)])
-def test_mixed_precision_computes_the_same_network(name: str, width: int, image_size: int, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "width", "branch"),
+    [
+        ("resnet18", 4, "reference"),
+        ("resnet18", 8, "reference"),
+        ("resnet18", 16, "reference"),
+        ("resnet50", 2, "reference"),
+        ("resnet18", 4, "wide"),
+        ("resnet18", 16, "wide"),
+        ("resnet50", 8, "lean"),
+    ],
+)
+def test_mixed_precision_computes_the_same_network(
+    name: str, width: int, branch: BranchKind, image_size: int, precision: str
+) -> None:
     """bfloat16 has 8 bits: its outputs are off by percents at most.
 
     oneDNN's channels-last bfloat16 convolution has been seen to give numbers that have nothing to do with the truth
     where the kernel covers the whole image (pytorch issue 163347), which is branch 1 on the 8 x 8 digits.
     """
-    model = BranchedResNet(name, num_classes=10, width=width).to(memory_format=torch.channels_last).eval()
+    model = BranchedResNet(name, num_classes=10, width=width, branch=branch)
+    model = model.to(memory_format=torch.channels_last).eval()
     stir_batch_norms(model)
     images = torch.randn(32, image_size, image_size, 3, generator=torch.Generator().manual_seed(1)).permute(0, 3, 1, 2)
     dtype = choose_autocast_dtype(precision, torch.device("cpu"))

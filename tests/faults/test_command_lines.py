@@ -35,6 +35,7 @@ LINES: dict[str, list[tuple[str, str]]] = {
         (f"--epochs {HUGE}", "epochs must be at most 1000000"),
         (f"--lr {HUGE}", "lr must be a finite number above 0, not inf"),
         ("--teacher ensemble --loss-form plain", "teacher ensemble needs the shallow classifiers"),
+        ("--branch lean --loss-form plain", "branch lean is of the shallow classifiers"),
         ("--dataset digits --val-fraction 1e-9", "images holds out none; give more"),
         ("--dataset digits --device cuda", "device cuda is not available here"),
         ("--dataset digits --device cpu --acceleration graph", "acceleration graph needs a CUDA device, not cpu"),

@@ -28,7 +28,8 @@ from byot.exits import (
     confidences,
     find_exits,
     fit_temperatures,
-    fit_thresholds,
+    fit_to_cost,
+    fit_to_drop,
     measure_costs,
     predict_early,
 )
@@ -109,15 +110,13 @@ def fit_exits(saved: SavedRun, config: TrainConfig, asked: Asked) -> FittedExits
     answers = make_answers(logits, labels, temperatures)
     table: dict[Asked, Outcome | None] = {}
     for one in (asked, *(Asked(target_cost=cost) for cost in TABLE_COSTS)):
-        if one.target_cost is None:
-            table[one] = fit_thresholds(answers, costs, max_drop=one.max_drop)
+        if one.max_drop is not None:
+            table[one] = fit_to_drop(answers, costs, one.max_drop)
+        elif one.target_cost is not None and one.target_cost >= min(costs.alone()):
+            table[one] = fit_to_cost(answers, costs, one.target_cost)
         else:
-            reachable = one.target_cost >= min(costs.alone())
-            table[one] = fit_thresholds(answers, costs, target_cost=one.target_cost) if reachable else None
-    curve = [
-        fit_thresholds(answers, costs, target_cost=cost)
-        for cost in np.linspace(min(costs.alone()), 1, CURVE_POINTS).tolist()
-    ]
+            table[one] = None
+    curve = [fit_to_cost(answers, costs, cost) for cost in np.linspace(min(costs.alone()), 1, CURVE_POINTS).tolist()]
     chosen = table[asked]
     assert chosen is not None
     rule = ExitRule(temperatures, chosen.thresholds)

@@ -28,6 +28,7 @@ NEVER = 2.0  # a threshold that no confidence reaches
 TEMPERATURES = (0.05, 20.0)
 TEMPERATURE_STEPS = 24  # halvings of that range, which is logarithmic: to 4e-7 of a temperature
 COST_WEIGHTS = (1e-6, 1e3)  # accuracy, as a share, for a cost of 1: from no heed of the cost to no heed of accuracy
+COST_STEPS = 10  # halvings of the range of costs
 COST_WEIGHT_STEPS = 12  # halvings of that range, which is logarithmic
 ROUNDING = 1e-9  # of an accuracy in percent or a cost that is compared with its limit
 MOST_SWEEPS = 20  # over the exits, until no threshold changes; two to five in practice
@@ -215,22 +216,12 @@ class Outcome(NamedTuple):
     accuracy: float  # percent
     cost: float  # the mean
 
-    def keeps(self, limits: "Limits") -> bool:
-        return self.accuracy >= limits.accuracy and self.cost <= limits.cost
-
-
-class Limits(NamedTuple):
-    """The least accuracy and the highest mean cost that are allowed."""
-
-    accuracy: float = -math.inf
-    cost: float = math.inf
-
 
 class Answers(NamedTuple):
     """What every exit says of N images."""
 
     confidence: np.ndarray  # float32 [K, N]
-    correct: np.ndarray  # bool [K, N]
+    correct: np.ndarray  # [K, N]: bool, or how likely the answer is right
 
     def choose(self, images: slice) -> Self:
         return type(self)(*(part[:, images] for part in self))
@@ -242,41 +233,59 @@ class Answers(NamedTuple):
         return Outcome(thresholds, accuracy, float(np.asarray(costs.of_exits(thresholds))[exits].mean()))
 
 
-def fit_thresholds(
-    answers: Answers, costs: ExitCosts, *, target_cost: float = math.inf, max_drop: float | None = None
-) -> Outcome:
-    """Find the best accuracy at a mean cost of at most `target_cost`, or, given `max_drop`, the least cost with at most
-    so many points of accuracy below the deepest classifier.
+def fit_to_cost(answers: Answers, costs: ExitCosts, target_cost: float) -> Outcome:
+    """Find the thresholds of the best accuracy to be expected at a mean cost, of answers at fitted temperatures.
+
+    Each answer counts as right by its confidence, which a temperature has made a probability, and not by its label.
+    Labels are noise here: thresholds that are best for some thousand of them are worse on other images.
+    """
+    expected = Answers(answers.confidence, answers.confidence.astype(float))
+    return answers.judge(fit_thresholds(expected, costs, target_cost).thresholds, costs)
+
+
+def fit_to_drop(answers: Answers, costs: ExitCosts, max_drop: float) -> Outcome:
+    """Find the least cost whose thresholds lose at most so many points of accuracy to the deepest classifier.
+
+    The cost is the one number that is fitted to labels, by bisection.
+    """
+    found = answers.judge((NEVER,) * (len(answers.confidence) - 1) + (0.0,), costs)
+    floor = found.accuracy - max_drop - ROUNDING
+    low, high = min(costs.alone()), 1.0
+    for _ in range(COST_STEPS):
+        middle = (low + high) / 2
+        outcome = fit_to_cost(answers, costs, middle)
+        if outcome.accuracy >= floor:
+            found, high = outcome, middle
+        else:
+            low = middle
+    return found
+
+
+def fit_thresholds(answers: Answers, costs: ExitCosts, target_cost: float) -> Outcome:
+    """Find the best accuracy at a mean cost of at most `target_cost`.
 
     For each set of exits that may be asked, accuracy - weight * cost is raised by coordinate ascent and the weight
     found by bisection. The costs that this reaches have gaps between them: what is left of the limit is then spent by
     coordinate ascent within it. Raises ValueError for a target below the cheapest exit.
     """
     costs.check_target(target_cost)
-    floor = -math.inf if max_drop is None else 100 * float(answers.correct[-1].mean()) - max_drop
-    limits = Limits(floor - ROUNDING, target_cost + ROUNDING)
-    least, most = COST_WEIGHTS
+    limit = target_cost + ROUNDING
     order = np.argsort(-answers.confidence, axis=1, kind="stable")
     found: list[Outcome] = []
     for asked in product((False, True), repeat=len(order) - 1):
         kept: Outcome | None = None
-        low, high = math.log(least), math.log(most)
+        low, high = map(math.log, COST_WEIGHTS)
         for _ in range(COST_WEIGHT_STEPS):
             weight = math.exp((low + high) / 2)
             start = (NEVER,) * len(asked) + (0.0,)
             outcome = _ascend(answers, order, costs, asked, start, weight)
-            if outcome.keeps(limits):
-                kept = outcome
-            if outcome.keeps(limits) == (max_drop is None):
-                high = math.log(weight)
+            if outcome.cost <= limit:
+                kept, high = outcome, math.log(weight)
             else:
                 low = math.log(weight)
         if kept is not None:
-            weight = least if max_drop is None else most
-            found.append(_ascend(answers, order, costs, asked, kept.thresholds, weight, limits))
-    if max_drop is None:
-        return max(found, key=lambda outcome: (outcome.accuracy, -outcome.cost))
-    return min(found, key=lambda outcome: (outcome.cost, -outcome.accuracy))
+            found.append(_ascend(answers, order, costs, asked, kept.thresholds, COST_WEIGHTS[0], limit))
+    return max(found, key=lambda outcome: (outcome.accuracy, -outcome.cost))
 
 
 def cross_fitted_accuracy(answers: Answers, costs: ExitCosts, target_cost: float) -> float:
@@ -289,7 +298,7 @@ def cross_fitted_accuracy(answers: Answers, costs: ExitCosts, target_cost: float
     target_cost = max(target_cost, min(costs.alone()))
     right = 0.0
     for fitted_on, judged in (halves, reversed(halves)):
-        thresholds = fit_thresholds(fitted_on, costs, target_cost=target_cost).thresholds
+        thresholds = fit_thresholds(fitted_on, costs, target_cost).thresholds
         right += judged.judge(thresholds, costs).accuracy * judged.correct.shape[1]
     return right / answers.correct.shape[1]
 
@@ -301,13 +310,13 @@ def _ascend(
     asked: tuple[bool, ...],
     start: tuple[float, ...],
     weight: float,
-    limits: Limits | None = None,
+    limit: float = math.inf,
 ) -> Outcome:
     """Raise accuracy - weight * cost, one threshold after the other, each to its best given the others.
 
     `order` has each exit's images by falling confidence. The exits are taken from deep to shallow: what becomes of the
-    images that go on is known by then, and which images come depends on the shallower exits alone. Within `limits`,
-    which the start keeps, no step leaves them.
+    images that go on is known by then, and which images come depends on the shallower exits alone. No step
+    goes beyond a mean cost of `limit`, which the start keeps.
     """
     confidence, correct = answers
     stage_costs, classifier_costs = (np.asarray(part) / costs.plain for part in costs)
@@ -326,11 +335,10 @@ def _ascend(
                 gained = np.cumsum(correct[i][rows] - right[rows])  # if so many of the surest leave
                 saved = np.cumsum(cost[rows]) - classifier_costs[i] * len(rows)
                 value, never = gained + weight * saved, 0.0
-                if limits is not None:
-                    base = answers.judge(without, costs)
-                    accuracy, mean_cost = base.accuracy + 100 * gained / len(right), base.cost - saved / len(right)
-                    value[(accuracy < limits.accuracy) | (mean_cost > limits.cost)] = -math.inf
-                    never = 0.0 if base.keeps(limits) else -math.inf
+                if limit < math.inf:
+                    mean_cost = answers.judge(without, costs).cost
+                    value[mean_cost - saved / len(right) > limit] = -math.inf
+                    never = 0.0 if mean_cost <= limit else -math.inf
                 threshold = _best_threshold(confidence[i][rows], value, never)
                 thresholds = (*thresholds[:i], threshold, *thresholds[i + 1 :])
                 leaves = confidence[i] >= threshold

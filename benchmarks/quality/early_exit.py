@@ -13,7 +13,7 @@ normalisation folded: image by image, and in batches, which earlyon's leave as a
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Slice(nn.Module):
         return logits[:, self.i]
 
 
-def wrap(stages: list[nn.Module], heads: list[nn.Module], num_classes: int, image_size: int) -> Any:
+def wrap(stages: Sequence[nn.Module], heads: Sequence[nn.Module], num_classes: int, image_size: int) -> Any:
     """Make earlyon's wrapper of a network in stages, of which the last has its classifier in itself."""
     from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint
 
@@ -69,7 +69,7 @@ def wrap(stages: list[nn.Module], heads: list[nn.Module], num_classes: int, imag
     return EarlyExitWrapper(backbone, exits, nn.Identity(), config, (1, 3, image_size, image_size)).eval()
 
 
-def wrap_sections(sections: list[Section], num_classes: int, image_size: int) -> Any:
+def wrap_sections(sections: Sequence[Section], num_classes: int, image_size: int) -> Any:
     *shallow, deepest = sections
     stages = [*(section.layers for section in shallow), nn.Sequential(deepest.layers, deepest.classifier)]
     return wrap(stages, [section.classifier for section in shallow], num_classes, image_size)

@@ -111,22 +111,28 @@ def save_figure(figure: "Figure", file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def format_difference(values: Sequence[float], others: Sequence[float], *, bold: bool = False) -> str:
+def format_difference(
+    values: Sequence[float], others: Sequence[float], *, digits: int = 2, bold: bool = False, num_compared: int = 1
+) -> str:
     """Write the mean of paired differences, ± half of its 95 % interval where there are two pairs or more.
 
-    With `bold` it is set in bold where it is resolved: the interval does not hold 0.
+    With `bold` it is set in bold where it is resolved: the interval does not hold 0. It has a star where that is so
+    also of the interval that holds together with all of `num_compared` (Bonferroni).
     """
-    from search.significance import compare  # imports scipy
+    from search.significance import ERROR, compare  # imports scipy
 
     if len(values) < 2:
-        return f"{values[0] - others[0]:+.2f}"
+        return f"{values[0] - others[0]:+.{digits}f}"
     found = compare("", "", values, others)
-    text = f"{found.difference:+.2f} ± {found.half_width():.2f}"
-    return f"**{text}**" if bold and abs(found.difference) > found.half_width() else text
+    text = f"{found.difference:+.{digits}f} ± {found.half_width():.{digits}f}"
+    if not bold or abs(found.difference) <= found.half_width():
+        return text
+    holds_with_all = num_compared > 1 and abs(found.difference) > found.half_width(ERROR / num_compared)
+    return f"**{text}**{'*' * holds_with_all}"
 
 
-def mean_and_sd(values: Sequence[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+def mean_and_sd(values: Sequence[float], digits: int = 2) -> str:
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from analysis.verdict import accuracy_standard_error
 from benchmarks.common import format_difference, markdown, mean_and_sd
@@ -57,7 +57,37 @@ COMPARED: tuple[tuple[Arm, Arm], ...] = (
     ("deep-supervision", "plain"),
     ("reference", "plain"),
     ("bf16", "reference"),
+    ("label-smoothing", "deep-supervision"),
+    ("no-hint", "deep-supervision"),
+    ("no-distillation", "deep-supervision"),
+    ("ensemble-teacher", "deep-supervision"),
+    ("paper-form", "deep-supervision"),
+    ("wide-branches", "reference"),
 )
+
+
+class Column(NamedTuple):
+    """A measure of a run's record."""
+
+    title: str
+    key: str  # in the record
+    digits: int = 2
+
+
+COLUMNS = (
+    *(Column(title, f"test_accuracy_{i}") for i, title in CLASSIFIERS.items()),
+    Column("NLL of 4/4", "test_nll_4", 3),
+    Column("ECE of 4/4", "test_ece_4"),
+    Column("half the cost", "test_exit_accuracy"),
+)
+ANSWER = "answer-w16"  # the plan of the README's first table, and its arms and measures
+ANSWER_ARMS: dict[Arm, str] = {
+    "plain": "an ordinary ResNet",
+    "deep-supervision": "deep supervision alone",
+    "reference": "self distillation, the reference's setting",
+    "searched": "self distillation, the searched setting",
+}
+ANSWER_KEYS = [*(f"test_accuracy_{i}" for i in CLASSIFIERS), "test_exit_accuracy"]
 Runs = dict[Arm, dict[int, dict[str, Any]]]  # arm -> seed -> record
 
 
@@ -122,22 +152,28 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
             " Published: single runs of 200 epochs, the reference implementation's with the epoch that is best on the "
             "test set."
         )
+    columns = [
+        column
+        for column in COLUMNS
+        if any(has(record, column) for of_arm in runs.values() for record in of_arm.values())
+    ]
     rows = [
-        [f"published: {source}", "1", *(f"{v:.2f}" for v in values), *[NOTHING] * (len(CLASSIFIERS) - len(values))]
+        [f"published: {source}", "1", *(f"{v:.2f}" for v in values), *[NOTHING] * (len(columns) - len(values))]
         for source, values in published.items()
     ]
     for arm, of_arm in runs.items():
         label = ARM_NAMES[arm]
         if arm == "searched":
             label += f" (by `{plan.search}`: {format_weights(next(iter(of_arm.values()))['config'])})"
-        cells = (NOTHING if None in values else mean_and_sd(values) for values in by_classifier(list(of_arm.values())))
-        rows.append([label, str(len(of_arm)), *cells])
-    header = ["", "n", *CLASSIFIERS.values()]
+        rows.append([label, str(len(of_arm)), *(describe(list(of_arm.values()), column) for column in columns)])
+    header = ["", "n", *(column.title for column in columns)]
     parts = [heading, markdown(header, rows)]
-    if differences := difference_rows(runs):
+    if differences := difference_rows(runs, columns):
+        number = count_compared(runs, columns)
         parts += [
-            "Paired differences in points, ± half of a 95 % interval (Student's t, each by itself); bold: resolved, "
-            "the interval does not hold 0.",
+            "Paired differences, ± half of a 95 % interval (Student's t, each by itself); bold: resolved, the interval "
+            f"does not hold 0; with a star: nor does the one that holds together with all {number} of the table "
+            "(Bonferroni).",
             markdown(header, differences),
         ]
     diverged = [f"{ARM_NAMES[arm]}, seed {s}" for arm, found in ended.items() for s in found if "error" in found[s]]
@@ -150,25 +186,54 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
-def by_classifier(records: Sequence[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
-    """Yield for each classifier its test accuracy in each record, None where it was not trained."""
-    for i in CLASSIFIERS:
-        untrained = [i != "4" and record["config"]["loss_form"] == "plain" for record in records]
-        yield tuple(None if un else r[f"test_accuracy_{i}"] for r, un in zip(records, untrained, strict=True))
+def has(record: dict[str, Any], column: Column) -> bool:
+    """Tell whether a run measured this; the early classifiers of a plain run, in older records, were not trained."""
+    plain = record["config"]["loss_form"] == "plain"
+    return column.key in record and not (plain and not column.key.endswith("_4"))
 
 
-def difference_rows(runs: Runs) -> list[list[str]]:
-    rows = []
+def describe(records: Sequence[dict[str, Any]], column: Column) -> str:
+    if not all(has(record, column) for record in records):
+        return NOTHING
+    return mean_and_sd([record[column.key] for record in records], column.digits)
+
+
+def pairs_of(runs: Runs) -> Iterator[tuple[Arm, Arm, list[int]]]:
+    """Yield the arms that are compared, and the seeds that both have, two at least."""
     for arm, other in COMPARED:
         seeds = sorted(set(runs.get(arm, {})) & set(runs.get(other, {})))
-        if len(seeds) < 2:
-            continue
-        cells = []
-        pair = (by_classifier([runs[one][seed] for seed in seeds]) for one in (arm, other))
-        for values, others in zip(*pair, strict=True):
-            cells.append(NOTHING if None in (*values, *others) else format_difference(values, others, bold=True))
-        rows.append([f"{ARM_NAMES[arm]} minus {ARM_NAMES[other]}", str(len(seeds)), *cells])
-    return rows
+        if len(seeds) > 1:
+            yield arm, other, seeds
+
+
+def can_compare(runs: Runs, arm: Arm, other: Arm, column: Column) -> bool:
+    return all(has(record, column) for one in (arm, other) for record in runs[one].values())
+
+
+def count_compared(runs: Runs, columns: Sequence[Column]) -> int:
+    return sum(can_compare(runs, arm, other, column) for arm, other, _ in pairs_of(runs) for column in columns)
+
+
+def difference(runs: Runs, arm: Arm, other: Arm, column: Column, num_compared: int = 1) -> str:
+    """Write by how much an arm's measure is above another's, by the seeds that both have."""
+    seeds = sorted(set(runs[arm]) & set(runs[other]))
+    values, others = ([runs[one][seed][column.key] for seed in seeds] for one in (arm, other))
+    return format_difference(values, others, digits=column.digits, bold=True, num_compared=num_compared)
+
+
+def difference_rows(runs: Runs, columns: Sequence[Column]) -> list[list[str]]:
+    number = count_compared(runs, columns)
+    return [
+        [
+            f"{ARM_NAMES[arm]} minus {ARM_NAMES[other]}",
+            str(len(seeds)),
+            *(
+                difference(runs, arm, other, column, number) if can_compare(runs, arm, other, column) else NOTHING
+                for column in columns
+            ),
+        ]
+        for arm, other, seeds in pairs_of(runs)
+    ]
 
 
 # ---------------------------------------------------------------- searches
@@ -230,17 +295,35 @@ def all_sections(results: Path = RESULTS) -> str:
 
 
 def summary(results: Path = RESULTS) -> str:
-    """Make the README's table: what was asked, what it was measured on, and the answer."""
-    runs = load_runs("tiny", results)
+    """Make the README's tables: what self distillation gives, and what else was measured."""
+    return "\n\n".join([*answer(results), other_answers(results)])
+
+
+def answer(results: Path) -> Iterator[str]:
+    """Write the accuracies of the main arms, and what self distillation adds to deep supervision."""
+    runs = {arm: of_arm for arm, of_arm in load_runs(ANSWER, results).items() if arm in ANSWER_ARMS}
+    base = TABLE_PLANS[ANSWER].base
+    columns = [column for column in COLUMNS if column.key in ANSWER_KEYS]
+    rows = [
+        [ANSWER_ARMS[arm], *(describe(list(of_arm.values()), column) for column in columns)]
+        for arm, of_arm in runs.items()
+    ]
+    number = count_compared(runs, columns)
+    rows += [
+        [f"{ANSWER_ARMS[arm]} minus {ANSWER_ARMS[other]}", *(difference(runs, arm, other, c, number) for c in columns)]
+        for arm, other, _ in pairs_of(runs)
+        if other == "deep-supervision"
+    ]
+    yield (
+        f"CIFAR-100, {network(base)}, {base.epochs} epochs, {len(runs['reference'])} seeds: test accuracy in percent, "
+        'mean ± standard deviation; of differences half of a 95 % interval, bold where it does not hold 0. "Half the '
+        'cost": images leave early, with half of the multiply-adds on average.'
+    )
+    yield markdown(["", *(column.title for column in columns)], rows)
+
+
+def other_answers(results: Path) -> str:
     columns = list(CLASSIFIERS.values())
-    differences = {row[0]: row[2 + columns.index("4/4")] for row in difference_rows(runs)}
-
-    def answer(arm: Arm, other: Arm) -> str:
-        difference = differences[f"{ARM_NAMES[arm]} minus {ARM_NAMES[other]}"]
-        return f"{difference} points: {'resolved' if difference.startswith('**') else 'not resolved'}"
-
-    base, num_seeds = TABLE_PLANS["tiny"].base, len(runs["reference"])
-    setup = f"CIFAR-100, {network(base)}, {base.epochs} epochs, {num_seeds} seeds, 4/4"
     recorded = read_json_lines(results / "recipe-levers.jsonl")
     levers = {record["row"]: record for record in recorded if "accuracy" in record}
     muon, sgd = (levers[row]["accuracy"][columns.index("4/4")] for row in ("base", "sgd"))
@@ -248,8 +331,6 @@ def summary(results: Path = RESULTS) -> str:
     methods = read_json(results / "benchmarks" / "search-quality.json")["families"]["digits"]["methods"]
     ours, stock = (methods[name]["final"]["mean"] for name in ("ours", "stock"))
     rows = [
-        ["self distillation minus deep supervision alone", setup, answer("reference", "deep-supervision")],
-        ["the searched setting minus the reference's", "the same", answer("searched", "reference")],
         [
             "recipe `modern`, with and without Muon",
             "width 16, 3 epochs of arithmetic, one seed, 4/4, test images that took part in choosing the recipe",

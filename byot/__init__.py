@@ -14,6 +14,5 @@ def load(run: Path | str, device: str = "auto") -> "Predictor":
     """
     from byot.predictor import Predictor
     from byot.runs import find_run
-    from byot.system.paths import absolute_path
 
-    return Predictor(find_run(absolute_path(run)), device)
+    return Predictor(find_run(run), device)

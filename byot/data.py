@@ -145,6 +145,9 @@ def _check_parquet(file: Path, label_column: str) -> None:
         schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
     for column in ("img", label_column):
         if column not in schema.names:
+            others = [name for name, its_column in LABEL_COLUMNS.items() if its_column in schema.names]
+            if column != "img" and others:
+                raise ValueError(f"{file} is of {others[0]}: give --dataset {others[0]} or another --data-dir")
             raise ValueError(f"{file} lacks the column {column!r}; it has {', '.join(schema.names) or 'none'}")
         if schema.names.count(column) > 1:
             raise ValueError(f"{file} has a column twice: {column!r}")

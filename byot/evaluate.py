@@ -58,7 +58,7 @@ def main() -> None:
         from byot.exits import warn_of_age
         from byot.runs import check_classes, evaluate_run, find_run
 
-        saved = find_run(absolute_path(arguments.run))
+        saved = find_run(arguments.run)
         config = saved.config.with_settings(device=arguments.device)
         if arguments.data_dir is not None:
             config = config.with_settings(data_dir=str(absolute_path(arguments.data_dir)))

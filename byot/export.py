@@ -14,7 +14,7 @@ from pathlib import Path
 
 from byot.system.files import UnreadableError, describe_refusal, read_json, write_json, write_whole
 from byot.system.flags import Parser, as_called, one_sentence_errors, tell
-from byot.system.paths import absolute_path, check_writable
+from byot.system.paths import check_writable
 
 MANIFEST = "manifest.json"
 NEEDED = {"onnx": ("onnx", "onnxscript"), "torch": ()}
@@ -81,7 +81,7 @@ def main() -> None:
         from byot.predictor import DEEPEST_ALONE
         from byot.runs import find_run, load_network
 
-        saved = find_run(absolute_path(arguments.run))
+        saved = find_run(arguments.run)
         warn_of_age(saved.folder)
         numbers = exit_numbers(saved.config.num_classifiers)
         if arguments.exit is not None and arguments.exit not in numbers:

@@ -116,7 +116,7 @@ def main() -> None:
         from byot.predictor import Predictor
         from byot.runs import find_run
 
-        saved = find_run(absolute_path(arguments.run))
+        saved = find_run(arguments.run)
         warn_of_age(saved.folder)
         predictor = Predictor(saved, arguments.device)
         check_range("--top", arguments.top, low=1, high=len(predictor.class_names))

@@ -37,7 +37,7 @@ from byot.system.checkpoint import (
 from byot.system.distributed import ALONE, Processes
 from byot.system.files import append_json_line, errors_in, read_json, remove_leftovers, write_json, write_json_lines
 from byot.system.lock import WORKER_WAIT_S, lock_folder
-from byot.system.paths import absolute_path
+from byot.system.paths import absolute_path, outputs_folder
 from byot.system.provenance import provenance
 from byot.system.stopping import StoppedError
 from byot.trainer import (
@@ -304,8 +304,14 @@ class SavedRun(NamedTuple):
     state: dict[str, Any]
 
 
-def find_run(path: Path) -> SavedRun:
-    """Read the last checkpoint of a run's folder, or one checkpoint file. Raises ValueError where there is none."""
+def find_run(run: Path | str) -> SavedRun:
+    """Read the last checkpoint of a run's folder, or one checkpoint file. Raises ValueError where there is none.
+
+    What is no path here may be the name of a run in the outputs folder.
+    """
+    path = absolute_path(run)
+    if not path.exists() and (named := outputs_folder(None) / "runs" / run).is_dir():
+        path = named
     if path.is_dir():
         found = load_latest(path / "checkpoints")
         if found is None:
@@ -326,7 +332,7 @@ def load_network(run: Path | str | SavedRun) -> tuple[BranchedResNet, Normalisat
     Its input is a batch [N,3,H,W] of values from 0 to 1 that were normalised with what is returned beside it. Raises
     ValueError where there is none.
     """
-    saved = run if isinstance(run, SavedRun) else find_run(absolute_path(run))
+    saved = run if isinstance(run, SavedRun) else find_run(run)
     with explain_misfit(saved.checkpoint):
         model = build_model(saved.config, len(saved.state.get("class_names", [])))
         model.load_state_dict(saved.state["model"])

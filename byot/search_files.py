@@ -604,6 +604,7 @@ def find_best(outputs: Path, search: str, model: str | None = None, dataset: str
     if search:
         folder = find_folder(searches, search, "best.json")
         if folder is None:
+            find_search(outputs, search)  # which says where there is none
             raise ValueError(f"the search {search} has no best.json: no trial of it has reached its last epoch yet")
         return find_choice(folder, f"the search {folder.name}")
     finished = [

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, 
 from pathlib import Path
 from typing import Any
 
-from byot.config import TrainConfig, recipe_defaults
+from byot.config import TrainConfig, check_range, recipe_defaults
 from byot.search_files import find_best
 from byot.system.files import describe_refusal, set_aside
 from byot.system.flags import Parser, add_settings, given_settings, one_sentence_errors, tell, this_command
@@ -31,6 +31,7 @@ from byot.system.paths import absolute_path, check_name, check_writable, outputs
 from byot.system.stopping import StoppedError, TrainingError, catch_stop_signals
 
 FIRST_SPEAKS_WITHIN_S = 30.0
+MOST_THREADS = 1024
 
 
 def build_parser() -> Parser:
@@ -48,6 +49,9 @@ def build_parser() -> Parser:
     parser.add_argument("--fresh", action="store_true", help=start_anew)
     parser.add_argument("--dry-run", action="store_true", help="print the network, its costs and the time it will take")
     parser.add_argument("--name", help="folder of the run under outputs/runs (default: made from the settings)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: one a core; beside other work fewer are faster)"
+    )
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     add_settings(parser, TrainConfig, defaults=recipe_defaults())
     return parser
@@ -56,6 +60,8 @@ def build_parser() -> Parser:
 def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | None]:
     """Read the command line: the settings, the run's folder, and the checkpoint where one was named."""
     given = given_settings(arguments, TrainConfig)
+    if arguments.threads is not None:
+        check_range("threads", arguments.threads, low=1, high=MOST_THREADS)
     if "data_dir" in given:
         given["data_dir"] = str(absolute_path(given["data_dir"]))
     outputs = outputs_folder(arguments.outputs)
@@ -67,7 +73,7 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
             raise ValueError("--fresh starts a run anew and --resume goes on with one; give one of them")
         from byot.runs import find_run
 
-        saved = find_run(absolute_path(arguments.resume))
+        saved = find_run(arguments.resume)
         return saved.config.with_settings(**given), saved.folder, saved.checkpoint
     if arguments.best is not None:
         TrainConfig(**given)  # refuses what is wrong by itself
@@ -162,6 +168,10 @@ def main() -> None:
             arguments = build_parser().parse_args()
             with one_sentence_errors("train.py"):
                 config, folder, checkpoint = plan_run(arguments)
+                if arguments.threads is not None:
+                    import torch
+
+                    torch.set_num_threads(arguments.threads)
                 if arguments.dry_run:
                     from byot.dry_run import describe_run
 

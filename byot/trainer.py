@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ from byot.system.stopping import DivergedError, OutOfMemoryError
 
 EVAL_BATCH_SIZE = {"cpu": 256, "mps": 512, "cuda": 2048}
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "mps": 50, "cuda": 50}  # of the loss; on a GPU each one waits for it
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 OnBatch = Callable[[int, int], None]  # (images done in this epoch, images in it)
 
@@ -105,7 +108,10 @@ class Trainer:
         while self.epoch < self.config.epochs:
             with explain_out_of_memory(self.config):
                 if self.processes.count > 1 and self._network is self.model:  # by now all have the same weights
-                    self._network = nn.parallel.DistributedDataParallel(self.model)
+                    self._network = nn.parallel.DistributedDataParallel(
+                        self.model,
+                        broadcast_buffers=False,  # evaluate() does; steps do not read them
+                    )
                 metrics = self._run_epoch(on_batch)
             yield metrics
 
@@ -338,9 +344,17 @@ def records_graphs(acceleration: Acceleration, device: torch.device, processes: 
 
 
 def choose_device(name: str) -> torch.device:
-    """Find the device: `auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one that is not there."""
+    """Find the device: `auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one that is not there.
+
+    Also for `auto` where there is a GPU that this PyTorch cannot use: on the CPU a run of hours would take weeks.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
+        if NVIDIA_DRIVER.exists() and not available["cuda"]:
+            raise ValueError(
+                f"there is an NVIDIA driver here and PyTorch {torch.__version__} cannot use it: a newer driver or "
+                "another build of PyTorch would help; --device cpu goes on without"
+            )
         name = next(n for n, there in available.items() if there)
     if not available[name]:
         raise ValueError(f"device {name} is not available here; {', '.join(n for n, a in available.items() if a)} is")

@@ -23,7 +23,7 @@ from byot.search_files import (
 from byot.system.distributed import ALONE
 from byot.system.files import UnreadableError, describe_refusal, errors_in, set_aside
 from byot.system.flags import flag_name, given_settings, tell
-from byot.system.lock import LOCK_FILE, lock_folder
+from byot.system.lock import LOCK_FILE, is_locked, lock_folder
 from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
 from byot.trainer import choose_device, records_graphs
 from search.records import KEPT, SearchRecords
@@ -87,6 +87,10 @@ def make_plan(arguments: argparse.Namespace, held: ExitStack) -> SearchPlan:
     searches = check_writable(outputs / "searches" if bucket or place is None else place)
     store = Store(searches / _choose_name(arguments, given, searches, bucket), bucket, KEPT)
     held.enter_context(lock_folder(store.folder))
+    if running := [
+        folder.name for folder in sorted(searches.iterdir()) if folder != store.folder and is_locked(folder)
+    ]:
+        tell("tune.py", f"also running here: {', '.join(running)}; the searches share the machine")
     if not arguments.fresh:
         store.pull()
     plan = _decide(arguments, given, store, searches, bucket)

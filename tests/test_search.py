@@ -139,6 +139,13 @@ def test_a_search_goes_on_as_it_was_started_or_not_at_all(
     assert picture_of(outputs / "searches") == before
 
 
+def test_another_search_at_work_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    line = [*map(str, SMALL), "--name", "mine", "--outputs", str(tmp_path)]
+    with lock_folder(tmp_path / "searches" / "theirs"), ExitStack() as held:
+        make_plan(build_parser().parse_args(line), held)
+    assert "also running here: theirs; the searches share the machine" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_more_trials_fresh_start_and_one_process_at_a_time(finished: Finished, tmp_path: Path):
     folder = tmp_path / "searches" / "small"

@@ -21,19 +21,20 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import normalize
 
 from byot import evaluate, runs, search_files, train
+from byot import trainer as trainer_module
 from byot.batches import augment, draw_epoch, mean_and_std, shuffled
 from byot.config import CLASSIFIERS, TrainConfig, learning_rate
 from byot.data import LabelledImages, load_images, split_validation
 from byot.loss import self_distillation_loss
 from byot.metrics import EpochMetrics
 from byot.optimizer import orthogonalise
-from byot.runs import load_network, open_run, train_and_test, train_run
+from byot.runs import find_run, load_network, open_run, train_and_test, train_run
 from byot.system.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
 from byot.system.files import read_json, read_json_lines, write_json
 from byot.system.lock import lock_folder
 from byot.system.provenance import find_commit
 from byot.system.stopping import DivergedError, OutOfMemoryError, StoppedError
-from byot.trainer import Trainer, build_model
+from byot.trainer import Trainer, build_model, choose_device
 from tests.helpers import (
     Call,
     ParquetMaker,
@@ -489,6 +490,29 @@ def test_the_network_of_a_run_from_python(finished: tuple[Path, str]) -> None:
     for name, scores in (("1", outputs.logits[0]), ("4", outputs.logits[3]), ("ensemble", ensemble)):
         right = (scores.argmax(dim=1) == torch.from_numpy(test.labels)).float().mean().item()
         assert 100 * right == pytest.approx(expected[f"test_accuracy_{name}"], abs=0.6), "two of 359 images: it is bf16"
+
+
+def test_a_run_is_found_by_its_name(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the outputs folder, from any folder; what is there at the path itself goes before."""
+    folder, _ = finished
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BYOT_OUTPUTS", str(folder.parents[1]))
+    assert find_run(folder.name).folder == folder
+    (tmp_path / folder.name).mkdir()
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        find_run(folder.name)
+
+
+def test_a_gpu_that_cannot_be_used_is_no_reason_to_train_for_weeks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(trainer_module, "NVIDIA_DRIVER", tmp_path)
+    with pytest.raises(ValueError, match=r"an NVIDIA driver here and PyTorch .* cannot use it: .* --device cpu goes on"):
+        choose_device("auto")
+    assert choose_device("cpu").type == "cpu"
 
 
 @pytest.fixture

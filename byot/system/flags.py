@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import cache
 from types import MappingProxyType, NoneType, TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -37,6 +38,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: .*?(--[\w-]+)", message)
+        flags = re.findall(r"--[\w-]+", self.format_help())
+        if unknown and (near := get_close_matches(unknown[1], flags, n=1)):
+            message += f": did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 

@@ -26,11 +26,12 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("--width 1.5", "--width: invalid int value: '1.5'"),
         ("--lr 0,1", "--lr: invalid float value: '0,1'"),
         ("--precision", "--precision: expected one argument"),
-        ("--mod resnet18", "unrecognized arguments: --mod resnet18"),  # no abbreviations
+        ("--mod resnet18", "unrecognized arguments: --mod resnet18: did you mean --model?"),  # no abbreviations
         ("--batch_size 4", "unrecognized arguments: --batch_size 4"),
         ("'--sur\nprise'", r"unrecognized arguments: --sur\nprise"),
         ("'--\x1b[31m'", r"unrecognized arguments: --\x1b[31m"),  # nothing that a terminal obeys
         ("stray", "unrecognized arguments: stray"),
+        ("--threads 0", "threads must lie between 1 and 1024, not 0"),
         ("--fresh=yes", "ignored explicit argument 'yes'"),
         (f"--epochs {HUGE}", "epochs must be at most 1000000"),
         (f"--lr {HUGE}", "lr must be a finite number above 0, not inf"),
@@ -51,8 +52,8 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("--dataset digits --outputs /dev/null/a/b", "/dev/null is not a folder"),
         ("--dataset digits --name ../a", "a name is made of"),
         ("--dataset digits --name 'a\t'", r"not 'a\t'"),
-        ("--best nowhere", "the search nowhere has no best.json"),
-        ("--best ../done", "the search ../done has no best.json"),
+        ("--best nowhere", "there is no search nowhere in"),
+        ("--best ../done", "there is no search ../done in"),
         ("--best done --alpha 2", "alpha must lie between 0 and 1, not 2"),
         ("--best --model resnet152", "no finished search of resnet152 on cifar100"),
         ("--best --resume folder", "not allowed with argument --best"),

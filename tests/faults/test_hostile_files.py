@@ -207,7 +207,7 @@ DAMAGES: dict[str, dict[str, tuple[Damage, str]]] = {
         "image that is a program": (put_image(PROGRAM), "row 0 of column 'img' is not an image"),
         "a second image of text": (put_table([CELL, {"bytes": b"text", "path": ""}], [1, 2]), "row 1 of column 'img'"),
         "no rows": (put_table(pyarrow.array([CELL])[:0], pyarrow.array([1])[:0]), "has no rows"),
-        "another data set": (put_table([CELL], [1], "label"), "lacks the column 'fine_label'; it has img, label"),
+        "another data set": (put_table([CELL], [1], "label"), "is of cifar10: give --dataset cifar10"),
         "label below 0": (put_table([CELL, CELL], [1, -1]), "labels run from -1 to 1, but cifar100 has the classes"),
         "label with a fraction": (put_table([CELL], [1.5]), "'fine_label' must hold whole numbers only"),
         "label beyond all": (put_table([CELL], pyarrow.array([2**64 - 1], "uint64")), "has the classes 0 to 99"),

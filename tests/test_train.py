@@ -510,7 +510,9 @@ def test_a_gpu_that_cannot_be_used_is_no_reason_to_train_for_weeks(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(trainer_module, "NVIDIA_DRIVER", tmp_path)
-    with pytest.raises(ValueError, match=r"an NVIDIA driver here and PyTorch .* cannot use it: .* --device cpu goes on"):
+    with pytest.raises(
+        ValueError, match=r"an NVIDIA driver here and PyTorch .* cannot use it: .* --device cpu goes on"
+    ):
         choose_device("auto")
     assert choose_device("cpu").type == "cpu"
 

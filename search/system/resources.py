@@ -1,5 +1,6 @@
 """Shares a machine or cluster among trials and runs, and starts Ray on it."""
 
+import functools
 import json
 import logging
 import math
@@ -132,15 +133,16 @@ def start_ray(resources: Resources | None, address: str | None = None) -> None:
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(
-                address=address or "local",  # without it Ray would join whatever cluster it finds on this machine
-                num_cpus=resources.num_cpus if resources else None,
-                num_gpus=resources.num_gpus if resources else None,
-                include_dashboard=False if address is None else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env=None if address is None else environment_of_workers(),
-            )
+            with groups_of_their_own():
+                ray.init(
+                    address=address or "local",  # without it Ray would join whatever cluster it finds on this machine
+                    num_cpus=resources.num_cpus if resources else None,
+                    num_gpus=resources.num_gpus if resources else None,
+                    include_dashboard=False if address is None else None,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env=None if address is None else environment_of_workers(),
+                )
             return
         except (AuthenticationError, ConnectionError) as error:  # a refused token looks as if there were no cluster
             raise RayStartError(
@@ -153,6 +155,23 @@ def start_ray(resources: Resources | None, address: str | None = None) -> None:
             # In a cluster also another version of Ray or Python, or a machine that is no node: no defect of ours.
             if not timed_out or attempt == START_ATTEMPTS:
                 raise RayStartError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def groups_of_their_own() -> Iterator[None]:
+    """Have Ray start its processes outside of this one's process group.
+
+    `timeout` and batch systems send SIGTERM to the whole group. Ray's processes would end by that at once, and this one
+    would wait for them in vain; alone, it stops in order.
+    """
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def environment_of_workers() -> dict[str, Any]:

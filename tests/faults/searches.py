@@ -36,7 +36,9 @@ class Search:
     def start(self) -> subprocess.Popen[bytes]:
         command = command_line("search/tune.py", *self.flags)
         with open(self.outputs / "driver.log", "ab") as log:
-            return subprocess.Popen(command, cwd=self.outputs, env=command_environment(), stdout=log, stderr=log)
+            return subprocess.Popen(
+                command, cwd=self.outputs, env=command_environment(), stdout=log, stderr=log, start_new_session=True
+            )
 
     def log(self) -> str:
         return (self.outputs / "driver.log").read_text()

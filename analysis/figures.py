@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from analysis.effects import find_margin, fit_effects
 from analysis.trials import NOT_POOLED, find_role, parameter_columns, pareto_front, rank
 from analysis.verdict import accuracy_standard_error, describe_metric
 from byot.config import CLASSIFIERS
@@ -75,6 +76,7 @@ def draw_pictures(
             "history": draw_history(search, trials),
             "front": draw_front(search, trials),
             "parameters": draw_parameters(search, trials),
+            "effects": draw_effects(search, trials),
             "curves": draw_curves(search, trials, curves),
             "classifiers": draw_classifiers(search, trials),
         }
@@ -135,6 +137,40 @@ def draw_parameters(search: SearchRecord, trials: pd.DataFrame) -> Drawing | Non
     panels[0].set_ylabel(metric_label(search.metric))
     add_legend(figure)
     return figure, f"One panel for each of {', '.join(names)}: its value against {describe_metric(search.metric)}."
+
+
+def draw_effects(search: SearchRecord, trials: pd.DataFrame) -> Drawing | None:
+    """Draw what each parameter does, the others taken over their ranges, and where it is near its best."""
+    effects = fit_effects(search, trials)
+    if not effects:
+        return None
+    margin = find_margin(search)
+    whole = trials[_whole(trials, search.metric) & (trials["role"] != "control")]
+    rows = math.ceil(len(effects) / 3)
+    figure, panels = make_panels(min(3, len(effects)), 2.8 * rows + 0.4, rows, sharey=True)
+    words = []
+    for axes, (name, effect) in zip(panels, effects.items(), strict=False):
+        axes.set_xscale("log" if effect.bounds.log else "linear")
+        low, high = effect.mean - effect.half_width, effect.mean + effect.half_width
+        axes.fill_between(effect.values, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95 % band")
+        axes.plot(effect.values, effect.mean, color=BLUE, linewidth=1.6, label="mean over the other parameters")
+        axes.scatter(whole[name], whole[search.metric], **STATUS_MARKS["completed"] | {"s": 12, "color": GREY})
+        axes.set_xlabel(name)
+        if effect.is_flat:
+            words.append(f"{name}: nothing is shown, a level line fits into the band")
+            continue
+        ends = effect.near_best(search.mode, margin)
+        axes.plot(
+            ends, [0.02] * 2, color=ORANGE, linewidth=4, transform=axes.get_xaxis_transform(), label="near its best"
+        )
+        words.append(
+            f"{name}: best from {ends[0]:.3g} to {ends[1]:.3g}, within {margin:g} {unit(search.metric, 'points')}"
+        )
+    for axes in panels[len(effects) :]:
+        axes.set_visible(False)
+    panels[0].set_ylabel(metric_label(search.metric))
+    add_legend(figure)
+    return figure, f"What each parameter does to {describe_metric(search.metric)}. {'; '.join(words)}."
 
 
 def draw_curves(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame) -> Drawing | None:

@@ -20,6 +20,7 @@ import pytest
 import ray
 
 from analysis import best, report, retrain
+from analysis.effects import FEWEST_TRIALS, find_margin, fit_effects
 from analysis.figures import draw_pictures, to_svg
 from analysis.listing import ranking_table, summary_table, trials_table
 from analysis.trials import load_curves, load_runs, load_trials, retrained_runs, summarise_runs, trial_config
@@ -392,6 +393,48 @@ def test_figures_of_searches_with_little_in_them(outputs):
     best_is_reference = [trial("a", 70.0, role="reference"), trial("b", 70.0, role="control")]
     pictures = draw(outputs, make_search(outputs, best_is_reference, name="two"))
     assert labels_of(pictures["classifiers"][0]) == [f"best: {REFERENCE}", "deep supervision alone"]
+
+
+def search_with_effects(outputs, seed, num_trials=24, **fields):
+    """Accuracy falls with the distance of alpha from 0.4 and has noise; the control is far from that."""
+    generator = np.random.default_rng(seed)
+    trials = [trial("c", 40.0, role="control")]
+    for number in range(num_trials):
+        alpha, temperature, beta = generator.random(), generator.uniform(1, 10), 10 ** generator.uniform(-8, -3)
+        accuracy = 70 - 40 * (alpha - 0.4) ** 2 + generator.normal(scale=0.3)
+        trials.append(trial(f"t{number}", accuracy, alpha=alpha, temperature=temperature, beta=beta))
+    return make_search(outputs, trials, name=f"effects-{seed}", **fields)
+
+
+def effects_of(folder):
+    return fit_effects(load_search(folder), load_trials(folder))
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("val_accuracy", "max"), ("val_nll", "min")])
+def test_effects_find_what_matters_and_what_does_not(outputs, metric, mode):
+    folder = search_with_effects(outputs, 0, metric=metric, mode=mode)
+    effects = effects_of(folder)
+    is_flat = {name: effect.is_flat for name, effect in effects.items()}
+    assert is_flat == {"alpha": False, "temperature": True, "beta": True}
+    low, high = effects["alpha"].near_best(mode, find_margin(load_search(folder)))
+    assert 0.2 < low <= 0.45, "0.3 points are lost at a distance of 0.09"
+    assert 0.35 <= high < 0.6
+    figure, words = draw(outputs, folder)["effects"]
+    assert "alpha: best from " in words
+    assert "temperature: nothing is shown" in words
+    assert [axes.get_xscale() for axes in figure.axes] == ["linear", "linear", "log"]
+
+
+def test_the_bands_of_effects_hold_the_truth(outputs):
+    """Nearly as often as they say: how smooth the surface is has to be found out, too."""
+    missed = []
+    for seed in range(10):
+        effects = effects_of(search_with_effects(outputs, seed))
+        alpha, beta = effects["alpha"], effects["beta"]
+        missed += [*(np.abs(alpha.mean - (70 - 40 * (alpha.values - 0.4) ** 2)) > alpha.half_width)]
+        missed += [*(np.abs(beta.mean - (70 - 40 * (1 / 12 + 0.01))) > beta.half_width)]
+    assert np.mean(missed) < 0.12
+    assert effects_of(search_with_effects(outputs, 99, num_trials=FEWEST_TRIALS - 1)) == {}
 
 
 # ---------------------------------------------------------------- the page

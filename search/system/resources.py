@@ -164,8 +164,9 @@ def groups_of_their_own() -> Iterator[None]:
     `timeout` and batch systems send SIGTERM to the whole group. Ray's processes would end by that at once, and this one
     would wait for them in vain; alone, it stops in order.
     """
-    from ray._private import services
+    import ray._private.services
 
+    services: Any = ray._private.services
     popen = services.ConsolePopen
     services.ConsolePopen = functools.partial(popen, process_group=0)
     try:

@@ -1,7 +1,7 @@
 """Makes the tables of docs/results.md and the README's short one from the records in results/.
 
   python benchmarks/readme_tables.py             print them
-  python benchmarks/readme_tables.py --write     put them into both files
+  python benchmarks/readme_tables.py --write     put them into both files, and draw docs/exits.svg
 
 What has no record is left out. Runs are those of the plans of tables.py. Differences are paired: two runs of one seed
 begin with the same weights and see the same images in the same order.
@@ -33,6 +33,7 @@ from byot.system.paths import PROJECT_ROOT
 from search.space import DEFAULT_SPACE
 
 README, RESULTS_PAGE = PROJECT_ROOT / "README.md", PROJECT_ROOT / "docs" / "results.md"
+EXITS_FIGURE, SHIPPED_NETWORK = PROJECT_ROOT / "docs" / "exits.svg", "resnet18-w16-cifar100"
 BEGIN, END = "<!-- tables: made by benchmarks/readme_tables.py from results/ -->", "<!-- end of the tables -->"
 NOTHING = "\N{EN DASH}"
 MOST_TRIALS, MOST_SEEDS = 8, 100  # listed of a search; looked for of an arm
@@ -366,6 +367,15 @@ def with_tables(page: str, tables: str) -> str:
     return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
+def exits_figure() -> bytes:
+    """Draw accuracy against cost of the network that ships, as SVG."""
+    from analysis.figures import to_svg
+    from analysis.run_figures import draw_run
+
+    test = read_json(RESULTS / "networks" / SHIPPED_NETWORK / "exits-test.json")["test"]
+    return to_svg(draw_run({}, test)["cost"][0])
+
+
 def main() -> None:
     parser = Parser(prog="readme_tables.py", description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/results.md")
@@ -374,6 +384,7 @@ def main() -> None:
         if arguments.write:
             for path, page in make_pages().items():
                 write_output(path, page)
+            write_output(EXITS_FIGURE, exits_figure().decode())
         else:
             print(summary(), all_sections(), sep="\n\n")
 

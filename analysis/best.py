@@ -10,6 +10,8 @@ from byot.system.files import write_output
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import check_writable_file, outputs_folder
 
+MAY_GO = ("4/4", "± se", "ensemble", "1/4", "2/4", "3/4")  # of the columns, where a terminal is narrow
+
 
 def build_parser() -> Parser:
     parser = Parser(prog="best.py", description=__doc__)
@@ -47,7 +49,7 @@ def main() -> None:
     print(f"{config.model} width {config.width} on {config.dataset}, {config.epochs} epochs")
     print(count_statuses(trials))
     if not ranked.empty:
-        print(f"\n{ranking_table(search, trials, arguments.top).to_text()}")
+        print(f"\n{ranking_table(search, trials, arguments.top).to_text(MAY_GO)}")
     print(f"\n{bullets(judge_search(search, trials))}")
     if confirmation is not None:
         print(f"\nrun again over fresh seeds:\n{bullets(confirmation.verdict)}")

@@ -21,8 +21,8 @@ class Table(NamedTuple):
     rows: list[list[str]]
     num_text: int
 
-    def to_text(self) -> str:
-        return text_table(*self)
+    def to_text(self, may_go: Iterable[str] = ()) -> str:
+        return text_table(*self, [name for name in may_go if name in self.header])
 
 
 def ranking_table(search: SearchRecord, trials: pd.DataFrame, top: int) -> Table:

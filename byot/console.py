@@ -1,6 +1,7 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, a table of the classifiers."""
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,10 +38,25 @@ def epoch_line(metrics: "EpochMetrics", num_epochs: int) -> str:
     return f"{line}  {metrics.images_per_s:.0f} images/s  {metrics.elapsed_s:.1f} s"
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1) -> str:
-    """Align cells in columns; the first `num_text` columns are words, the rest numbers."""
+def terminal_width() -> float:
+    """Return the letters in a line of the terminal that standard output is; in a file or a pipe any number fit."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+
+
+def text_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1, may_go: Sequence[str] = ()
+) -> str:
+    """Align cells in columns; the first `num_text` columns are words, the rest numbers.
+
+    On a terminal that is too narrow the columns that may go are left out, in this order, until the others fit.
+    """
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name in may_go:
+        if sum(widths) + 2 * (len(widths) - 1) > terminal_width():
+            place = lines[0].index(name)
+            lines = [[*line[:place], *line[place + 1 :]] for line in lines]
+            del widths[place]
 
     def align(line: Sequence[str]) -> str:
         cells = enumerate(zip(line, widths, strict=True))

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from statistics import fmean
 
-from byot.config import work_after
+from byot.config import CLASSIFIERS, work_after
 from byot.console import format_duration, text_table
 from byot.search_files import (
     ACCURACIES,
@@ -104,7 +104,7 @@ def trials_table(records: SearchRecords) -> str:
 
     # val_accuracy is the deepest classifier's, which the numbered columns show already.
     shown = [name for name in dict.fromkeys((metric, *ACCURACIES)) if name != "val_accuracy"]
-    names = [name.removeprefix("val_") for name in shown]
+    names = [CLASSIFIERS.get(name.removeprefix("val_accuracy_"), name.removeprefix("val_")) for name in shown]
     header = ["trial", "role", "status", "epochs", *records.parameters, *names, "seconds"]
     rows = [
         [
@@ -118,7 +118,7 @@ def trials_table(records: SearchRecords) -> str:
         ]
         for trial in sorted(records.trials.values(), key=rank)
     ]
-    return text_table(header, rows, num_text=3)
+    return text_table(header, rows, num_text=3, may_go=("seconds", "ensemble", "1/4", "2/4", "3/4"))
 
 
 def verdict(folder: Path, outputs: Path, go_on: str) -> str:

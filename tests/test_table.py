@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from byot import console
+from byot.console import text_table
 from byot.search_files import MEASURES
 from search.records import SearchRecords
 from search.settings import expected_work, expected_work_left, grace_epochs
@@ -279,3 +281,12 @@ def test_ctrl_c_gives_the_terminal_back(tmp_path: Path):
     assert "trials have ended" not in "\n".join(screen_after(output)), "the table is gone"
     assert "of 4 trials to end; go on with:" in output
     assert "Traceback" not in output
+
+
+def test_columns_go_until_a_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch):
+    header, rows = ["trial", "alpha", "1/4", "seconds"], [["t0001", "0.123456", "12.34", "1234567"]]
+    wide = text_table(header, rows, may_go=("seconds", "1/4"))
+    assert wide.splitlines()[0] == "trial     alpha    1/4  seconds", "a pipe is as wide as one likes"
+    for width, kept in ((31, header), (30, header[:3]), (21, header[:2]), (5, header[:2])):
+        monkeypatch.setattr(console, "terminal_width", lambda width=width: width)
+        assert text_table(header, rows, may_go=("seconds", "1/4")).splitlines()[0].split() == kept

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -124,12 +125,23 @@ def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
 
 
 @needs_compiler
+def test_several_threads_are_not_left_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a compiler without OpenMP would have it; torch's own operations use them all."""
+    norm, x = stirred_norm(16), images(4, 16, 4, 4).requires_grad_()
+    monkeypatch.setattr(fused, "load_library", lambda: SimpleNamespace(norm_relu_is_parallel=lambda: 0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert type(norm_relu(norm, x).grad_fn).__name__ == "ReluBackward0"
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     "change",
     [
         lambda norm, x: (norm.eval(), x),
         lambda norm, x: (norm, x.float()),
         lambda norm, x: (norm, x.contiguous()),
+        lambda norm, x: (norm.bfloat16(), x),
+        lambda norm, x: (nn.BatchNorm2d(16, affine=False), x),
         lambda norm, x: (nn.BatchNorm2d(8), x[:, :8].contiguous(memory_format=torch.channels_last)),
     ],
 )

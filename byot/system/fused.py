@@ -37,11 +37,16 @@ POINTER, COUNT, DOUBLE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, 
 
 def norm_relu(norm: AnyBatchNorm | nn.Identity, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Compute relu(norm(x) + residual), [B, C, H, W]."""
-    if _can_fuse(norm, x, residual) and load_library() is not None:
+    if _can_fuse(norm, x, residual) and _has_library():
         y: Tensor = FusedNormRelu.apply(x, residual, norm.weight, norm.bias, norm)
         return y
     x = norm(x)
     return F.relu(x if residual is None else x + residual, inplace=True)
+
+
+def _has_library() -> bool:
+    library = load_library()
+    return library is not None and bool(torch.get_num_threads() == 1 or library.norm_relu_is_parallel())
 
 
 def _can_fuse(norm: AnyBatchNorm | nn.Identity, x: Tensor, residual: Tensor | None) -> bool:
@@ -50,6 +55,8 @@ def _can_fuse(norm: AnyBatchNorm | nn.Identity, x: Tensor, residual: Tensor | No
         and x.dtype == torch.bfloat16
         and norm.training
         and type(norm) is nn.BatchNorm2d  # not one that looks at other processes' images
+        and norm.affine
+        and norm.weight.dtype == torch.float32
         and x.shape[1] % LANES == 0
         and x.numel() > x.shape[1]
         and not torch.compiler.is_compiling()

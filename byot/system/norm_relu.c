@@ -31,6 +31,15 @@ static inline bf16 narrow(float f) { /* to nearest, ties to even */
 /* All ones where ReLU let its input pass, else 0: positive numbers are those whose bits are, as a whole number. */
 static inline bf16 active(bf16 out) { return (bf16)-((int16_t)out > 0); }
 
+/* Whether the threads work at once: without OpenMP one does the parts of all. */
+int norm_relu_is_parallel(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* First and one past the last row of a thread. */
 static inline void rows_of(int64_t M, int thread, int threads, int64_t *first, int64_t *end) {
     *first = M * thread / threads;

@@ -33,6 +33,9 @@ def test_means_differences_and_tables():
     assert common.mean_and_sd([1.0]) == "1.00"
     assert common.format_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], bold=True) == "+2.00 ± 2.48", "not resolved"
     assert common.format_difference([1.0, 1.1], [2.0, 2.1], bold=True) == "**-1.00 ± 0.00**"
+    far, near = [2.1, 2.0, 2.1], [0.2, 0.3, 0.3]
+    assert common.format_difference(far, [0.0] * 3, bold=True, num_compared=10) == "**+2.07 ± 0.14***", "with all ten"
+    assert common.format_difference(near, [0.0] * 3, digits=1, bold=True, num_compared=100) == "**+0.3 ± 0.1**", "alone"
     assert common.format_difference([2.0], [1.5], bold=True) == "+0.50", "no interval of one pair"
     assert common.markdown(["a", "bb"], [["long", "1"]]) == "| a | bb |\n| --- | --- |\n| long | 1 |"
 

@@ -57,6 +57,9 @@ def test_a_plan_has_the_arms_that_it_names_and_each_with_one_seed_before_any_has
     assert arms["reference"].differing_settings(arms["bf16"]) == {"precision": ("auto", "bf16")}
     names = [run.name for run in planned_runs("x", plan, NOWHERE)]
     assert names == ["x-reference-s0", "x-bf16-s0", "x-reference-s1", "x-bf16-s1"]
+    plan = TablePlan(SMALL, arms=("reference",), side_arms=("no-hint",), num_seeds=3)
+    names = [run.name for run in planned_runs("x", plan, NOWHERE)]
+    assert names == [*(f"x-reference-s{seed}" for seed in range(3)), "x-no-hint-s0", "x-no-hint-s1"]
 
 
 def test_the_searched_arm_is_what_the_search_chose_unless_that_is_another_arm(tmp_path: Path):
@@ -159,7 +162,7 @@ def test_a_table_from_records(tmp_path: Path):
     assert cells["deep supervision alone"] == ["3", *means]
     assert cells["plain cross-entropy (an ordinary ResNet)"] == ["2", *"–––", "30.50 ± 0.71", "–"]  # noqa: RUF001
     (difference,) = set(cells["self distillation, the reference's setting minus deep supervision alone"][1:])
-    assert difference == "**+2.07 ± 0.14**"
+    assert difference == "**+2.07 ± 0.14***", "the star: also where all comparisons are to hold together"
     assert cells["deep supervision alone minus plain cross-entropy (an ordinary ResNet)"][:1] == ["2"]
     assert cells["deep supervision alone minus plain cross-entropy (an ordinary ResNet)"][4] == "+0.00 ± 0.00"
     assert "n = 2 to 3 seeds" in lines[0]

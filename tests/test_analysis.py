@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from unittest.mock import Mock
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import ray
@@ -37,7 +38,7 @@ from search.plan import make_plan
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE, read_space
 from search.tune import build_parser
-from tests.helpers import assert_one_sentence, call_main, command_environment, command_line, run_command
+from tests.helpers import PROJECT, assert_one_sentence, call_main, command_environment, command_line, run_command
 from tests.made_up import make_trial, search_record
 
 EPOCHS = 9
@@ -619,3 +620,19 @@ def test_retraining_survives_a_stop_and_a_failure(outputs, tmp_path):
     assert runs == [job.folder.name for job in (jobs[0], jobs[2], jobs[1])]
     assert "Traceback" not in again.stderr
     assert (jobs[0].folder / "result.json").stat().st_mtime_ns == first
+
+
+def test_the_notebook_runs():
+    """Its cells one after the other, and three figures."""
+    plt.switch_backend("agg")
+    notebook = read_json(PROJECT / "analysis" / "search.ipynb")
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = {}
+    try:
+        for i, cell in enumerate(cells):
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), f"cell {i}", "exec"), names)
+        assert len(plt.get_fignums()) == 3
+        assert set(names["effects"]) == {"alpha", "temperature", "beta"}
+    finally:
+        plt.close("all")

@@ -13,6 +13,7 @@ import signal
 import subprocess
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
@@ -627,7 +628,7 @@ def test_the_notebook_runs():
     plt.switch_backend("agg")
     notebook = read_json(PROJECT / "analysis" / "search.ipynb")
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    names = {}
+    names: dict[str, Any] = {}
     try:
         for i, cell in enumerate(cells):
             assert cell["outputs"] == []

@@ -26,7 +26,7 @@ NOISES = (1e-3, 1.0)  # of the variance of the trials' values
 
 def find_margin(search: SearchRecord) -> float:
     """Return the difference that the search takes for none, in the metric's unit."""
-    points = float(search.settings.get("margin") or DEFAULT_MARGIN)
+    points = float(search.settings.get("margin", DEFAULT_MARGIN))
     return points / 100 if "_nll" in search.metric else points
 
 
@@ -44,7 +44,7 @@ class Effect(NamedTuple):
         return bool((self.mean - self.half_width).max() <= (self.mean + self.half_width).min())
 
     def near_best(self, mode: str, margin: float) -> tuple[float, float]:
-        """Find the ends of the values around the best whose mean is less than the margin from it."""
+        """Find the ends of the values around the best whose mean is within the margin of it."""
         behind = self.mean.max() - self.mean if mode == "max" else self.mean - self.mean.min()
         low = high = int(behind.argmin())
         while low > 0 and behind[low - 1] <= margin:

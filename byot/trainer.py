@@ -13,6 +13,7 @@ auto      graph on one CUDA device, none elsewhere
 """
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -108,10 +109,7 @@ class Trainer:
         while self.epoch < self.config.epochs:
             with explain_out_of_memory(self.config):
                 if self.processes.count > 1 and self._network is self.model:  # by now all have the same weights
-                    self._network = nn.parallel.DistributedDataParallel(
-                        self.model,
-                        broadcast_buffers=False,  # evaluate() does; steps do not read them
-                    )
+                    self._network = nn.parallel.DistributedDataParallel(self.model)
                 metrics = self._run_epoch(on_batch)
             yield metrics
 
@@ -350,7 +348,8 @@ def choose_device(name: str) -> torch.device:
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        if NVIDIA_DRIVER.exists() and not available["cuda"]:
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if NVIDIA_DRIVER.exists() and not available["cuda"] and not is_hidden:
             raise ValueError(
                 f"there is an NVIDIA driver here and PyTorch {torch.__version__} cannot use it: a newer driver or "
                 "another build of PyTorch would help; --device cpu goes on without"

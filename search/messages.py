@@ -118,7 +118,9 @@ def trials_table(records: SearchRecords) -> str:
         ]
         for trial in sorted(records.trials.values(), key=rank)
     ]
-    return text_table(header, rows, num_text=3, may_go=("seconds", "ensemble", "1/4", "2/4", "3/4"))
+    searched = names[shown.index(metric)] if metric in shown else None
+    may_go = [name for name in ("seconds", "ensemble", "1/4", "2/4", "3/4") if name != searched]
+    return text_table(header, rows, num_text=3, may_go=may_go)
 
 
 def verdict(folder: Path, outputs: Path, go_on: str) -> str:

@@ -510,6 +510,9 @@ def test_a_gpu_that_cannot_be_used_is_no_reason_to_train_for_weeks(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(trainer_module, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose_device("auto").type != "cuda", "hidden on purpose"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(
         ValueError, match=r"an NVIDIA driver here and PyTorch .* cannot use it: .* --device cpu goes on"
     ):

@@ -123,17 +123,14 @@ def draw_parameters(search: SearchRecord, trials: pd.DataFrame) -> Drawing | Non
     names = parameter_columns(trials)
     if not names or trials[search.metric].isna().all():
         return None
-    rows = math.ceil(len(names) / 3)
-    figure, panels = make_panels(min(3, len(names)), 2.8 * rows + 0.4, rows, sharey=True)
-    for axes, name in zip(panels, names, strict=False):
+    figure, panels = make_parameter_panels(len(names))
+    for axes, name in zip(panels, names, strict=True):
         bounds = search.space.get(name)
         if isinstance(bounds, Range):
             axes.set_xscale("log" if bounds.log else "linear")
             axes.plot([bounds.low, bounds.high], [trials[search.metric].max()] * 2, linestyle="none")  # its whole range
         _draw_trials(axes, search, trials, name)
         axes.set_xlabel(name)
-    for axes in panels[len(names) :]:
-        axes.set_visible(False)
     panels[0].set_ylabel(metric_label(search.metric))
     add_legend(figure)
     return figure, f"One panel for each of {', '.join(names)}: its value against {describe_metric(search.metric)}."
@@ -146,10 +143,9 @@ def draw_effects(search: SearchRecord, trials: pd.DataFrame) -> Drawing | None:
         return None
     margin = find_margin(search)
     whole = trials[_whole(trials, search.metric) & (trials["role"] != "control")]
-    rows = math.ceil(len(effects) / 3)
-    figure, panels = make_panels(min(3, len(effects)), 2.8 * rows + 0.4, rows, sharey=True)
+    figure, panels = make_parameter_panels(len(effects))
     words = []
-    for axes, (name, effect) in zip(panels, effects.items(), strict=False):
+    for axes, (name, effect) in zip(panels, effects.items(), strict=True):
         axes.set_xscale("log" if effect.bounds.log else "linear")
         low, high = effect.mean - effect.half_width, effect.mean + effect.half_width
         axes.fill_between(effect.values, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95 % band")
@@ -166,8 +162,6 @@ def draw_effects(search: SearchRecord, trials: pd.DataFrame) -> Drawing | None:
         words.append(
             f"{name}: best from {ends[0]:.3g} to {ends[1]:.3g}, within {margin:g} {unit(search.metric, 'points')}"
         )
-    for axes in panels[len(effects) :]:
-        axes.set_visible(False)
     panels[0].set_ylabel(metric_label(search.metric))
     add_legend(figure)
     return figure, f"What each parameter does to {describe_metric(search.metric)}. {'; '.join(words)}."
@@ -345,6 +339,15 @@ def _whole(trials: pd.DataFrame, metric: str) -> pd.Series:
 def make_panels(columns: int, height: float, rows: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def make_parameter_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Make a panel for each parameter, three in a row and with one vertical axis; what is left of the row is empty."""
+    rows = math.ceil(count / 3)
+    figure, panels = make_panels(min(3, count), 2.8 * rows + 0.4, rows, sharey=True)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels[:count]
 
 
 def _draw_trials(axes: Axes, search: SearchRecord, trials: pd.DataFrame, x: str) -> None:

@@ -1,6 +1,6 @@
 """Tables of trials and of retrained runs as cells of text, for the terminal and for the page."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -21,8 +21,8 @@ class Table(NamedTuple):
     rows: list[list[str]]
     num_text: int
 
-    def to_text(self, may_go: Iterable[str] = ()) -> str:
-        return text_table(*self, [name for name in may_go if name in self.header])
+    def to_text(self, may_go: Sequence[str] = ()) -> str:
+        return text_table(*self, may_go)
 
 
 def ranking_table(search: SearchRecord, trials: pd.DataFrame, top: int) -> Table:

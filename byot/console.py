@@ -53,7 +53,7 @@ def text_table(
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for name in may_go:
-        if sum(widths) + 2 * (len(widths) - 1) > terminal_width():
+        if name in lines[0] and sum(widths) + 2 * (len(widths) - 1) > terminal_width():
             place = lines[0].index(name)
             lines = [[*line[:place], *line[place + 1 :]] for line in lines]
             del widths[place]

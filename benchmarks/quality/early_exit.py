@@ -36,6 +36,7 @@ from byot.exits import (
 )
 from byot.graphs import Normalise, Section, cut_sections
 from byot.model import fold_batch_norms
+from byot.predictor import DEEPEST_ALONE
 from byot.runs import find_run, load_network
 from byot.system.flags import Parser, one_sentence_errors
 
@@ -149,7 +150,6 @@ def time_both(
     config.enabled_exits = [threshold < NEVER for threshold in theirs.thresholds[:-1]]
     config.confidence_thresholds = [min(1.0, threshold) for threshold in theirs.thresholds[:-1]]
     config.temperatures = dict(zip(config.head_names, theirs.temperatures, strict=True))
-    plain = ExitRule(ours.temperatures, (NEVER,) * (len(ours.temperatures) - 1) + (0.0,))
     images = torch.tensor(test.images[: max(TIMED_IMAGES.values())]).permute(0, 3, 1, 2).float() / 255
 
     def by_rule(rule: ExitRule) -> Callable[[Tensor], Any]:
@@ -158,7 +158,7 @@ def time_both(
     found = {}
     for size in TIMED_IMAGES:
         batched = network.forward_inference_batched
-        methods = {"plain": by_rule(plain), "ours": by_rule(ours), "earlyon": batched if size > 1 else None}
+        methods = {"plain": by_rule(DEEPEST_ALONE), "ours": by_rule(ours), "earlyon": batched if size > 1 else None}
         found[size] = time_methods({n: m or staged_model(network).infer for n, m in methods.items()}, images, size)
     return found
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.trials import rank
-from byot.search_files import Range, SearchRecord
+from byot.search_files import Range, SearchRecord, to_unit
 
 FEWEST_TRIALS = 8
 DEFAULT_MARGIN = 0.3  # points; of searches that recorded none
@@ -26,8 +26,7 @@ NOISES = (1e-3, 1.0)  # of the variance of the trials' values
 
 def find_margin(search: SearchRecord) -> float:
     """Return the difference that the search takes for none, in the metric's unit."""
-    points = float(search.settings.get("margin", DEFAULT_MARGIN))
-    return points / 100 if "_nll" in search.metric else points
+    return to_unit(search.metric, float(search.settings.get("margin", DEFAULT_MARGIN)))
 
 
 class Effect(NamedTuple):

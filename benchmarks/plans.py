@@ -141,7 +141,7 @@ def arms_of(plan: TablePlan, outputs: Path, results: Path = RESULTS) -> dict[Arm
 def planned_runs(
     name: str, plan: TablePlan, outputs: Path, results: Path = RESULTS, data_dir: str | None = None
 ) -> list[PlannedRun]:
-    """List every arm with seed 0, then every one with seed 1: stopped early, all have as many runs."""
+    """List the arms of each seed in turn, so that a plan stopped early has as many runs of all; then the side arms."""
     found = arms_of(plan, outputs, results)
     rounds = [(plan.arms, seed) for seed in range(plan.num_seeds)]
     rounds += [(plan.side_arms, seed) for seed in range((plan.num_seeds + 1) // 2)]

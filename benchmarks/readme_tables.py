@@ -75,20 +75,29 @@ class Column(NamedTuple):
     digits: int = 2
 
 
-COLUMNS = (
-    *(Column(title, f"test_accuracy_{i}") for i, title in CLASSIFIERS.items()),
-    Column("NLL of 4/4", "test_nll_4", 3),
-    Column("ECE of 4/4", "test_ece_4"),
-    Column("half the cost", "test_exit_accuracy"),
-)
-ANSWER = "answer-w16"  # the plan of the README's first table, and its arms and measures
+def by_classifier(measure: str, digits: int = 2) -> tuple[Column, ...]:
+    return tuple(Column(title, f"test_{measure}_{i}", digits) for i, title in CLASSIFIERS.items())
+
+
+ACCURACIES = (*by_classifier("accuracy"), Column("half the cost", "test_exit_accuracy"))
+COLUMNS = {  # of a plan's tables, one each
+    "Accuracy in percent": ACCURACIES,
+    "Calibration error (ECE) in percent": by_classifier("ece"),
+    "Negative log-likelihood (NLL) in nats": by_classifier("nll", 3),
+}
+ANSWER = "answer-w16"  # the plan of the README's first table, and its arms
 ANSWER_ARMS: dict[Arm, str] = {
     "plain": "an ordinary ResNet",
     "deep-supervision": "deep supervision alone",
     "reference": "self distillation, the reference's setting",
     "searched": "self distillation, the searched setting",
 }
-ANSWER_KEYS = [*(f"test_accuracy_{i}" for i in CLASSIFIERS), "test_exit_accuracy"]
+ANSWER_PAIRS: tuple[tuple[Arm, Arm], ...] = (
+    ("deep-supervision", "plain"),
+    ("reference", "deep-supervision"),
+    ("searched", "deep-supervision"),
+    ("searched", "reference"),
+)
 Runs = dict[Arm, dict[int, dict[str, Any]]]  # arm -> seed -> record
 
 
@@ -153,30 +162,38 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
             " Published: single runs of 200 epochs, the reference implementation's with the epoch that is best on the "
             "test set."
         )
-    columns = [
-        column
-        for column in COLUMNS
-        if any(has(record, column) for of_arm in runs.values() for record in of_arm.values())
-    ]
-    rows = [
-        [f"published: {source}", "1", *(f"{v:.2f}" for v in values), *[NOTHING] * (len(columns) - len(values))]
-        for source, values in published.items()
-    ]
-    for arm, of_arm in runs.items():
-        label = ARM_NAMES[arm]
-        if arm == "searched":
-            label += f" (by `{plan.search}`: {format_weights(next(iter(of_arm.values()))['config'])})"
-        rows.append([label, str(len(of_arm)), *(describe(list(of_arm.values()), column) for column in columns)])
-    header = ["", "n", *(column.title for column in columns)]
-    parts = [heading, markdown(header, rows)]
-    if differences := difference_rows(runs, columns):
-        number = count_compared(runs, columns)
-        parts += [
-            "Paired differences, ± half of a 95 % interval (Student's t, each by itself); bold: resolved, the interval "
-            f"does not hold 0; with a star: nor does the one that holds together with all {number} of the table "
-            "(Bonferroni).",
-            markdown(header, differences),
+    tables = {title: [c for c in columns if is_measured(runs, c)] for title, columns in COLUMNS.items()}
+    differences, number = compare_arms(runs, [column for columns in tables.values() for column in columns])
+    parts = [heading]
+    for title, columns in tables.items():
+        if not columns:
+            continue
+        header = [title, "n", *(column.title for column in columns)]
+        rows = [
+            [f"published: {source}", "1", *(f"{v:.2f}" for v in values), *[NOTHING] * (len(columns) - len(values))]
+            for source, values in published.items()
+            if columns[: len(values)] == list(ACCURACIES[: len(values)])
         ]
+        for arm, of_arm in runs.items():
+            label = ARM_NAMES[arm]
+            if arm == "searched":
+                label += f" (by `{plan.search}`: {format_weights(next(iter(of_arm.values()))['config'])})"
+            rows.append([label, str(len(of_arm)), *(describe(list(of_arm.values()), column) for column in columns)])
+        parts.append(markdown(header, rows))
+        header[0] = f"{title}: difference"
+        rows = [
+            [f"{ARM_NAMES[one.arm]} minus {ARM_NAMES[one.other]}", str(one.num_seeds), *cells]
+            for one in differences
+            if set(cells := [one.cells[column] for column in columns]) != {NOTHING}
+        ]
+        if rows:
+            parts.append(markdown(header, rows))
+    if differences:
+        parts.append(
+            "Differences are paired by seed, ± half of a 95 % interval (Student's t, each by itself); bold: resolved, "
+            f"the interval does not hold 0; with a star: nor does the one that holds together with all {number} of "
+            "these tables (Bonferroni)."
+        )
     diverged = [f"{ARM_NAMES[arm]}, seed {s}" for arm, found in ended.items() for s in found if "error" in found[s]]
     if diverged:
         parts.append(f"Diverged, and left out above: {'; '.join(diverged)}.")
@@ -199,42 +216,41 @@ def describe(records: Sequence[dict[str, Any]], column: Column) -> str:
     return mean_and_sd([record[column.key] for record in records], column.digits)
 
 
-def pairs_of(runs: Runs) -> Iterator[tuple[Arm, Arm, list[int]]]:
-    """Yield the arms that are compared, and the seeds that both have, two at least."""
-    for arm, other in COMPARED:
-        seeds = sorted(set(runs.get(arm, {})) & set(runs.get(other, {})))
-        if len(seeds) > 1:
-            yield arm, other, seeds
+def is_measured(runs: Runs, column: Column) -> bool:
+    return any(has(record, column) for of_arm in runs.values() for record in of_arm.values())
 
 
-def can_compare(runs: Runs, arm: Arm, other: Arm, column: Column) -> bool:
-    return all(has(record, column) for one in (arm, other) for record in runs[one].values())
+class Difference(NamedTuple):
+    """By how much an arm's measures are above another's, by the seeds that both have."""
+
+    arm: Arm
+    other: Arm
+    num_seeds: int
+    cells: dict[Column, str]
 
 
-def count_compared(runs: Runs, columns: Sequence[Column]) -> int:
-    return sum(can_compare(runs, arm, other, column) for arm, other, _ in pairs_of(runs) for column in columns)
-
-
-def difference(runs: Runs, arm: Arm, other: Arm, column: Column, num_compared: int = 1) -> str:
-    """Write by how much an arm's measure is above another's, by the seeds that both have."""
-    seeds = sorted(set(runs[arm]) & set(runs[other]))
-    values, others = ([runs[one][seed][column.key] for seed in seeds] for one in (arm, other))
-    return format_difference(values, others, digits=column.digits, bold=True, num_compared=num_compared)
-
-
-def difference_rows(runs: Runs, columns: Sequence[Column]) -> list[list[str]]:
-    number = count_compared(runs, columns)
+def compare_arms(
+    runs: Runs, columns: Sequence[Column], pairs: Sequence[tuple[Arm, Arm]] = COMPARED
+) -> tuple[list[Difference], int]:
+    """Compare the pairs of arms that have two seeds or more in common; also count the comparisons that were made."""
+    seeds = {pair: sorted(set(runs.get(pair[0], {})) & set(runs.get(pair[1], {}))) for pair in pairs}
+    compared = {
+        (pair, column): [[runs[arm][seed][column.key] for seed in found] for arm in pair]
+        for pair, found in seeds.items()
+        if len(found) > 1
+        for column in columns
+        if all(has(record, column) for arm in pair for record in runs[arm].values())
+    }
+    number = len(compared)
+    cells = {
+        (pair, column): format_difference(*values, digits=column.digits, bold=True, num_compared=number)
+        for (pair, column), values in compared.items()
+    }
     return [
-        [
-            f"{ARM_NAMES[arm]} minus {ARM_NAMES[other]}",
-            str(len(seeds)),
-            *(
-                difference(runs, arm, other, column, number) if can_compare(runs, arm, other, column) else NOTHING
-                for column in columns
-            ),
-        ]
-        for arm, other, seeds in pairs_of(runs)
-    ]
+        Difference(*pair, len(found), {column: cells.get((pair, column), NOTHING) for column in columns})
+        for pair, found in seeds.items()
+        if len(found) > 1
+    ], number
 
 
 # ---------------------------------------------------------------- searches
@@ -301,26 +317,37 @@ def summary(results: Path = RESULTS) -> str:
 
 
 def answer(results: Path) -> Iterator[str]:
-    """Write the accuracies of the main arms, and what self distillation adds to deep supervision."""
+    """Write the main arms' accuracies and their differences; nothing where not even the reference's was run."""
     runs = {arm: of_arm for arm, of_arm in load_runs(ANSWER, results).items() if arm in ANSWER_ARMS}
+    if "reference" not in runs:
+        return
     base = TABLE_PLANS[ANSWER].base
-    columns = [column for column in COLUMNS if column.key in ANSWER_KEYS]
+    errors = COLUMNS["Calibration error (ECE) in percent"]
+    differences, number = compare_arms(runs, [*ACCURACIES, *errors], ANSWER_PAIRS)
     rows = [
-        [ANSWER_ARMS[arm], *(describe(list(of_arm.values()), column) for column in columns)]
+        [ANSWER_ARMS[arm], *(describe(list(of_arm.values()), column) for column in ACCURACIES)]
         for arm, of_arm in runs.items()
     ]
-    number = count_compared(runs, columns)
     rows += [
-        [f"{ANSWER_ARMS[arm]} minus {ANSWER_ARMS[other]}", *(difference(runs, arm, other, c, number) for c in columns)]
-        for arm, other, _ in pairs_of(runs)
-        if other == "deep-supervision"
+        [f"{ANSWER_ARMS[one.arm]} minus {ANSWER_ARMS[one.other]}", *(one.cells[column] for column in ACCURACIES)]
+        for one in differences
+    ]
+    rows += [
+        [
+            f"calibration error: {ANSWER_ARMS[one.arm]} minus {ANSWER_ARMS[one.other]}",
+            *(one.cells[column] for column in errors),
+            "",
+        ]
+        for one in differences
+        if (one.arm, one.other) == ("reference", "deep-supervision")
     ]
     yield (
         f"CIFAR-100, {network(base)}, {base.epochs} epochs, {len(runs['reference'])} seeds: test accuracy in percent, "
-        'mean ± standard deviation; of differences half of a 95 % interval, bold where it does not hold 0. "Half the '
-        'cost": images leave early, with half of the multiply-adds on average.'
+        "mean ± standard deviation. Differences are paired by seed and have a 95 % interval: bold where it does not "
+        f'hold 0, with a star where that is so for all {number} differences together. "Half the cost": images leave '
+        "early, and take half of the multiply-adds on average."
     )
-    yield markdown(["", *(column.title for column in columns)], rows)
+    yield markdown(["", *(column.title for column in ACCURACIES)], rows)
 
 
 def other_answers(results: Path) -> str:
@@ -347,7 +374,7 @@ def other_answers(results: Path) -> str:
             "recorded curves of the digits, 30 seeds",
             f"{ours:.2f} against {stock:.2f} points short of the best",
         ],
-        ["anything at full size or on a GPU", "", "not measured yet"],
+        ["accuracy at full size, anything on a GPU", "", "not measured yet"],
     ]
     return markdown(["question", "measured on", "answer"], rows)
 

@@ -20,7 +20,7 @@ DEFAULT_MAX_DROP = 0.5
 
 def build_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__)
-    parser.add_argument("run", help="a run's folder or one checkpoint file")
+    parser.add_argument("run", help="a run, by its name, folder or checkpoint file")
     parser.add_argument("--data-dir", metavar="DIR", help="where the data set is, if not where it was trained from")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to compute")
     parser.add_argument("--exits", action="store_true", help="fit and measure early exit")

@@ -19,13 +19,13 @@ from byot.config import CLASSIFIERS, TrainConfig
 from byot.console import text_table
 from byot.data import LabelledImages, Normalisation, load_images, split_validation, take
 from byot.exits import (
-    NEVER,
     RULE_FILE,
     Answers,
     ExitCosts,
     ExitRule,
     Outcome,
     confidences,
+    exit_alone,
     find_exits,
     fit_temperatures,
     fit_to_cost,
@@ -283,7 +283,7 @@ def time_exits(fitted: FittedExits, test: LabelledImages, batch_size: int) -> di
     images = take(test, np.arange(0, len(test.labels), max(1, len(test.labels) // TIMED_IMAGES))[:TIMED_IMAGES])
     batches = [batch for batch, _ in _batches(fitted.model, fitted.normalisation, fitted.config, images, batch_size)]
     num_exits = len(fitted.rule.thresholds)
-    alone = [(NEVER,) * i + (0.0,) * (num_exits - i) for i in range(num_exits)]
+    alone = [exit_alone(i, num_exits) for i in range(num_exits)]
     in_table = [outcome.thresholds for outcome in fitted.table.values() if outcome is not None]
     rules = [ExitRule(fitted.rule.temperatures, thresholds) for thresholds in (*alone, *in_table)]
     passed_s, num_images = np.zeros(len(rules)), 0

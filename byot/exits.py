@@ -124,6 +124,11 @@ def confidences(logits: Tensor, temperatures: float | Tensor) -> Tensor:
     return (logits.float() / temperatures).softmax(dim=-1).amax(dim=-1)
 
 
+def exit_alone(i: int, num_exits: int) -> tuple[float, ...]:
+    """Make the thresholds by which all images leave at exit i, the first that is asked."""
+    return (NEVER,) * i + (0.0,) * (num_exits - i)
+
+
 def find_exits(confidence: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
     """Find where images leave whose confidence [K, N] is known: [N]."""
     reached = confidence >= np.asarray(thresholds, dtype=confidence.dtype)[:, None]
@@ -246,9 +251,11 @@ def fit_to_cost(answers: Answers, costs: ExitCosts, target_cost: float) -> Outco
 def fit_to_drop(answers: Answers, costs: ExitCosts, max_drop: float) -> Outcome:
     """Find the least cost whose thresholds lose at most so many points of accuracy to the deepest classifier.
 
-    The cost is the one number that is fitted to labels, by bisection.
+    Beside the temperatures of the answers the cost is the one number that is fitted to labels. Bisection finds it, as
+    if accuracy never fell as cost grows: where it does, the cost found keeps to the drop but may not be the least.
     """
-    found = answers.judge((NEVER,) * (len(answers.confidence) - 1) + (0.0,), costs)
+    num_exits = len(answers.confidence)
+    found = answers.judge(exit_alone(num_exits - 1, num_exits), costs)
     floor = found.accuracy - max_drop - ROUNDING
     low, high = min(costs.alone()), 1.0
     for _ in range(COST_STEPS):
@@ -277,7 +284,7 @@ def fit_thresholds(answers: Answers, costs: ExitCosts, target_cost: float) -> Ou
         low, high = map(math.log, COST_WEIGHTS)
         for _ in range(COST_WEIGHT_STEPS):
             weight = math.exp((low + high) / 2)
-            start = (NEVER,) * len(asked) + (0.0,)
+            start = exit_alone(len(asked), len(order))
             outcome = _ascend(answers, order, costs, asked, start, weight)
             if outcome.cost <= limit:
                 kept, high = outcome, math.log(weight)

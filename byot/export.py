@@ -22,7 +22,7 @@ NEEDED = {"onnx": ("onnx", "onnxscript"), "torch": ()}
 
 def build_parser() -> Parser:
     parser = Parser(prog="export.py", description=__doc__)
-    parser.add_argument("run", help="a run's folder or one checkpoint file")
+    parser.add_argument("run", help="a run, by its name, folder or checkpoint file")
     parser.add_argument(
         "--format", choices=("onnx", "torch"), required=True, help="ONNX (.onnx) or torch.export (.pt2)"
     )

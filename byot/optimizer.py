@@ -16,7 +16,7 @@ from byot.model import BranchedResNet
 # The coefficients of Newton-Schulz's iteration: in five rounds they bring every singular value from 0.01 to 1 near 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_ROUNDS = (3, 2)
-SMALL_MATRIX = 64  # rows or columns up to which float32 is faster than bfloat16 on a CPU, and costs a GPU nothing
+SMALL_MATRIX = 64  # rows or columns up to which float32 is faster than bfloat16 on a CPU
 FILTER_STEP = 0.25  # of the learning rate: the share of its norm by which a filter bank moves in a step
 
 

@@ -28,7 +28,7 @@ Answers = Sequence[tuple[Path, "Prediction"]]
 
 def build_parser() -> Parser:
     parser = Parser(prog="predict.py", description=__doc__)
-    parser.add_argument("run", help="a run's folder or one checkpoint file")
+    parser.add_argument("run", help="a run, by its name, folder or checkpoint file")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=5, help="how many classes to name [5]")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="what is printed [table]")

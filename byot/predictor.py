@@ -15,7 +15,7 @@ from PIL import Image
 
 from byot.batches import mean_and_std, normalise
 from byot.config import NUM_CLASSIFIERS
-from byot.exits import NEVER, ExitRule, load_rule, predict_early
+from byot.exits import ExitRule, exit_alone, load_rule, predict_early
 from byot.image_files import read_square, to_square
 from byot.model import fold_batch_norms
 from byot.runs import SavedRun, class_names, load_network
@@ -23,7 +23,7 @@ from byot.trainer import EVAL_BATCH_SIZE, choose_device
 
 Picture = Path | str | Image.Image
 # By this rule the fourth exit, which every network has, answers for every image.
-DEEPEST_ALONE = ExitRule((1.0,) * NUM_CLASSIFIERS, (NEVER,) * (NUM_CLASSIFIERS - 1) + (0.0,))
+DEEPEST_ALONE = ExitRule((1.0,) * NUM_CLASSIFIERS, exit_alone(NUM_CLASSIFIERS - 1, NUM_CLASSIFIERS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from byot.system.checkpoint import (
 from byot.system.distributed import ALONE, Processes
 from byot.system.files import append_json_line, errors_in, read_json, remove_leftovers, write_json, write_json_lines
 from byot.system.lock import WORKER_WAIT_S, lock_folder
-from byot.system.paths import absolute_path, outputs_folder
+from byot.system.paths import absolute_path, default_outputs
 from byot.system.provenance import provenance
 from byot.system.stopping import StoppedError
 from byot.trainer import (
@@ -304,13 +304,13 @@ class SavedRun(NamedTuple):
     state: dict[str, Any]
 
 
-def find_run(run: Path | str) -> SavedRun:
+def find_run(run: Path | str, outputs: Path | None = None) -> SavedRun:
     """Read the last checkpoint of a run's folder, or one checkpoint file. Raises ValueError where there is none.
 
-    What is no path here may be the name of a run in the outputs folder.
+    Where there is no such path, the name is looked for in the outputs folder.
     """
     path = absolute_path(run)
-    if not path.exists() and (named := outputs_folder(None) / "runs" / run).is_dir():
+    if not path.exists() and (named := (outputs or default_outputs()) / "runs" / run).is_dir():
         path = named
     if path.is_dir():
         found = load_latest(path / "checkpoints")

@@ -439,6 +439,11 @@ def unit(metric: str, percent: str = "%") -> str:
     return "nats" if "_nll" in metric else percent
 
 
+def to_unit(metric: str, points: float) -> float:
+    """Convert a margin in percentage points to a measure's unit; of a likelihood in nats it is a hundredth."""
+    return points / 100 if "_nll" in metric else points
+
+
 def whole_trials(trials: Iterable[TrialRecord], metric: str) -> list[TrialRecord]:
     """Select the trials that reached their last epoch; one that was stopped before is not comparable with them."""
     return [trial for trial in trials if trial.status == "completed" and trial.measures.get(metric) is not None]

@@ -44,13 +44,13 @@ def build_parser() -> Parser:
         metavar="SEARCH",
         help="take the settings a search found best (default: the newest finished one); other flags go over them",
     )
-    start.add_argument("--resume", metavar="PATH", help="go on from this run folder or checkpoint file")
+    start.add_argument("--resume", metavar="RUN", help="go on from this run, by its name, folder or checkpoint file")
     start_anew = "start anew; what the run's folder held is moved to runs/replaced/"
     parser.add_argument("--fresh", action="store_true", help=start_anew)
     parser.add_argument("--dry-run", action="store_true", help="print the network, its costs and the time it will take")
     parser.add_argument("--name", help="folder of the run under outputs/runs (default: made from the settings)")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: one a core; beside other work fewer are faster)"
+        "--threads", type=int, metavar="N", help="CPU threads (default: one a core); use fewer on a busy machine"
     )
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     add_settings(parser, TrainConfig, defaults=recipe_defaults())
@@ -73,7 +73,7 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
             raise ValueError("--fresh starts a run anew and --resume goes on with one; give one of them")
         from byot.runs import find_run
 
-        saved = find_run(arguments.resume)
+        saved = find_run(arguments.resume, outputs)
         return saved.config.with_settings(**given), saved.folder, saved.checkpoint
     if arguments.best is not None:
         TrainConfig(**given)  # refuses what is wrong by itself

@@ -34,6 +34,7 @@ from byot.search_files import (
     load_confirmation,
     ranked,
     settings_of,
+    to_unit,
     unit,
 )
 from byot.system.files import read_json, write_json
@@ -137,7 +138,7 @@ class Confirmation:
         self.metric = settings.main_metric
         self.mode = settings.mode
         self.max_rounds = settings.confirm_seeds
-        self.margin = settings.margin / 100 if "_nll" in self.metric else settings.margin
+        self.margin = to_unit(self.metric, settings.margin)
         self.runs_a_trial = settings.seeds_per_trial
         self.least_sd = 100 / num_val if "accuracy" in self.metric else 0.0  # one image
         written = self._read_written()

@@ -7,13 +7,15 @@ The images that the run was not trained on are split at random, several times. O
 temperature for each exit and its threshold; on the rest they are measured: the accuracy below the deepest classifier's,
 and the mean cost as byot/exits.py counts it, with the branches that are asked on the way. earlyon chooses among nine
 thresholds, and counts the trunk alone where it keeps to a cost. In time both run the same network in float32, its batch
-normalisation folded: image by image, and in batches, which earlyon's leave as a whole.
+normalisation folded, each by its thresholds of the first split: image by image, and in batches, which earlyon's leave
+as a whole.
 """
 
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,8 @@ def compare(run: Path, data_dir: str | None, num_splits: int) -> dict[str, Any]:
             rules = rules or chosen
     rows = [{"asked": name, "value": value, **of_both} for (name, value), of_both in found.items()]
     times = time_both(model, Normalise(normalisation), network, rules, test)
-    return {"run": saved.folder.name, "num_splits": num_splits, "rows": rows, "ms": times}
+    about = {"run": saved.folder.name, "earlyon": version("earlyon"), "num_splits": num_splits}
+    return {**about, "rows": rows, "ms": times}
 
 
 # ---------------------------------------------------------------- time
@@ -167,14 +170,15 @@ def time_both(
 def time_methods(methods: dict[str, Callable[[Tensor], Any]], images: Tensor, batch_size: int) -> dict[str, float]:
     """Time them in turns on the same batches: milliseconds an image."""
     passed = dict.fromkeys(methods, 0.0)
-    batches = images[: TIMED_IMAGES[batch_size]].split(batch_size)
+    images = images[: TIMED_IMAGES[batch_size]]
+    batches = images.split(batch_size)
     for i, batch in enumerate((batches[0], *batches)):
         for name, method in methods.items():
             started = time.perf_counter()
             method(batch)
             if i:  # the first calls are slower
                 passed[name] += time.perf_counter() - started
-    return {name: 1000 * seconds / (len(batches) * batch_size) for name, seconds in passed.items()}
+    return {name: 1000 * seconds / len(images) for name, seconds in passed.items()}
 
 
 # ---------------------------------------------------------------- telling

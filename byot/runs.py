@@ -4,13 +4,13 @@ config.json         every setting
 metrics.jsonl       one line an epoch
 checkpoints/        epoch-0012.pt, the last two; epoch-0012-step-000100.pt where an epoch takes long or was stopped;
                     left-… what was damaged or gone back before
-tensorboard/        the same metrics as events
+tensorboard/        the same metrics as events; tracking.json names the run at other trackers
 result.json         written last: the test set's figures and where they come from
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from byot.system.lock import WORKER_WAIT_S, lock_folder
 from byot.system.paths import absolute_path, default_outputs
 from byot.system.provenance import provenance
 from byot.system.stopping import StoppedError
+from byot.tracking import Tracker, Tracking
 from byot.trainer import (
     EVAL_BATCH_SIZE,
     OnBatch,
@@ -66,6 +67,7 @@ class Run:
     folder: Path
     trainer: Trainer
     resumed_from: Path | None
+    tracking: Tracking
 
 
 def read_result(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
@@ -96,7 +98,13 @@ def read_result(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     return result
 
 
-def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None, processes: Processes = ALONE) -> Run:
+def open_run(
+    config: TrainConfig,
+    folder: Path,
+    checkpoint: Path | None = None,
+    processes: Processes = ALONE,
+    trackers: Sequence[Tracker] = ("tensorboard",),
+) -> Run:
     """Read the data, build the network and go back to the given checkpoint, else to the folder's last one.
 
     The first process holds the folder's lock. It alone writes, and only once all of this has worked; the others, on
@@ -116,7 +124,9 @@ def open_run(config: TrainConfig, folder: Path, checkpoint: Path | None = None, 
     if processes.is_first:
         write_json(folder / "config.json", config.to_dict())
         processes.broadcast(resumed_from)
-    return Run(folder, trainer, resumed_from)
+    return Run(
+        folder, trainer, resumed_from, Tracking(trackers if processes.is_first else (), folder, config.to_dict())
+    )
 
 
 def restore_trainer(
@@ -244,17 +254,20 @@ def train_and_test(
     """Train to the last epoch, with a checkpoint after each, then read the test set, once, and record the result."""
     folder, trainer, config = run.folder, run.trainer, run.trainer.config
     origin = provenance(trainer.device)  # now: the checkout may change while the run goes on
-    with open_tensorboard(run) as show_epoch:
+    with run.tracking as tracking:
+        for record in trainer.history:  # of a run that goes on
+            tracking.log(record)
         for metrics in train_saving(trainer, folder, on_batch, stop_asked):
-            show_epoch()
+            tracking.log(trainer.history[-1])
             on_epoch(metrics)
-    test = trainer.evaluate_on(load_images(config.dataset, config.data_dir, "test", config.image_size))
-    trainer.check_finite(sum(test.nll))
+        test = trainer.evaluate_on(load_images(config.dataset, config.data_dir, "test", config.image_size))
+        trainer.check_finite(sum(test.nll))
+        tracking.end(measures := test.to_record("test"))
     result = {
         "config": config.to_dict(),
         "num_train_images": len(trainer.train_images),
         "num_test_images": test.num_images,
-        **test.to_record("test"),
+        **measures,
         "elapsed_s": sum(record["elapsed_s"] for record in trainer.history),
         "num_processes": trainer.processes.count,
         "precision": "fp32" if trainer.autocast_dtype is None else "bf16",
@@ -263,27 +276,6 @@ def train_and_test(
     if trainer.processes.is_first:
         write_json(folder / "result.json", result)
     return result
-
-
-@contextmanager
-def open_tensorboard(run: Run) -> Iterator[Callable[[], None]]:
-    """Give a function that writes the last epoch's figures to tensorboard/; only the first process writes."""
-    trainer = run.trainer
-    if not trainer.processes.is_first:
-        yield lambda: None
-        return
-
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(run.folder / "tensorboard"), purge_step=trainer.epoch) as writer:
-
-        def show_epoch() -> None:
-            for name, value in trainer.history[-1].items():
-                writer.add_scalar(name, value, trainer.epoch)
-
-        if trainer.history:  # a run that was killed may have saved its last epoch and not shown it
-            show_epoch()
-        yield show_epoch
 
 
 def train_run(config: TrainConfig, folder: Path, threads: int | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from byot.config import TrainConfig, check_range, recipe_defaults
 from byot.search_files import find_best
@@ -29,6 +29,7 @@ from byot.system.flags import Parser, add_settings, given_settings, one_sentence
 from byot.system.lock import lock_folder
 from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
 from byot.system.stopping import StoppedError, TrainingError, catch_stop_signals
+from byot.tracking import Tracker, check_trackers
 
 FIRST_SPEAKS_WITHIN_S = 30.0
 MOST_THREADS = 1024
@@ -52,6 +53,13 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: one a core); use fewer on a busy machine"
     )
+    parser.add_argument(
+        "--track",
+        nargs="+",
+        choices=get_args(Tracker),
+        default=["tensorboard"],
+        help="where each epoch's figures go, beside metrics.jsonl [tensorboard]",
+    )
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     add_settings(parser, TrainConfig, defaults=recipe_defaults())
     return parser
@@ -62,6 +70,7 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
     given = given_settings(arguments, TrainConfig)
     if arguments.threads is not None:
         check_range("threads", arguments.threads, low=1, high=MOST_THREADS)
+    check_trackers(arguments.track)
     if "data_dir" in given:
         given["data_dir"] = str(absolute_path(given["data_dir"]))
     outputs = outputs_folder(arguments.outputs)
@@ -93,9 +102,12 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
     return config, check_writable(outputs / "runs" / (name or config.run_name())), None
 
 
-def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: bool) -> dict[str, Any]:
+def train(
+    config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: bool, trackers: list[Tracker]
+) -> dict[str, Any]:
     """Do the run, or the rest of it, and return its result. Ends the program where that cannot be."""
-    go_on = f"go on with: {shlex.join([*this_command(), '--resume', str(folder)])}"
+    track = [] if trackers == ["tensorboard"] else ["--track", *trackers]
+    go_on = f"go on with: {shlex.join([*this_command(), '--resume', str(folder), *track])}"
     with ExitStack() as held:
         try:
             with one_sentence_errors("train.py"):
@@ -117,7 +129,7 @@ def train(config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: boo
                     return result
                 if processes.is_first:
                     held.enter_context(lock_folder(folder))
-                run = open_run(config, folder, checkpoint, processes)
+                run = open_run(config, folder, checkpoint, processes, trackers)
             start = f"going on from {run.resumed_from}" if run.resumed_from else "starting"
             precision = "bf16" if run.trainer.autocast_dtype else "fp32"
             among = f", {processes.count} processes" if processes.count > 1 else ""
@@ -177,7 +189,7 @@ def main() -> None:
 
                     print(describe_run(config))
                     return
-        result = train(config, folder, checkpoint, arguments.fresh)
+        result = train(config, folder, checkpoint, arguments.fresh, arguments.track)
 
         from byot.console import classifier_table
 

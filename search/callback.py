@@ -7,9 +7,11 @@ from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.result import AUTO_RESULT_KEYS
 
-from byot.search_files import Status, TrialRecord, format_parameter, format_value
+from byot.search_files import Status, TrialRecord, format_parameter, format_value, settings_of
 from byot.system.files import describe_refusal, write_text
+from byot.tracking import Tracking
 from search.messages import describe_time
 from search.plan import Session
 from search.space import first_points, read_point
@@ -51,6 +53,7 @@ class SearchWatch(tune.Callback, tune.Stopper):
         self.tells_pace = tells_pace  # until it has been told
         self.trouble = ""  # why the search cannot go on
         self.crashes_in_a_row = 0
+        self.tracked: dict[str, Tracking] = {}  # the trials that run, where figures of them are asked for
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         """Ray pickles its callbacks for a state of its own, which is never read; the plan has all images."""
@@ -72,6 +75,9 @@ class SearchWatch(tune.Callback, tune.Stopper):
                 trial.run_metadata.num_failures = 0  # a trial that gets on is not given up, however often it is killed
                 self.live.add_epoch(self.records.work(epoch) - self.records.work(epoch - 1))
             self.records.add_epoch(trial_id, result)
+            self._track(
+                trial_id, {k: v for k, v in result.items() if k not in AUTO_RESULT_KEYS and type(v) in (int, float)}
+            )
             self._tell_pace(result)  # where an epoch has fewer steps than are timed
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -132,11 +138,35 @@ class SearchWatch(tune.Callback, tune.Stopper):
             return
         self._write(lambda: self.mirror.add(trial))
         self._print(trial)
+        if trial_id in self.tracked:
+            measures = {name: value for name, value in trial.measures.items() if value is not None}
+            self.tracked.pop(trial_id).end(measures, failed=status == "failed")
         self.crashes_in_a_row = self.crashes_in_a_row + 1 if status == "failed" and not trial.diverged else 0
         ended = self.records.ended
         none_worked = len(ended) == MAX_FAILURES and all(other.status == "failed" for other in ended)
         if none_worked or self.crashes_in_a_row >= MAX_FAILURES:
             self.trouble = f"{MAX_FAILURES} trials failed one after another, the last one so: {error}"
+
+    def _track(self, trial_id: str, record: dict[str, Any]) -> None:
+        """Send an epoch's figures where they are asked for."""
+        plan, trial = self.session.plan, self.records.trials[trial_id]
+        if not plan.settings.track or trial.status != "running":
+            return
+        if trial_id not in self.tracked:
+            settings = plan.base.to_dict() | settings_of(plan.base, trial.role, trial.params) | {"role": trial.role}
+            folder = self.records.trial_folder(trial_id)
+            try:
+                self.tracked[trial_id] = Tracking(plan.settings.track, folder, settings, plan.folder.name)
+            except ValueError as error:
+                self.trouble = str(error)
+                return
+        self.tracked[trial_id].log(record)
+
+    def close(self) -> None:
+        """Close what is open of the trials that go on with the search."""
+        for tracking in self.tracked.values():
+            tracking.end({})
+        self.tracked = {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False  # single trials are stopped by the scheduler

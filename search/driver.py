@@ -6,7 +6,7 @@ import shlex
 import shutil
 import time
 import warnings
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import closing, nullcontext, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,7 +227,7 @@ def _run_tuner(session: Session, live: LiveTable, timed: str | None) -> "SearchW
         return watch
     tuner = _make_tuner(session, watch, timed)
     try:
-        with redirect_stdout(LogWriter()), live:
+        with redirect_stdout(LogWriter()), live, closing(watch):
             tuner.fit()
     except TuneError as error:
         logging.getLogger("ray.tune").exception("the search was broken off")

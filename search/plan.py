@@ -25,6 +25,7 @@ from byot.system.files import UnreadableError, describe_refusal, errors_in, set_
 from byot.system.flags import flag_name, given_settings, tell
 from byot.system.lock import LOCK_FILE, is_locked, lock_folder
 from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
+from byot.tracking import check_trackers
 from byot.trainer import choose_device, records_graphs
 from search.records import KEPT, SearchRecords
 from search.settings import FRESH_SEEDS, VAL_FRACTION, SearchSettings
@@ -37,7 +38,7 @@ from search.warm import WarmStart, load_warm_start, make_warm_start
 MAY_CHANGE = (
     *NOT_IDENTITY,
     *("num_samples", "time_budget", "max_concurrent", "gpus_per_trial", "cpus_per_trial"),
-    *("confirm", "confirm_seeds", "margin"),
+    *("confirm", "confirm_seeds", "margin", "track"),
 )
 
 
@@ -213,6 +214,7 @@ def _decide(
         given = {name: asked[name] for name in named}
         base, settings, space = _as_recorded(folder, recorded, given if arguments.resume else asked, given)
     _check_seeds(base, settings)
+    check_trackers(settings.track)
     for point in settings.try_:
         read_point(point, space, base)
     resources = None

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from byot.config import TrainConfig, check_fields, comparable_after, known_settings, setting
 from byot.search_files import Mode, SearchRecord, metric_mode
+from byot.tracking import Tracker
 
 Metric = Literal[
     "val_accuracy",
@@ -92,11 +93,16 @@ class SearchSettings:
         0.3, "settings that differ by less are equal: points, of a likelihood hundredths of a nat", low=0
     )
 
+    track: tuple[Tracker, ...] = setting(
+        (), "where each trial's figures go, epoch by epoch: tensorboard, wandb, mlflow"
+    )
+
     def __post_init__(self) -> None:
         check_fields(self, *(f.name for f in fields(self) if f.name != "gpus_per_trial"))
         object.__setattr__(self, "gpus_per_trial", _read_gpus(self.gpus_per_trial))
         object.__setattr__(self, "metric", _read_metrics(self.metric))
-        object.__setattr__(self, "try_", _read_texts(self.try_))
+        object.__setattr__(self, "try_", _read_texts("try_", self.try_))
+        object.__setattr__(self, "track", _read_trackers(self.track))
         if len(self.metric) > 1 and self.scheduler == "asha":
             raise ValueError("asha stops trials by one metric: give one --metric, or --scheduler none")
         if self.gpus_per_trial == "auto" and self.seeds_per_trial > 1:
@@ -153,7 +159,8 @@ class SearchSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""
-        return asdict(self) | {"metric": list(self.metric), "try_": list(self.try_)}
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _read_gpus(given: Any) -> str | float | None:
@@ -169,9 +176,16 @@ def _read_gpus(given: Any) -> str | float | None:
     return gpus
 
 
-def _read_texts(given: Any) -> tuple[str, ...]:
+def _read_texts(name: str, given: Any) -> tuple[str, ...]:
     if not isinstance(given, tuple | list) or not all(isinstance(text, str) for text in given):
-        raise ValueError(f"try_ must be a list of texts, not {given!r:.40}")
+        raise ValueError(f"{name} must be a list of texts, not {given!r:.40}")
+    return tuple(given)
+
+
+def _read_trackers(given: Any) -> tuple[Tracker, ...]:
+    for tracker in _read_texts("track", given):
+        if tracker not in get_args(Tracker):
+            raise ValueError(f"track must be one of {', '.join(get_args(Tracker))}, not {tracker!r:.40}")
     return tuple(given)
 
 

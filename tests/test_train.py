@@ -529,12 +529,16 @@ def half(finished: tuple[Path, str], tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("path", ["outputs/runs/half", "outputs/runs/half/checkpoints/epoch-0005.pt"])
-def test_resume(finished: tuple[Path, str], half: Path, monkeypatch: pytest.MonkeyPatch, call: Call, path: str) -> None:
+@pytest.mark.parametrize(
+    "run", [["outputs/runs/half"], ["outputs/runs/half/checkpoints/epoch-0005.pt"], ["half", "--outputs", "outputs"]]
+)
+def test_resume(
+    finished: tuple[Path, str], half: Path, monkeypatch: pytest.MonkeyPatch, call: Call, run: list[str]
+) -> None:
     """Gone on with in this process, against never stopped in another."""
     folder, printed = finished
     monkeypatch.chdir(half.parents[2])
-    code, out, err = call(train, "--resume", path, *FLAGS)
+    code, out, err = call(train, "--resume", *run, *FLAGS)
     assert (code, err) == (0, "")
     assert re.findall(r"^epoch (\d)/6 ", out, re.MULTILINE) == ["6"]
     assert epochs_in(half) == [1, 2, 3, 4, 5, 6]

@@ -3,8 +3,11 @@
 byot COMMAND --help explains a command.
 """
 
+import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 COMMANDS = {  # name: the module, and what it does
     "search": ("search.tune", "search the loss weights with Optuna on Ray Tune"),
@@ -18,6 +21,15 @@ COMMANDS = {  # name: the module, and what it does
     "compare": ("analysis.compare", "runs or searches side by side, with intervals"),
     "list": ("byot.list_outputs", "the searches and runs there are: state, result, size on disk"),
     "clean": ("byot.clean_outputs", "remove what is no longer needed, after asking"),
+}
+
+# Arguments, by metavar or name, that take the name of something in the outputs folder, and where that lies.
+NAMED = {
+    "RUN": ["runs"],
+    "run": ["runs"],
+    "SEARCH": ["searches"],
+    "warm_start": ["searches"],
+    "NAME": ["runs", "searches"],
 }
 
 
@@ -35,7 +47,35 @@ def refusal(word: str) -> str:
     return f"there is no command {word!r}" + (f": did you mean {nearest[0]}?" if nearest else "; byot alone lists them")
 
 
+def complete() -> None:
+    """Tell the shell what may follow what was typed so far: argcomplete asks by environment variables."""
+    import argcomplete
+
+    from byot.system.flags import Parser
+    from byot.system.paths import default_outputs
+
+    _, *words = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split(" ")
+    if len(words) > 1 and words[0] in COMMANDS:
+        sys.argv = [f"byot {words[0]}"]
+        parser = import_module(COMMANDS[words[0]][0]).build_parser()
+        os.environ["_ARGCOMPLETE"] = "2"  # the words of the command begin at the second one
+    else:
+        parser = Parser(prog="byot")
+        parser.add_argument("command", choices=COMMANDS)
+    for action in parser._actions:
+        if folders := NAMED.get(action.dest) or NAMED.get(str(action.metavar)):
+            names = names_in(default_outputs(), folders)
+            setattr(action, "completer", lambda names=names, **_: names)  # noqa: B010, an attribute of argcomplete's
+    argcomplete.autocomplete(parser, always_complete_options="long")
+
+
+def names_in(outputs: Path, folders: Sequence[str]) -> list[str]:
+    return sorted({path.parent.name for kind in folders for path in outputs.glob(f"{kind}/*/*.json")})
+
+
 def main() -> None:
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     word, *arguments = sys.argv[1:] or ["--help"]
     if word in ("-h", "--help"):
         print(usage())

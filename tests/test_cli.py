@@ -98,6 +98,35 @@ def test_what_it_says_to_type_next_can_be_typed(call: Call, tmp_path: Path, monk
     assert all(line.split()[:1] == ["byot"] and line.split()[1] in COMMANDS for line in next_lines)
 
 
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("byot tr", ["train"]),
+        ("byot train --rec", ["--recipe"]),
+        ("byot train --recipe ", ["modern", "reference"]),
+        ("byot train --best ", ["s1"]),
+        ("byot train --resume ", ["r1", "r2"]),
+        ("byot predict r", ["r1", "r2"]),
+        ("byot search --warm-start ", ["s1"]),
+        ("byot compare r1 ", ["r1", "r2", "s1"]),
+        ("byot trian --", []),
+    ],
+)
+def test_the_shell_completes_what_was_typed(tmp_path: Path, typed: str, completed: list[str]) -> None:
+    for name in ("r1", "r2"):
+        save_run(tmp_path / "runs" / name)
+    save_search(tmp_path / "searches" / "s1")
+    answer = tmp_path / "answer"
+    asked = {"COMP_LINE": typed, "COMP_POINT": str(len(typed)), "COMP_TYPE": "9"}
+    asked |= {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": " ", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    done = python("-m", "byot", cwd=tmp_path, BYOT_OUTPUTS=str(tmp_path), **asked)
+    assert (done.stdout, done.stderr) == ("", "")
+    found = [word for word in answer.read_text().split(" ") if word]
+    if not typed.endswith("--rec"):  # where a name may stand, a flag may too
+        found = [word for word in found if not word.startswith("--")]
+    assert found == completed
+
+
 def test_installed_it_keeps_to_the_current_folder(tmp_path: Path) -> None:
     """As the wheel lays it out: outputs and data go to the current folder, and the shipped setting is found."""
     site, here = tmp_path / "site", tmp_path / "here"

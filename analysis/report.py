@@ -47,6 +47,7 @@ def render_page(folder: Path, outputs: Path) -> str:
     from datetime import UTC, datetime
 
     from analysis import trials as files
+    from analysis.explore import draw_interactive, packed_plotly
     from analysis.figures import draw_pictures
     from analysis.listing import ranking_table, summary_table, trials_table
     from analysis.page import fill_template
@@ -67,9 +68,13 @@ def render_page(folder: Path, outputs: Path) -> str:
         judge_search(search, trials),
         judge_retrained(search, trials, retrained, confirmed_trial(folder)),
     ]
+    curves = files.load_curves(folder)
+    interactive = draw_interactive(search, trials, curves)
     return fill_template(
         TEMPLATE,
-        draw_pictures(search, trials, files.load_curves(folder), retrained, summary, confirmation),
+        draw_pictures(search, trials, curves, retrained, summary, confirmation),
+        interactive=interactive,
+        plotly=packed_plotly() if interactive else "",
         search=search,
         status=describe_status(search, files.last_sign_of_life(folder), datetime.now(UTC)),
         counts=count_statuses(trials),

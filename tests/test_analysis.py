@@ -3,8 +3,11 @@
 The search folders are made by hand, as a search leaves them: finished, running, killed, empty.
 """
 
+import base64
 import csv
+import gzip
 import html
+import json
 import math
 import os
 import re
@@ -23,6 +26,7 @@ import ray
 
 from analysis import best, report, retrain
 from analysis.effects import FEWEST_TRIALS, find_margin, fit_effects
+from analysis.explore import draw_interactive, packed_plotly
 from analysis.figures import draw_pictures, to_svg
 from analysis.listing import ranking_table, summary_table, trials_table
 from analysis.trials import load_curves, load_runs, load_trials, retrained_runs, summarise_runs, trial_config
@@ -397,6 +401,22 @@ def test_figures_of_searches_with_little_in_them(outputs):
     assert labels_of(pictures["classifiers"][0]) == [f"best: {REFERENCE}", "deep supervision alone"]
 
 
+def test_interactive_figures_show_the_trials_of_the_search_and_nothing_else(outputs, folder):
+    search, trials, curves = load_search(folder), load_trials(folder), load_curves(folder)
+    figures = {name: json.loads(figure) for name, figure in draw_interactive(search, trials, curves).items()}
+    assert list(figures) == ["parallel", "contour", "importances", "lines"]
+    lines = [dict(line["customdata"]) for line in figures["parallel"]["data"] if "customdata" in line]
+    assert [line["val_accuracy"] for line in lines] == ["77.2", "77.9", "76.6", "73"], "no control, none stopped"
+    assert all(list(line) == ["val_accuracy", "alpha", "beta"] for line in lines), "the temperature is always the same"
+    curves_of = {line["name"]: line["y"] for line in figures["lines"]["data"]}
+    assert set(curves_of) == {"d9c2825f", "1234e567", "00000012", "94bed0ac", "0e5"}
+    assert curves_of["0e5"] == curves[curves["trial_id"] == "0e5"]["val_accuracy"].to_list()
+    assert gzip.decompress(base64.b64decode(packed_plotly())).startswith(b"/*")
+    few = trials[trials["trial_id"] != "94bed0ac"]
+    assert draw_interactive(search, few, curves) == {}
+    assert 'class="plot"' not in report.render_page(make_search(outputs, [trial("a", 70.0)], name="one"), outputs)
+
+
 def search_with_effects(outputs, seed, num_trials=24, **fields):
     """Accuracy falls with the distance of alpha from 0.4 and has noise; the control is far from that."""
     generator = np.random.default_rng(seed)
@@ -450,7 +470,9 @@ def test_the_page_holds_verdict_tables_figures_and_commands(outputs, folder):
     retrain_by_hand(outputs, folder, {"1234e567": [78.0, 78.2], "a30febcf": [76.0]})
     page = report.render_page(folder, outputs)
     assert page.count("<table") == 4  # best, retrained, all trials, what went wrong
-    assert page.count("<img") == page.count("<figcaption") == len(re.findall(r'alt="[^"]{40}', page)) == 5
+    assert page.count("<img") == len(re.findall(r'alt="[^"]{40}', page)) == 5
+    assert page.count('class="plot"') == 4
+    assert page.count("<figcaption") == 5 + 4
     links = re.findall(r'(?:src|href)="([^"]*)', page)
     assert all(link.startswith("data:image/svg+xml;base64,") for link in links)  # nothing from outside
     for words in (

@@ -1,0 +1,92 @@
+"""Makes the figures of a search that answer to the pointer: Optuna's own, which plotly draws in the page.
+
+They show the trials that reached their last epoch, as learning curves those that were stopped early too. Deep
+supervision alone is not in them: it is another method.
+"""
+
+import base64
+import gzip
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from analysis.trials import parameter_columns
+from byot.search_files import Range, SearchRecord
+
+if TYPE_CHECKING:  # importing it takes a second
+    from optuna.study import Study
+
+FEWEST_TRIALS = 4  # at their last epoch
+
+
+def make_study(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame) -> "Study":
+    """Make an Optuna study of the trials in the space, each with its id as a user attribute."""
+    import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+    from optuna.trial import TrialState, create_trial
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    names = [name for name in parameter_columns(trials) if name in search.space]
+    distributions: dict[str, BaseDistribution] = {}
+    for name in names:
+        bounds = search.space[name]
+        distributions[name] = (
+            FloatDistribution(bounds.low, bounds.high, log=bounds.log)
+            if isinstance(bounds, Range)
+            else CategoricalDistribution(bounds.choices)
+        )
+    known = dict(list(curves.set_index("epoch").groupby("trial_id")[search.metric]))
+    study = optuna.create_study(direction="maximize" if search.mode == "max" else "minimize")
+    for trial in trials.to_dict("records"):
+        params = {name: trial[name] for name in names}
+        is_whole = trial["status"] == "completed" and pd.notna(trial[search.metric])
+        if trial["role"] == "control" or not (is_whole or trial["status"] == "stopped"):
+            continue
+        if all(search.space[name].holds(value) for name, value in params.items()):
+            curve = known.get(trial["trial_id"])
+            added = create_trial(
+                state=TrialState.COMPLETE if is_whole else TrialState.PRUNED,
+                value=trial[search.metric] if is_whole else None,
+                params=params,
+                distributions=distributions,
+                intermediate_values={} if curve is None else curve.dropna().to_dict(),
+                user_attrs={"trial_id": trial["trial_id"]},
+            )
+            study.add_trial(added)
+    return study
+
+
+def draw_interactive(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame) -> dict[str, str]:
+    """Draw each figure, as plotly's JSON, by its name; nothing where too few trials reached their last epoch."""
+    from optuna import visualization
+    from optuna.trial import TrialState
+
+    study, metric = make_study(search, trials, curves), search.metric
+    whole = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if len(whole) < FEWEST_TRIALS or len({trial.value for trial in whole}) < 2:
+        return {}
+    varied = [name for name in whole[0].params if len({trial.params[name] for trial in whole}) > 1]
+    figures = {"parallel": visualization.plot_parallel_coordinate(study, varied, target_name=metric)}
+    if len(varied) > 1:
+        figures["contour"] = visualization.plot_contour(study, varied, target_name=metric)
+        figures["importances"] = visualization.plot_param_importances(study, params=varied, target_name=metric)
+    if any(trial.intermediate_values for trial in study.trials):
+        lines = figures["lines"] = visualization.plot_intermediate_values(study)
+        measured = [trial for trial in study.trials if trial.intermediate_values]
+        for line, trial in zip(lines.data, measured, strict=True):
+            line.name = trial.user_attrs["trial_id"]
+        lines.update_layout(xaxis_title="epoch", yaxis_title=metric, showlegend=True)
+    for figure in figures.values():
+        figure.update_layout(title=None, template="plotly_white", margin={"t": 40, "b": 60, "l": 70, "r": 20})
+        for update_axes in (figure.update_xaxes, figure.update_yaxes):
+            update_axes({"dtick": 1, "exponentformat": "power"}, selector={"type": "log"})
+    return {name: figure.to_json() for name, figure in figures.items()}
+
+
+@cache
+def packed_plotly() -> str:
+    """Return plotly's script for browsers, compressed, as a text that a page can hold."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode("ascii")

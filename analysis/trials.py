@@ -8,10 +8,14 @@ A trial table has one row a trial, in the order the trials were started:
   val_…                    float64 accuracies and ECE in percent, NLL in nats; NaN before the first epoch is finished
   seconds, seed, error     float64, Int64, str
 
+A table of curves has one row an epoch of each trial: trial_id, epoch, val_…
+
 A run table has one row a finished run: its folder's name, every setting, the test set's figures.
+
+Each takes one folder or several. A table of several begins with a column more, `folder`, which names each row's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -56,13 +60,24 @@ NOT_POOLED = ["epochs", "precision"]  # runs that differ in these are not compar
 # ---------------------------------------------------------------- trials
 
 
-def load_trials(folder: Path | str) -> pd.DataFrame:
-    """Read the trial table of a search's folder.
+def _of_each(read: Callable[[Path], pd.DataFrame], folders: tuple[Path | str, ...]) -> pd.DataFrame:
+    tables = {str(folder): read(Path(folder)) for folder in folders}
+    if len(folders) == 1:
+        return tables[str(folders[0])]
+    return pd.concat(tables, names=["folder"]).reset_index(level="folder").reset_index(drop=True)
+
+
+def load_trials(*folders: Path | str) -> pd.DataFrame:
+    """Read the trial table of a search's folder, or of several.
 
     Trials that were running when the table was written are brought up to date from their metrics.jsonl.
     Raises ValueError if the table is missing or damaged.
     """
-    table_path = Path(folder) / "trials.csv"
+    return _of_each(_read_trial_table, folders)
+
+
+def _read_trial_table(folder: Path) -> pd.DataFrame:
+    table_path = folder / "trials.csv"
     if not table_path.exists():
         raise ValueError(f"there is no {table_path}: no trial of that search has started yet")
     trials = [_up_to_date(trial, table_path.parent) for trial in read_trials(table_path)]
@@ -81,11 +96,15 @@ def _up_to_date(trial: TrialRecord, folder: Path) -> TrialRecord:
     return trial.after_epoch(last, epochs[last], sum(measured.get("elapsed_s", 0.0) for measured in epochs.values()))
 
 
-def load_curves(path: Path) -> pd.DataFrame:
-    """Read one row for each epoch of each trial: trial_id, epoch, measures. A line torn by a crash is left out."""
+def load_curves(*folders: Path | str) -> pd.DataFrame:
+    """Read the curves of a search's folder, or of several. A line torn by a crash is left out."""
+    return _of_each(_read_curves, folders)
+
+
+def _read_curves(folder: Path) -> pd.DataFrame:
     rows = [
         {"trial_id": metrics_path.parent.name, "epoch": epoch, **measured}
-        for metrics_path in sorted(path.glob("trials/*/metrics.jsonl"))
+        for metrics_path in sorted(folder.glob("trials/*/metrics.jsonl"))
         for epoch, measured in read_epochs(metrics_path).items()
     ]
     types = {"trial_id": "str", "epoch": "int64"} | dict.fromkeys(MEASURES, "float64")
@@ -132,8 +151,12 @@ def _chosen(trials: pd.DataFrame, records: list[TrialRecord]) -> pd.DataFrame:
 # ---------------------------------------------------------------- runs
 
 
-def load_runs(outputs: Path) -> pd.DataFrame:
-    """Read the finished runs; one whose record is damaged counts as not finished."""
+def load_runs(*outputs: Path | str) -> pd.DataFrame:
+    """Read the finished runs in an outputs folder, or in several; one with a damaged record counts as not finished."""
+    return _of_each(_read_runs, outputs)
+
+
+def _read_runs(outputs: Path) -> pd.DataFrame:
     rows = []
     for path in sorted((outputs / "runs").glob("*/result.json")):
         with suppress(ValueError):

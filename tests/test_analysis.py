@@ -168,6 +168,10 @@ def test_trials_are_read_as_they_were_written(outputs, folder):
     assert trials["error"].tolist()[:6] == [""] * 6
     assert np.isnan(trials.iloc[7][list(MEASURES)].astype(float)).all()
     empty = make_search(outputs, [], name="empty")
+    both = load_trials(folder, empty)
+    assert list(both.columns) == ["folder", *trials.columns]
+    assert both["folder"].tolist() == [str(folder)] * len(trials)
+    assert load_curves(folder, empty)["folder"].eq(str(folder)).all()
     assert load_trials(empty).dtypes["val_accuracy"] == trials.dtypes["val_accuracy"]
     assert load_curves(empty).empty
     (empty / "trials.csv").unlink()

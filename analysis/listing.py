@@ -8,7 +8,7 @@ import pandas as pd
 from analysis.trials import find_role, parameter_columns, rank
 from analysis.verdict import accuracy_standard_error, num_images_behind
 from byot.config import CLASSIFIERS
-from byot.console import text_table
+from byot.console import fold, text_table
 from byot.search_files import SearchRecord, format_parameter, format_value, unit
 
 NOTHING = "\N{EN DASH}"
@@ -78,7 +78,7 @@ def summary_table(summary: pd.DataFrame, trials: pd.DataFrame) -> Table:
 
 
 def bullets(sentences: Iterable[str]) -> str:
-    return "\n".join(f"- {sentence}" for sentence in sentences)
+    return "\n".join(fold(f"- {sentence}") for sentence in sentences)
 
 
 def _parameters(trial: pd.Series, names: list[str]) -> list[str]:

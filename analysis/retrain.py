@@ -11,6 +11,7 @@ on with the others. The test set is read once a run, at its end; the configurati
 import argparse
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -129,6 +130,7 @@ def main() -> None:
         jobs = plan_jobs(configurations, check_writable(outputs / "runs"), arguments.seeds, **changes)
         config = jobs[0].config
 
+        from byot.console import show_runs
         from byot.data import check_dataset, load_images
         from byot.runs import read_result, train_run
         from search.system.resources import ResourceRequest, resolve, running_ray, this_machine
@@ -153,11 +155,21 @@ def main() -> None:
     failed = 0
     try:
         if len(finished) < len(jobs):
-            with told_if_stopped("retrain.py", go_on), running_ray(resources), catch_stop_signals() as stop_asked:
-                ended = run_tasks(train_run, lambda: next(tasks, None), resources, stop_asked)
-                for number, (job, result, error) in enumerate(ended, start=len(finished) + 1):
-                    failed += bool(error)
-                    print(outcome_line(number, len(jobs), job, result, error), flush=True)
+            with (
+                told_if_stopped("retrain.py", go_on),
+                running_ray(resources),
+                catch_stop_signals() as stop_asked,
+                show_runs(config) as (say, show),
+            ):
+                num_ended = len(finished)
+
+                def on_look(running: Collection[Job]) -> None:
+                    show((job.folder for job in running), num_ended, len(jobs))
+
+                ended = run_tasks(train_run, lambda: next(tasks, None), resources, stop_asked, on_look=on_look)
+                for job, result, error in ended:
+                    num_ended, failed = num_ended + 1, failed + bool(error)
+                    say(outcome_line(num_ended, len(jobs), job, result, error))
     finally:
         try:
             runs = write_runs(outputs, folder, search)

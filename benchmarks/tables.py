@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -68,6 +69,7 @@ def share_machine(device: str, concurrent: int | None) -> "Resources":
 
 
 def run_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, outputs: Path, results: Path) -> int:
+    from byot.console import show_runs
     from byot.runs import train_run
     from search.system.resources import running_ray
     from search.system.tasks import Task, run_tasks, told_if_stopped
@@ -86,12 +88,21 @@ def run_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, ou
     go_on, num_left, num_failed = shlex.join([sys.executable, *sys.argv]), len(waiting), 0
     print(f"{name}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
     if waiting:
-        with told_if_stopped("tables.py", go_on), running_ray(resources), catch_stop_signals() as stop_asked:
-            for done in run_tasks(train_run, lambda: next(tasks, None), resources, stop_asked, deadline):
+        with (
+            told_if_stopped("tables.py", go_on),
+            running_ray(resources),
+            catch_stop_signals() as stop_asked,
+            show_runs(plan.base) as (say, show),
+        ):
+
+            def on_look(running: Collection[PlannedRun]) -> None:
+                show((outputs / "runs" / run.name for run in running), len(runs) - num_left, len(runs))
+
+            for done in run_tasks(train_run, lambda: next(tasks, None), resources, stop_asked, deadline, on_look):
                 is_kept, told = keep_record(name, done, results)
                 num_left -= is_kept
                 num_failed += not (is_kept and done.result)
-                print(f"{done.key.name}: {told}", flush=True)
+                say(f"{done.key.name}: {told}")
     print(f"{len(runs) - num_left} of {len(runs)} runs are finished; their records are in {results / 'runs'}")
     if num_left:
         print(f"go on with: {go_on}")

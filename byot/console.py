@@ -1,19 +1,26 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, a table of the classifiers."""
 
 import math
+import re
 import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byot.config import CLASSIFIERS, TrainConfig, work_after
+from byot.search_files import read_epochs
 
 if TYPE_CHECKING:  # importing them imports torch
     from byot.metrics import EpochMetrics
     from byot.runs import OnEpoch
     from byot.trainer import OnBatch
+
+Say = Callable[[str], None]  # prints a line
+OnLook = Callable[[Iterable[Path], int, int], None]  # takes the folders of runs at work, and how many have ended of all
 
 SPEED_OVER_S = 5.0  # the images/s shown are those of so many seconds
 
@@ -41,6 +48,35 @@ def epoch_line(metrics: "EpochMetrics", num_epochs: int) -> str:
 def terminal_width() -> float:
     """Return the letters in a line of the terminal that standard output is; in a file or a pipe any number fit."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+
+
+def fold(text: str, width: float | None = None) -> str:
+    """Break lines that are longer than the terminal's between words; what two spaces set apart stays together."""
+    width = terminal_width() if width is None else width
+    return "\n".join(_fold_line(line, int(width)) if len(line) > width else line for line in text.splitlines())
+
+
+def _fold_line(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip(" -")))
+    parts = re.split("  +", line.strip())
+    if len(parts) > 1 and max(map(len, parts)) <= width - len(indent):
+        line = indent + "  ".join(part.replace(" ", "\0") for part in parts)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False).replace(
+        "\0", " "
+    )
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show on a terminal what is waited for, until it is over."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        yield
+        return
+
+    from rich.console import Console
+
+    with Console().status(what):
+        yield
 
 
 def text_table(
@@ -121,3 +157,32 @@ def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple["OnBa
             progress.console.print(epoch_line(metrics, num_epochs), highlight=False, soft_wrap=True)
 
         yield on_batch, on_epoch
+
+
+@contextmanager
+def show_runs(config: TrainConfig) -> Iterator[tuple[Say, OnLook]]:
+    """Yield what prints a line, and what shows how far several runs of so many epochs are.
+
+    On a terminal that is a bar with the time left. It moves as epochs end that are read from the runs' own files.
+    """
+    if not sys.stdout.isatty():
+        yield lambda text: print(text, flush=True), lambda folders, num_ended, num_runs: None
+        return
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("runs {task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
+    with Progress(*columns, speed_estimate_period=3600, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        whole = work_after(config, config.epochs)
+
+        def on_look(folders: Iterable[Path], num_ended: int, num_runs: int) -> None:
+            begun = [max(read_epochs(folder / "metrics.jsonl"), default=0) for folder in folders]
+            progress.update(
+                task,
+                description=f"{num_ended}/{num_runs}",
+                total=num_runs * whole,
+                completed=num_ended * whole + sum(work_after(config, epochs) for epochs in begun),
+            )
+
+        yield lambda text: progress.console.print(fold(text), highlight=False, markup=False, soft_wrap=True), on_look

@@ -431,7 +431,8 @@ def format_value(metric: str, value: float | None) -> str:
     """A measure as text: a likelihood in nats with four digits, the rest in percent with two; '-' if not known."""
     if value is None:
         return "-"
-    return f"{value:.4f}" if "_nll" in metric else f"{value:.2f}"
+    digits = 4 if "_nll" in metric else 2
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no difference of -0.00
 
 
 def unit(metric: str, percent: str = "%") -> str:

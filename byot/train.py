@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from byot.config import TrainConfig, check_range, recipe_defaults
+from byot.console import classifier_table, show_progress, waiting
 from byot.search_files import find_best
 from byot.system.files import describe_refusal, set_aside
 from byot.system.flags import Parser, add_settings, given_settings, one_sentence_errors, tell, this_command
@@ -110,8 +111,7 @@ def train(
     go_on = f"go on with: {shlex.join([*this_command(), '--resume', str(folder), *track])}"
     with ExitStack() as held:
         try:
-            with one_sentence_errors("train.py"):
-                from byot.console import show_progress
+            with one_sentence_errors("train.py"), waiting("loading PyTorch and the images"):
                 from byot.data import check_dataset
                 from byot.runs import open_run, read_result, train_and_test
                 from byot.system.distributed import joined_processes
@@ -190,9 +190,6 @@ def main() -> None:
                     print(describe_run(config))
                     return
         result = train(config, folder, checkpoint, arguments.fresh, arguments.track)
-
-        from byot.console import classifier_table
-
         print(f"\ntest set, {result['num_test_images']} images, after epoch {config.epochs}")
         print(classifier_table(result, "test"))
 

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import time
 import warnings
-from contextlib import closing, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, closing, nullcontext, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from byot.config import work_after
-from byot.console import format_duration
+from byot.console import fold, format_duration, waiting
 from byot.search_files import SearchRecord, load_confirmation, space_to_dict
 from byot.system.files import describe_refusal, remove_leftovers
 from byot.system.flags import one_sentence_errors, tell, this_command
@@ -48,7 +48,9 @@ def run_search(plan: SearchPlan) -> int:
             if _was_finished(plan, records):
                 print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
                 return tell_result(plan, records)
-            with running_ray(plan.resources, plan.address):
+            with ExitStack() as held:
+                with waiting("starting Ray"):
+                    held.enter_context(running_ray(plan.resources, plan.address))
                 return _run_on_ray(plan, records)
     except OSError as error:
         told = f"{describe_refusal(error, plan.folder)}; once it can, go on with: {go_on(plan)}"
@@ -203,7 +205,7 @@ def _begin(session: Session) -> dict[str, Any]:
     save_search(plan.folder, record, plan.store)
     records.search = SearchRecord.from_dict(record)
     records.write_tables()
-    print("\n".join(told), flush=True)
+    print(fold("\n".join(told)), flush=True)
     return record
 
 
@@ -310,7 +312,7 @@ def _confirm(session: Session) -> int:
         return 0
     confirmation.drop_checkpoints()
     confirmation.origin = _origin(session)
-    print(f"\n{describe_confirmation(confirmation, list(records.trials.values()), resources)}", flush=True)
+    print(f"\n{fold(describe_confirmation(confirmation, list(records.trials.values()), resources))}", flush=True)
     is_over, trouble = confirm(confirmation, resources, stop_asked, deadline)
     if trouble:
         tell("tune.py", f"{trouble}; when that is mended, go on with: {go_on(plan)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from byot.config import CLASSIFIERS, work_after
-from byot.console import format_duration, text_table
+from byot.console import fold, format_duration, text_table
 from byot.search_files import (
     ACCURACIES,
     ROLE_NAMES,
@@ -151,9 +151,6 @@ def verdict(folder: Path, outputs: Path, go_on: str) -> str:
     if sentences:
         lines += ["", *sentences, ""]
     else:
-        lines += [
-            "one run each: whether the difference is more than noise, a confirmation over fresh seeds says",
-            "",
-            go_on,
-        ]
-    return "\n".join([*lines, *next_commands(folder, outputs)])
+        lines += ["one run each: whether the difference is more than noise, a confirmation over fresh seeds says", ""]
+    commands = [] if sentences else [go_on]
+    return "\n".join([*map(fold, lines), *commands, *next_commands(folder, outputs)])

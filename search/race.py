@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from byot.config import TrainConfig
+from byot.console import show_runs
 from byot.data import LabelledImages, load_images, split_validation
 from byot.runs import StopAsked, restore_trainer, train_saving
 from byot.search_files import (
@@ -344,20 +345,28 @@ def confirm(
 
     confirmation.save("running")
     try:
-        for run, result, error in run_tasks(do_run, take, resources, has_to_stop, deadline):
-            if error:
-                trouble = f"the run in {confirmation.run_folder(run)} failed: {error}"
-                print(trouble, flush=True)
-                continue
-            before = confirmation.judge()
-            confirmation.results[run] = result
-            store.pull(confirmation.run_folder(run))
-            confirmation.save("running")
-            told = result["error"] or f"{metric} {format_value(metric, result[metric])}"
-            name = confirmation.arms[run.arm].describe()
-            print(f"round {run.round + 1}  {name}  seed {result['config']['seed']}  {told}", flush=True)
-            for arm in set(before.remaining) - set(confirmation.judge().remaining):
-                print(f"         {confirmation.arms[arm].describe()} is out", flush=True)
+        with show_runs(base) as (say, show):
+            num_left = confirmation.num_left(confirmation.max_rounds)
+
+            def on_look(running: Collection[Run]) -> None:
+                num_ended = len(confirmation.results)
+                show(map(confirmation.run_folder, running), num_ended, num_ended + num_left)
+
+            for run, result, error in run_tasks(do_run, take, resources, has_to_stop, deadline, on_look):
+                if error:
+                    trouble = f"the run in {confirmation.run_folder(run)} failed: {error}"
+                    say(trouble)
+                    continue
+                before = confirmation.judge()
+                confirmation.results[run] = result
+                num_left = confirmation.num_left(confirmation.max_rounds)
+                store.pull(confirmation.run_folder(run))
+                confirmation.save("running")
+                told = result["error"] or f"{metric} {format_value(metric, result[metric])}"
+                name = confirmation.arms[run.arm].describe()
+                say(f"round {run.round + 1}  {name}  seed {result['config']['seed']}  {told}")
+                for arm in set(before.remaining) - set(confirmation.judge().remaining):
+                    say(f"         {confirmation.arms[arm].describe()} is out")
     except StoppedError:
         confirmation.save("interrupted")
         raise

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from byot.console import format_duration
+from byot.console import fold, format_duration
 from byot.search_files import format_parameter, format_value
 from search.records import SearchRecords
 from search.settings import expected_work, expected_work_left
@@ -166,7 +166,7 @@ class LiveTable:
             with suppress(OSError, UnicodeError):  # whoever read it may be gone
                 print(text, file=sys.__stdout__, flush=True)
         else:
-            self._draw(lambda: live.console.print(Text(text), soft_wrap=True))
+            self._draw(lambda: live.console.print(Text(fold(text, live.console.width)), soft_wrap=True))
             self._due_at = time.monotonic()  # what was said is not in the table yet
 
     def _draw(self, draw: Callable[[], object]) -> None:

@@ -13,6 +13,7 @@ Everything is left in outputs/searches/NAME. The same command goes on with its o
 from contextlib import ExitStack
 
 from byot.config import TrainConfig, recipe_defaults
+from byot.console import waiting
 from byot.system.files import describe_refusal
 from byot.system.flags import Parser, add_settings, one_sentence_errors, tell
 from search.settings import VAL_FRACTION, SearchSettings
@@ -52,7 +53,7 @@ def main() -> None:
     arguments = build_parser().parse_args()
     try:
         with ExitStack() as held:
-            with one_sentence_errors("tune.py"):
+            with one_sentence_errors("tune.py"), waiting("loading PyTorch, Ray and the images"):
                 from search.driver import run_search
                 from search.plan import make_plan
 

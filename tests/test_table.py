@@ -20,8 +20,10 @@ import pytest
 from rich.console import Console
 
 from byot import console
-from byot.console import text_table
+from byot.config import TrainConfig
+from byot.console import fold, show_runs, text_table
 from byot.search_files import MEASURES
+from byot.system.files import append_json_line
 from search.records import SearchRecords
 from search.settings import expected_work, expected_work_left, grace_epochs
 from search.table import NUM_MEASURED, LiveTable, estimate_left_s, render
@@ -143,6 +145,42 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "24")
     return fake
+
+
+def test_long_lines_are_broken_where_they_may_be():
+    line = "  1/6  t0001  completed    6 epochs  val_accuracy 93.01  temperature 3  beta 2.08e-07  3 s"
+    assert fold(line, 60).splitlines() == [
+        "  1/6  t0001  completed  6 epochs  val_accuracy 93.01",
+        "  temperature 3  beta 2.08e-07  3 s",
+    ]
+    assert fold("- one sentence that is too long\nshort", 20) == "- one sentence that\n  is too long\nshort"
+    assert fold("/a/path/that/is/longer/than/the/line", 20) == "/a/path/that/is/longer/than/the/line"
+    assert fold(line) == line, "in a file lines are as long as they are"
+
+
+def test_several_runs_are_shown_as_far_as_their_files_say(
+    terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(sys, "stdout", terminal)
+    (tmp_path / "run").mkdir()
+    config = TrainConfig(recipe="reference", epochs=4)
+    for epoch in (1, 2):
+        append_json_line(tmp_path / "run" / "metrics.jsonl", {"epoch": epoch})
+    with show_runs(config) as (say, on_look):
+        on_look([tmp_path / "run", tmp_path / "not begun"], 1, 5)
+        say("one has ended")
+    shown = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", terminal.getvalue())
+    assert "one has ended" in shown
+    bar = next(line for line in shown.splitlines() if "runs 1/5" in line)
+    assert bar.endswith("left")
+    assert bar.index("\u257a") - bar.index("\u2501") == 12, "of forty: six of twenty epochs"
+
+
+def test_several_runs_are_lines_elsewhere(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    with show_runs(TrainConfig()) as (say, on_look):
+        on_look([tmp_path], 0, 5)
+        say("one has ended")
+    assert capsys.readouterr().out == "one has ended\n"
 
 
 def show(live: LiveTable, records: SearchRecords, running: tuple[str, ...] = ("t0004",), **options) -> None:

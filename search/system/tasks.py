@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -39,12 +39,13 @@ def run_tasks(
     resources: Resources,
     stop_asked: StopAsked = lambda: 0,
     deadline: float | None = None,
+    on_look: Callable[[Collection[Key]], None] = lambda running: None,
 ) -> Iterator[Done[Key]]:
     """Call the function for each task on a Ray that is started; yields each as it ends; a failed one stops no other.
 
     `take` gives the next task whenever there is room, and None when there is none for now; the iterator ends when none
     runs and none is given, or at the deadline on the monotonic clock, whatever runs then. Raises StoppedError once
-    `stop_asked` says so: an exception out of a signal may be lost within Ray.
+    `stop_asked` says so: an exception out of a signal may be lost within Ray. `on_look` is told of the tasks that run.
     """
     import ray
 
@@ -55,6 +56,7 @@ def run_tasks(
             running[remote.remote(*task.arguments)] = task.key
         if not running:
             return
+        on_look(running.values())
         ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_UP_S)
         if stop_asked():
             raise StoppedError(stop_asked())

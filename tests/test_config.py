@@ -336,7 +336,7 @@ def test_no_module_takes_the_name_of_another() -> None:
     [
         ("byot", "ray optuna pandas search analysis matplotlib plotly tests", ["byot"]),
         ("search", "analysis pandas matplotlib tests", ["search", "byot"]),
-        ("analysis", "ray optuna torch tests", ["analysis", *FILES_ALONE, *RUN_READERS, "search.significance"]),
+        ("analysis", "ray torch tests", ["analysis", *FILES_ALONE, *RUN_READERS, "search.significance"]),
         ("byot/system", "search analysis", ["byot.system"]),  # it knows nothing of the method
         ("search/system", "optuna analysis", ["search.system", "byot"]),  # nor this of a search
     ],

@@ -21,6 +21,7 @@ from search.settings import expected_work, expected_work_left
 REFRESH_S = 1.0
 NUM_MEASURED = 100  # the last epochs of all trials together, whose speed is shown
 WIDE = 100  # letters in a line of a terminal that has room for wide gaps between the columns
+STYLES = {"completed": "green", "stopped": "dim", "failed": "bold red"}  # of words in a line that is said
 # Letters that the columns need at least: a column for each parameter, and all others together.
 PARAMETER, OTHERS = 9, 33
 
@@ -166,7 +167,10 @@ class LiveTable:
             with suppress(OSError, UnicodeError):  # whoever read it may be gone
                 print(text, file=sys.__stdout__, flush=True)
         else:
-            self._draw(lambda: live.console.print(Text(fold(text, live.console.width)), soft_wrap=True))
+            line = Text(fold(text, live.console.width))
+            for word, style in STYLES.items():
+                line.highlight_words([word], style)
+            self._draw(lambda: live.console.print(line, soft_wrap=True))
             self._due_at = time.monotonic()  # what was said is not in the table yet
 
     def _draw(self, draw: Callable[[], object]) -> None:

@@ -1,7 +1,7 @@
 """Makes the tables of docs/results.md and the README's short one from the records in results/.
 
   python benchmarks/readme_tables.py             print them
-  python benchmarks/readme_tables.py --write     put them into both files, and draw docs/exits.svg
+  python benchmarks/readme_tables.py --write     put them into both files, and draw docs/exits.svg and docs/effects.svg
 
 What has no record is left out. Runs are those of the plans of tables.py. Differences are paired: two runs of one seed
 begin with the same weights and see the same images in the same order.
@@ -11,7 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.verdict import accuracy_standard_error
 from benchmarks.common import format_difference, markdown, mean_and_sd
@@ -32,8 +32,12 @@ from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import PROJECT_ROOT
 from search.space import DEFAULT_SPACE
 
+if TYPE_CHECKING:  # importing it takes a second
+    from analysis.figures import Drawing
+
 README, RESULTS_PAGE = PROJECT_ROOT / "README.md", PROJECT_ROOT / "docs" / "results.md"
 EXITS_FIGURE, SHIPPED_NETWORK = PROJECT_ROOT / "docs" / "exits.svg", "resnet18-w16-cifar100"
+EFFECTS_FIGURE, EFFECTS_SEARCH = PROJECT_ROOT / "docs" / "effects.svg", "search-w16"
 BEGIN, END = "<!-- tables: made by benchmarks/readme_tables.py from results/ -->", "<!-- end of the tables -->"
 NOTHING = "\N{EN DASH}"
 MOST_TRIALS, MOST_SEEDS = 8, 100  # listed of a search; looked for of an arm
@@ -308,6 +312,9 @@ def all_sections(results: Path = RESULTS) -> str:
     sections = [plan_section(name, plan, results) for name, plan in TABLE_PLANS.items()]
     searches = dict.fromkeys([*(plan.search for plan in TABLE_PLANS.values() if plan.search), CONFIRMED_SEARCH])
     sections += [search_section(name, results) for name in searches]
+    if (drawing := effects_figure(results)) is not None:
+        sections.append(f"**What the settings do**, by the trials of `{EFFECTS_SEARCH}`. {drawing[1]}")
+        sections.append(f"![{drawing[1]}]({EFFECTS_FIGURE.name})")
     return "\n\n".join(filter(None, sections))
 
 
@@ -403,6 +410,20 @@ def exits_figure() -> bytes:
     return to_svg(draw_run({}, test)["cost"][0])
 
 
+def effects_figure(results: Path = RESULTS) -> "Drawing | None":
+    """Draw what each searched parameter does; None without the search's records, or where it has too few trials."""
+    folder = results / "searches" / EFFECTS_SEARCH
+    if not folder.is_dir():
+        return None
+    import matplotlib as mpl
+
+    from analysis.figures import STYLE, draw_effects
+    from analysis.trials import load_trials
+
+    with mpl.rc_context(STYLE):
+        return draw_effects(load_search(folder), load_trials(folder))
+
+
 def main() -> None:
     parser = Parser(prog="readme_tables.py", description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/results.md")
@@ -411,7 +432,11 @@ def main() -> None:
         if arguments.write:
             for path, page in make_pages().items():
                 write_output(path, page)
+            from analysis.figures import to_svg
+
             write_output(EXITS_FIGURE, exits_figure().decode())
+            if (drawing := effects_figure()) is not None:
+                write_output(EFFECTS_FIGURE, to_svg(drawing[0]).decode())
         else:
             print(summary(), all_sections(), sep="\n\n")
 

@@ -9,12 +9,11 @@ import pytest
 from optuna.trial import TrialState
 
 from benchmarks.quality import families, search_quality
-from benchmarks.quality.curves import Curve, curves_path, save_curves
+from benchmarks.quality.curves import RECORDED_SPACE, Curve, curves_path, save_curves
 from benchmarks.quality.families import NUM_LOOKED_AT, SYNTHETIC, load_family
-from benchmarks.quality.search_quality import METHODS, Ours, Stock, simulate
+from benchmarks.quality.search_quality import METHODS, Ours, make_method, simulate
 from byot.search_files import MEASURES, space_to_dict
 from byot.system.files import read_json
-from search.space import DEFAULT_SPACE
 from tests.helpers import Call
 
 EPOCHS = 3
@@ -36,13 +35,13 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     A proposal takes the curve of the nearest alone.
     """
     monkeypatch.setattr(families, "NUM_NEIGHBOURS", 1)
-    header = {"space": space_to_dict(DEFAULT_SPACE), "config": {"recipe": "reference", "epochs": EPOCHS}}
+    header = {"space": space_to_dict(RECORDED_SPACE), "config": {"recipe": "reference", "epochs": EPOCHS}}
     numbers: dict[str, int] = {"reference": -2, "control": -1, "low": 0, "high": 1}
     curves = []
     for (name, seed), values in PLANTED.items():
         role: Any = "sampled" if name in CORNERS else name
         place = CORNERS.get(name, (0.0, 3.0, 0.0 if name == "control" else 1e-6))
-        params = dict(zip(DEFAULT_SPACE, place, strict=True))
+        params = dict(zip(RECORDED_SPACE, place, strict=True))
         curves.append(Curve(numbers[name], role, seed, params, dict.fromkeys(MEASURES, values), 1.0))
     save_curves(curves_path("digits", tmp_path), header, curves)
     return tmp_path
@@ -52,7 +51,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_method_in_every_way_of_ending(name: str, planted: Path) -> None:
     """Diverged, stopped and complete trials; what a method's own study then knows is what it should."""
     family = load_family("digits", planted)
-    method = Ours(family, 0) if name == "ours" else Stock(family, 0, name)
+    method: Any = make_method(name, family, 0)
     outcome = simulate(method, family, budget=120, seed=0)
     assert outcome.num_completed > 0
     assert len(outcome.regret) == 120
@@ -80,7 +79,7 @@ def test_recorded_values_are_replayed(planted: Path) -> None:
         ((0.5, 5.5, 1e-5), "high", 31.0),
     ]
     for place, name, truth in cases:
-        params = dict(zip(DEFAULT_SPACE, place, strict=True))
+        params = dict(zip(RECORDED_SPACE, place, strict=True))
         runs = [family.train(params, rng) for _ in range(30)]
         recorded = {tuple(values) for (which, _), values in PLANTED.items() if which == name}
         assert {tuple(run.values) for run in runs} == recorded
@@ -92,7 +91,7 @@ def test_a_proposal_between_configurations_takes_their_mean(planted: Path, monke
     monkeypatch.setattr(families, "NUM_NEIGHBOURS", 2)
     family = load_family("digits", planted)
     low, high = (np.array(CORNERS[name]) for name in ("low", "high"))
-    middle = dict(zip(DEFAULT_SPACE, (low + high) / 2, strict=True)) | {"beta": float(np.sqrt(low[2] * high[2]))}
+    middle = dict(zip(RECORDED_SPACE, (low + high) / 2, strict=True)) | {"beta": float(np.sqrt(low[2] * high[2]))}
     runs = [family.train(middle, np.random.default_rng(seed)) for seed in range(20)]
     assert all(run.truth == pytest.approx((32.0 + 31.0) / 2) for run in runs)
     means = [np.add(PLANTED["low", seed], PLANTED["high", 1]) / 2 for seed in (0, 1)]

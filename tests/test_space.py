@@ -51,7 +51,7 @@ def test_a_setting_to_try_has_the_references_values_where_it_says_nothing():
     tried = read_point("alpha=0.3,beta=1e-4", space, TrainConfig(lr=0.05))
     assert tried == ("sampled", {"alpha": 0.3, "temperature": 3.0, "beta": 1e-4, "lr": 0.05})
     for text, words in (
-        ("alpha=2", "alpha is searched in 0 to 1"),
+        ("alpha=2", "alpha is searched in 0 to 0.5"),
         ("alpha=x", "alpha must be a number, not 'x'"),
         ("weight_decay=0", "'weight_decay' is not searched; alpha, temperature, beta, lr are"),
         ("", "'' is not searched"),

@@ -26,8 +26,8 @@ def searches(tmp_path: Path) -> Path:
         make_trial("t0001", 90.0, role="control", alpha=0.0, beta=0.0),
         make_trial("t0002", 71.0, alpha=0.3),
         make_trial("t0003", 75.0, alpha=0.4),
-        make_trial("t0004", 20.0, status="stopped", epochs_done=2, alpha=0.9),
-        make_trial("t0005", status="failed", epochs_done=0, error=f"{DIVERGED}the loss became nan", alpha=1.0),
+        make_trial("t0004", 20.0, status="stopped", epochs_done=2, alpha=0.45),
+        make_trial("t0005", status="failed", epochs_done=0, error=f"{DIVERGED}the loss became nan", alpha=0.5),
         make_trial("t0006", status="failed", epochs_done=0, error="the worker died", alpha=0.6),
         make_trial("t0007", 30.0, status="running", epochs_done=1, alpha=0.7),
     ]
@@ -47,8 +47,8 @@ def test_the_same_training_lends_its_trials_to_the_sampler(searches: Path, tmp_p
         (0.1, 6, [70.0], True),
         (0.3, 6, [71.0], True),
         (0.4, 6, [75.0], True),
-        (0.9, 2, [20.0], False),
-        (1.0, 0, [], False),
+        (0.45, 2, [20.0], False),
+        (0.5, 0, [], False),
     ]
     search = MadeUpSearch(tmp_path / "new", warm=warm)
     known = search.known()

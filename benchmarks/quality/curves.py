@@ -35,6 +35,7 @@ from byot.system.stopping import DivergedError
 from byot.trainer import Trainer, choose_autocast_dtype
 from search.space import DEFAULT_SPACE, first_points
 
+RECORDED_SPACE: Space = {**DEFAULT_SPACE, "alpha": Range(0.0, 1.0)}  # what a search took in when they were recorded
 FOLDER = PROJECT_ROOT / "results" / "curves"
 SOBOL_SEED = 0
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ class Family(NamedTuple):
     num_configurations: int  # those of the Sobol sequence
     num_first: int = 2  # of the settings that are tried first
     num_seeds: int = 1
-    space: Space = DEFAULT_SPACE
+    space: Space = RECORDED_SPACE
     classes: tuple[int, ...] | None = None  # of the data set; None: all
 
 
@@ -71,7 +72,7 @@ FAMILIES = {
         on_cpu(recipe="reference", dataset="digits", width=4, epochs=27, val_fraction=0.3),
         num_configurations=160,
         num_seeds=2,
-        space={**DEFAULT_SPACE, "lr": Range(1e-3, 1.0, log=True)},
+        space={**RECORDED_SPACE, "lr": Range(1e-3, 1.0, log=True)},
     ),
     "cifar100-10": Family(
         on_cpu(recipe="reference", width=8, epochs=9, val_fraction=0.2),

@@ -11,15 +11,14 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import qmc
 
-from benchmarks.quality.curves import FAMILIES, Curve, curves_path, load_curves
+from benchmarks.quality.curves import FAMILIES, RECORDED_SPACE, Curve, curves_path, load_curves
 from byot.config import comparable_after
 from byot.search_files import Range, Role, Space
 from search.settings import grace_epochs
-from search.space import DEFAULT_SPACE
 
 SYNTHETIC_EPOCHS = 27
 SYNTHETIC_SPACE: Space = {
-    **DEFAULT_SPACE,
+    **RECORDED_SPACE,
     "beta": Range(1e-8, 1e-2, log=True),
     "lr": Range(1e-3, 1.0, log=True),
 }

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from analysis.figures import BLUE, GREEN, GREY, ORANGE, STYLE, WIDTH
+from analysis.figures import BLUE, GREEN, GREY, ORANGE, RED, STYLE, WIDTH
 from benchmarks import common
 from benchmarks.quality.curves import FOLDER, curves_path
 from benchmarks.quality.families import RECORDED, SYNTHETIC, Family, load_family
@@ -37,10 +37,12 @@ from byot.search_files import DIVERGED, Status, TrialRecord
 from byot.system.flags import Parser, one_sentence_errors
 from search import significance
 from search.records import SearchRecords
+from search.space import DEFAULT_SPACE
 from search.study import BudgetAwareSearch, RecordedAsha, make_distributions
 
 METHODS = {  # name -> what tables call it, its colour
     "ours": ("ours", BLUE),
+    "default space": ("ours, alpha in its default range", RED),
     "stock": ("Ray's OptunaSearch + ASHA", ORANGE),
     "tpe": ("OptunaSearch, nothing stopped", GREEN),
     "random": ("random, nothing stopped", GREY),
@@ -204,8 +206,14 @@ def run_search(name: str, method: str, seed: int, curves_folder: Path) -> tuple[
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger(OptunaSearch.__module__).setLevel(logging.ERROR)  # it warns of every NaN
     family = _family(name, curves_folder)
-    tried = Ours(family, seed) if method == "ours" else Stock(family, seed, method)
+    tried = make_method(method, family, seed)
     return method, seed, simulate(tried, family, budget=NUM_WHOLE_TRIALS * family.epochs, seed=seed)
+
+
+def make_method(name: str, family: Family, seed: int) -> Method:
+    if name == "default space":
+        family = family._replace(space={**family.space, "alpha": DEFAULT_SPACE["alpha"]})
+    return Ours(family, seed) if name in ("ours", "default space") else Stock(family, seed, name)
 
 
 _family = cache(load_family)

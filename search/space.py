@@ -11,7 +11,7 @@ from byot.system.files import errors_in
 from byot.system.flags import flag_name
 
 DEFAULT_SPACE: Space = {
-    "alpha": Range(0.0, 0.5),  # of all recorded networks, none with a larger one is within 2 points of the best
+    "alpha": Range(0.0, 0.5),  # every recorded network with a larger one is 2.5 points or more below the best
     "temperature": Range(1.0, 10.0),
     "beta": Range(1e-8, 1e-3, log=True),
 }

@@ -1,7 +1,7 @@
 """Makes the figures of a search that answer to the pointer: Optuna's own, which plotly draws in the page.
 
-They show the trials that reached their last epoch, as learning curves those that were stopped early too. Deep
-supervision alone is not in them: it is another method.
+They show the trials that reached their last epoch, as learning curves those that were stopped early too; of more than
+200 trials the best 200 that reached it. Deep supervision alone is not in them: it is another method.
 """
 
 import base64
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from analysis.trials import parameter_columns
+from analysis.trials import parameter_columns, rank
 from byot.search_files import Range, SearchRecord
 
 if TYPE_CHECKING:  # importing it takes a second
     from optuna.study import Study
 
-FEWEST_TRIALS = 4  # at their last epoch
+FEWEST_TRIALS, MOST_TRIALS = 4, 200  # at their last epoch; the data of contours grow with the square of the trials
 
 
 def make_study(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame) -> "Study":
@@ -62,12 +62,18 @@ def draw_interactive(search: SearchRecord, trials: pd.DataFrame, curves: pd.Data
     from optuna import visualization
     from optuna.trial import TrialState
 
-    study, metric = make_study(search, trials, curves), search.metric
+    metric = search.metric
+    best = rank(trials, metric)["trial_id"].head(MOST_TRIALS)
+    if len(trials) > MOST_TRIALS:
+        trials = trials[trials["trial_id"].isin(best)]
+    study = make_study(search, trials, curves)
     whole = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     if len(whole) < FEWEST_TRIALS or len({trial.value for trial in whole}) < 2:
         return {}
     varied = [name for name in whole[0].params if len({trial.params[name] for trial in whole}) > 1]
-    figures = {"parallel": visualization.plot_parallel_coordinate(study, varied, target_name=metric)}
+    figures = {}
+    if varied:
+        figures["parallel"] = visualization.plot_parallel_coordinate(study, varied, target_name=metric)
     if len(varied) > 1:
         figures["contour"] = visualization.plot_contour(study, varied, target_name=metric)
         figures["importances"] = visualization.plot_param_importances(study, params=varied, target_name=metric)

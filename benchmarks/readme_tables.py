@@ -234,9 +234,12 @@ class Difference(NamedTuple):
 
 
 def compare_arms(
-    runs: Runs, columns: Sequence[Column], pairs: Sequence[tuple[Arm, Arm]] = COMPARED
+    runs: Runs, columns: Sequence[Column], pairs: Sequence[tuple[Arm, Arm]] = COMPARED, num_others: int = 0
 ) -> tuple[list[Difference], int]:
-    """Compare the pairs of arms that have two seeds or more in common; also count the comparisons that were made."""
+    """Compare the pairs of arms that have two seeds or more in common; also count all comparisons.
+
+    Beside these so many others are made, with which they are to hold together.
+    """
     seeds = {pair: sorted(set(runs.get(pair[0], {})) & set(runs.get(pair[1], {}))) for pair in pairs}
     compared = {
         (pair, column): [[runs[arm][seed][column.key] for seed in found] for arm in pair]
@@ -245,7 +248,7 @@ def compare_arms(
         for column in columns
         if all(has(record, column) for arm in pair for record in runs[arm].values())
     }
-    number = len(compared)
+    number = len(compared) + num_others
     cells = {
         (pair, column): format_difference(*values, digits=column.digits, bold=True, num_compared=number)
         for (pair, column), values in compared.items()
@@ -330,7 +333,10 @@ def answer(results: Path) -> Iterator[str]:
         return
     base = TABLE_PLANS[ANSWER].base
     errors = COLUMNS["Calibration error (ECE) in percent"]
-    differences, number = compare_arms(runs, [*ACCURACIES, *errors], ANSWER_PAIRS)
+    self_distillation = [("reference", "deep-supervision")]
+    _, num_errors = compare_arms(runs, errors, self_distillation)
+    differences, number = compare_arms(runs, ACCURACIES, ANSWER_PAIRS, num_errors)
+    calibration, _ = compare_arms(runs, errors, self_distillation, number - num_errors)
     rows = [
         [ANSWER_ARMS[arm], *(describe(list(of_arm.values()), column) for column in ACCURACIES)]
         for arm, of_arm in runs.items()
@@ -345,8 +351,7 @@ def answer(results: Path) -> Iterator[str]:
             *(one.cells[column] for column in errors),
             "",
         ]
-        for one in differences
-        if (one.arm, one.other) == ("reference", "deep-supervision")
+        for one in calibration
     ]
     yield (
         f"CIFAR-100, {network(base)}, {base.epochs} epochs, {len(runs['reference'])} seeds: test accuracy in percent, "

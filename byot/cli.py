@@ -54,8 +54,9 @@ def complete() -> None:
     from byot.system.flags import Parser
     from byot.system.paths import default_outputs
 
-    _, *words = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split(" ")
-    if len(words) > 1 and words[0] in COMMANDS:
+    typed = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
+    words = typed.split()[1:]
+    if words and words[0] in COMMANDS and typed.split(words[0])[-1]:  # a word after it has begun
         sys.argv = [f"byot {words[0]}"]
         parser = import_module(COMMANDS[words[0]][0]).build_parser()
         os.environ["_ARGCOMPLETE"] = "2"  # the words of the command begin at the second one

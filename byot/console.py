@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # importing them imports torch
     from byot.trainer import OnBatch
 
 Say = Callable[[str], None]  # prints a line
-OnLook = Callable[[Iterable[Path], int, int], None]  # takes the folders of runs at work, and how many have ended of all
+Show = Callable[[Iterable[Path], int, int], None]  # takes the folders of runs at work, and how many have ended of all
 
 SPEED_OVER_S = 5.0  # the images/s shown are those of so many seconds
 
@@ -57,26 +57,30 @@ def fold(text: str, width: float | None = None) -> str:
 
 
 def _fold_line(line: str, width: int) -> str:
-    indent = " " * (len(line) - len(line.lstrip(" -")))
-    parts = re.split("  +", line.strip())
+    start = re.match(" *(- )?", line)
+    assert start is not None, "it matches nothing too"
+    indent, parts = " " * start.end(), re.split("  +", line[start.end() :].rstrip())
     if len(parts) > 1 and max(map(len, parts)) <= width - len(indent):
-        line = indent + "  ".join(part.replace(" ", "\0") for part in parts)
-    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False).replace(
-        "\0", " "
+        parts = [part.replace(" ", "\0") for part in parts]
+    filled = textwrap.fill(
+        start[0] + "  ".join(parts), width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
+    return filled.replace("\0", " ")
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Show on a terminal what is waited for, until it is over."""
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+    is_seen = sys.stdout.isatty()
+    try:
+        if is_seen:
+            with suppress(OSError):
+                print(what, end="\r", flush=True)
         yield
-        return
-
-    from rich.console import Console
-
-    with Console().status(what):
-        yield
+    finally:
+        if is_seen:
+            with suppress(OSError):
+                print(" " * len(what), end="\r", flush=True)
 
 
 def text_table(
@@ -160,7 +164,7 @@ def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple["OnBa
 
 
 @contextmanager
-def show_runs(config: TrainConfig) -> Iterator[tuple[Say, OnLook]]:
+def show_runs(config: TrainConfig) -> Iterator[tuple[Say, Show]]:
     """Yield what prints a line, and what shows how far several runs of so many epochs are.
 
     On a terminal that is a bar with the time left. It moves as epochs end that are read from the runs' own files.
@@ -172,12 +176,18 @@ def show_runs(config: TrainConfig) -> Iterator[tuple[Say, OnLook]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("runs {task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
-    with Progress(*columns, speed_estimate_period=3600, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        whole = work_after(config, config.epochs)
+    progress = Progress(
+        *columns,
+        speed_estimate_period=3600,
+        transient=True,
+        redirect_stderr=sys.stderr.isatty(),  # else it is a file
+    )
+    task = progress.add_task("", total=None)
+    whole = work_after(config, config.epochs)
 
-        def on_look(folders: Iterable[Path], num_ended: int, num_runs: int) -> None:
-            begun = [max(read_epochs(folder / "metrics.jsonl"), default=0) for folder in folders]
+    def show(folders: Iterable[Path], num_ended: int, num_runs: int) -> None:
+        begun = [max(read_epochs(folder / "metrics.jsonl"), default=0) for folder in folders]
+        with suppress(OSError):  # of a terminal that is gone; the runs go on
             progress.update(
                 task,
                 description=f"{num_ended}/{num_runs}",
@@ -185,4 +195,14 @@ def show_runs(config: TrainConfig) -> Iterator[tuple[Say, OnLook]]:
                 completed=num_ended * whole + sum(work_after(config, epochs) for epochs in begun),
             )
 
-        yield lambda text: progress.console.print(fold(text), highlight=False, markup=False, soft_wrap=True), on_look
+    def say(text: str) -> None:
+        with suppress(OSError):
+            progress.console.print(fold(text), highlight=False, markup=False, soft_wrap=True)
+
+    with suppress(OSError):
+        progress.start()
+    try:
+        yield say, show
+    finally:
+        with suppress(OSError):
+            progress.stop()

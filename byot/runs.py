@@ -10,7 +10,8 @@ result.json         written last: the test set's figures and where they come fro
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ from byot.system.lock import WORKER_WAIT_S, lock_folder
 from byot.system.paths import absolute_path, default_outputs
 from byot.system.provenance import provenance
 from byot.system.stopping import StoppedError
-from byot.tracking import Tracker, Tracking
+from byot.tracking import Trackers, Tracking
 from byot.trainer import (
     EVAL_BATCH_SIZE,
     OnBatch,
@@ -103,12 +104,13 @@ def open_run(
     folder: Path,
     checkpoint: Path | None = None,
     processes: Processes = ALONE,
-    trackers: Sequence[Tracker] = ("tensorboard",),
+    trackers: Trackers | None = None,
 ) -> Run:
     """Read the data, build the network and go back to the given checkpoint, else to the folder's last one.
 
     The first process holds the folder's lock. It alone writes, and only once all of this has worked; the others, on
-    whatever machine, read the checkpoint that it names. Raises ValueError for what a user can put right.
+    whatever machine, read the checkpoint that it names. Left out, the one tracker is TensorBoard. Raises ValueError for
+    what a user can put right.
     """
     if not processes.is_first:
         processes.barrier()  # the first refuses, downloads and decodes for all
@@ -124,9 +126,9 @@ def open_run(
     if processes.is_first:
         write_json(folder / "config.json", config.to_dict())
         processes.broadcast(resumed_from)
-    return Run(
-        folder, trainer, resumed_from, Tracking(trackers if processes.is_first else (), folder, config.to_dict())
-    )
+    if trackers is None or not processes.is_first:
+        trackers = Trackers(["tensorboard" if processes.is_first else "none"], warnings.warn)
+    return Run(folder, trainer, resumed_from, Tracking(trackers, folder, config.to_dict()))
 
 
 def restore_trainer(

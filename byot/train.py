@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +31,7 @@ from byot.system.flags import Parser, add_settings, given_settings, one_sentence
 from byot.system.lock import lock_folder
 from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
 from byot.system.stopping import StoppedError, TrainingError, catch_stop_signals
-from byot.tracking import Tracker, check_trackers
+from byot.tracking import Tracker, Trackers, check_trackers
 
 FIRST_SPEAKS_WITHIN_S = 30.0
 MOST_THREADS = 1024
@@ -57,8 +58,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--track",
         nargs="+",
+        action="extend",
         choices=get_args(Tracker),
-        default=["tensorboard"],
         help="where each epoch's figures go, beside metrics.jsonl [tensorboard]",
     )
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
@@ -71,7 +72,7 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
     given = given_settings(arguments, TrainConfig)
     if arguments.threads is not None:
         check_range("threads", arguments.threads, low=1, high=MOST_THREADS)
-    check_trackers(arguments.track)
+    check_trackers(arguments.track or [])
     if "data_dir" in given:
         given["data_dir"] = str(absolute_path(given["data_dir"]))
     outputs = outputs_folder(arguments.outputs)
@@ -104,10 +105,10 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
 
 
 def train(
-    config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: bool, trackers: list[Tracker]
+    config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: bool, trackers: list[Tracker] | None
 ) -> dict[str, Any]:
     """Do the run, or the rest of it, and return its result. Ends the program where that cannot be."""
-    track = [] if trackers == ["tensorboard"] else ["--track", *trackers]
+    track = [] if trackers is None else ["--track", *trackers]
     go_on = f"go on with: {shlex.join([*this_command(), '--resume', str(folder), *track])}"
     with ExitStack() as held:
         try:
@@ -129,7 +130,8 @@ def train(
                     return result
                 if processes.is_first:
                     held.enter_context(lock_folder(folder))
-                run = open_run(config, folder, checkpoint, processes, trackers)
+                asked = Trackers(trackers or ["tensorboard"], partial(tell, "train.py"))
+                run = open_run(config, folder, checkpoint, processes, asked)
             start = f"going on from {run.resumed_from}" if run.resumed_from else "starting"
             precision = "bf16" if run.trainer.autocast_dtype else "fp32"
             among = f", {processes.count} processes" if processes.count > 1 else ""

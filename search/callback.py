@@ -11,7 +11,7 @@ from ray.tune.result import AUTO_RESULT_KEYS
 
 from byot.search_files import Status, TrialRecord, format_parameter, format_value, settings_of
 from byot.system.files import describe_refusal, write_text
-from byot.tracking import Tracking
+from byot.tracking import Trackers, Tracking
 from search.messages import describe_time
 from search.plan import Session
 from search.space import first_points, read_point
@@ -53,7 +53,8 @@ class SearchWatch(tune.Callback, tune.Stopper):
         self.tells_pace = tells_pace  # until it has been told
         self.trouble = ""  # why the search cannot go on
         self.crashes_in_a_row = 0
-        self.tracked: dict[str, Tracking] = {}  # the trials that run, where figures of them are asked for
+        self.trackers = Trackers(plan.settings.track, live.say)
+        self.tracked: dict[str, Tracking] = {}  # the trials that run
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         """Ray pickles its callbacks for a state of its own, which is never read; the plan has all images."""
@@ -75,9 +76,10 @@ class SearchWatch(tune.Callback, tune.Stopper):
                 trial.run_metadata.num_failures = 0  # a trial that gets on is not given up, however often it is killed
                 self.live.add_epoch(self.records.work(epoch) - self.records.work(epoch - 1))
             self.records.add_epoch(trial_id, result)
-            self._track(
-                trial_id, {k: v for k, v in result.items() if k not in AUTO_RESULT_KEYS and type(v) in (int, float)}
-            )
+            known = self.records.trials[trial_id]
+            if known.status == "running" and (tracking := self._track(known)) is not None:
+                numbers = (name for name, value in result.items() if type(value) in (int, float))
+                tracking.log({name: result[name] for name in numbers if name not in AUTO_RESULT_KEYS})
             self._tell_pace(result)  # where an epoch has fewer steps than are timed
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -138,29 +140,27 @@ class SearchWatch(tune.Callback, tune.Stopper):
             return
         self._write(lambda: self.mirror.add(trial))
         self._print(trial)
-        if trial_id in self.tracked:
+        if (tracking := self._track(trial)) is not None:
             measures = {name: value for name, value in trial.measures.items() if value is not None}
-            self.tracked.pop(trial_id).end(measures, failed=status == "failed")
+            tracking.end(measures, failed=status == "failed")
+            self.tracked.pop(trial_id)
         self.crashes_in_a_row = self.crashes_in_a_row + 1 if status == "failed" and not trial.diverged else 0
         ended = self.records.ended
         none_worked = len(ended) == MAX_FAILURES and all(other.status == "failed" for other in ended)
         if none_worked or self.crashes_in_a_row >= MAX_FAILURES:
             self.trouble = f"{MAX_FAILURES} trials failed one after another, the last one so: {error}"
 
-    def _track(self, trial_id: str, record: dict[str, Any]) -> None:
-        """Send an epoch's figures where they are asked for."""
-        plan, trial = self.session.plan, self.records.trials[trial_id]
-        if not plan.settings.track or trial.status != "running":
-            return
-        if trial_id not in self.tracked:
+    def _track(self, trial: TrialRecord) -> Tracking | None:
+        """Open a trial in the trackers that are asked for; None where there are none."""
+        if self.trackers.names and trial.trial_id not in self.tracked:
+            plan = self.session.plan
             settings = plan.base.to_dict() | settings_of(plan.base, trial.role, trial.params) | {"role": trial.role}
-            folder = self.records.trial_folder(trial_id)
-            try:
-                self.tracked[trial_id] = Tracking(plan.settings.track, folder, settings, plan.folder.name)
-            except ValueError as error:
-                self.trouble = str(error)
-                return
-        self.tracked[trial_id].log(record)
+            # Not in the trial's own folder: an object store has no place for it, and would take it away.
+            folder = plan.folder / "tracking" / trial.trial_id
+            opened = self._write(lambda: Tracking(self.trackers, folder, settings, plan.folder.name))
+            if opened is not None:
+                self.tracked[trial.trial_id] = opened
+        return self.tracked.get(trial.trial_id)
 
     def close(self) -> None:
         """Close what is open of the trials that go on with the search."""

@@ -94,7 +94,7 @@ class SearchSettings:
     )
 
     track: tuple[Tracker, ...] = setting(
-        (), "where each trial's figures go, epoch by epoch: tensorboard, wandb, mlflow"
+        (), "where each trial's figures go, epoch by epoch: tensorboard, wandb, mlflow or none"
     )
 
     def __post_init__(self) -> None:

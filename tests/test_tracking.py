@@ -1,6 +1,7 @@
 """What TensorBoard, Weights & Biases and MLflow get of a run, also of one that is stopped and goes on."""
 
 import re
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,22 @@ from typing import Any
 import pytest
 
 from byot import tracking
-from byot.system.files import read_json
+from byot.system.files import read_json, write_json
 from byot.system.stopping import DivergedError, StoppedError
-from byot.tracking import Tracker, Tracking, check_trackers
+from byot.tracking import Tracker, Trackers, Tracking, check_trackers
+from search.callback import SearchWatch
+from search.table import LiveTable
 from tests.helpers import run_command
 from tests.test_callback import Driver
 
 ALL: tuple[Tracker, ...] = ("tensorboard", "wandb", "mlflow")
 SETTINGS = {"alpha": 0.1, "model": "resnet18", "data_dir": None}
+
+
+def open_all(folder: Path, *names: Tracker, group: str = tracking.PROJECT) -> tuple[Tracking, list[str]]:
+    """Open a run in trackers; whatever is told of them is in the list."""
+    told: list[str] = []
+    return Tracking(Trackers(names, told.append), folder, SETTINGS, group), told
 
 
 def record(epoch: int) -> dict[str, Any]:
@@ -42,16 +51,20 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the trackers
 def test_every_tracker_has_each_epoch_of_a_run_that_was_stopped_once(tmp_path: Path, client: Any) -> None:
     folder = tmp_path / "run"
-    with suppress(StoppedError), Tracking(ALL, folder, SETTINGS, "group") as first:
-        for epoch in (1, 2):
+    first, told = open_all(folder, *ALL, *ALL, group="group")
+    with suppress(StoppedError), first:
+        for epoch in (1, 2, 1, 2):  # as a trial does whose worker died
             first.log(record(epoch))
         raise StoppedError(15)
     (found,) = client.search_runs([client.get_experiment_by_name("group").experiment_id])
     assert found.info.status == "KILLED"
-    with Tracking(ALL, folder, SETTINGS, "group") as second:
+    with open_all(folder, *ALL, group="group")[0] as second:
+        (found,) = client.search_runs([client.get_experiment_by_name("group").experiment_id])
+        assert found.info.status == "RUNNING"
         for epoch in (1, 2, 3):
             second.log(record(epoch))
-        second.end({"test_accuracy": 61.5})
+        second.end({"test_accuracy": 61.5, "val_accuracy": 30.0})
+    assert told == []
 
     (found,) = client.search_runs([client.get_experiment_by_name("group").experiment_id])
     assert (found.info.status, found.info.run_name) == ("FINISHED", "run")
@@ -59,10 +72,11 @@ def test_every_tracker_has_each_epoch_of_a_run_that_was_stopped_once(tmp_path: P
     assert found.data.metrics["test_accuracy"] == 61.5
     history = client.get_metric_history(found.info.run_id, "train_loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "val_accuracy")] == [1, 2, 3]
 
     events = events_in(folder)
     assert [event.step for event in events.Scalars("val_accuracy")] == [1, 2, 3]
-    assert events.Scalars("test_accuracy")[-1].value == 61.5
+    assert events.Scalars("hparam/test_accuracy")[-1].value == 61.5
     assert events.PluginTagToContent("hparams")
 
     parts = {re.fullmatch(r"offline-run-\d+_\d+-(\w+)", path.name) for path in (folder / "wandb").glob("offline-run-*")}
@@ -71,53 +85,79 @@ def test_every_tracker_has_each_epoch_of_a_run_that_was_stopped_once(tmp_path: P
 
 
 def test_a_run_that_cannot_go_on_has_failed(tmp_path: Path, client: Any) -> None:
-    with suppress(DivergedError), Tracking(["mlflow"], tmp_path / "run", SETTINGS) as opened:
+    with suppress(DivergedError), open_all(tmp_path / "run", "mlflow")[0] as opened:
         opened.log(record(1))
         raise DivergedError("nan")
     (found,) = client.search_runs([client.get_experiment_by_name(tracking.PROJECT).experiment_id])
     assert found.info.status == "FAILED"
 
 
+def test_a_run_that_mlflow_has_forgotten_begins_anew(tmp_path: Path, client: Any) -> None:
+    write_json(tmp_path / "run" / tracking.IDS_FILE, {"mlflow": "f" * 32})
+    opened, told = open_all(tmp_path / "run", "mlflow")
+    opened.end({})
+    assert told == []
+    assert client.get_run(read_json(tmp_path / "run" / tracking.IDS_FILE)["mlflow"]).info.run_name == "run"
+
+
 def test_a_tracker_that_fails_is_left_and_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by the next trial of the same search."""
+
     class Broken(tracking.TensorBoardRun):
         def log(self, record: Any) -> None:
             raise ConnectionError("no route to the server\nand more")
 
-    monkeypatch.setitem(tracking.TRACKERS, "wandb", Broken)
-    opened = Tracking(["wandb", "tensorboard"], tmp_path, SETTINGS)
-    with pytest.warns(UserWarning, match="^wandb gets no more figures of this run: no route to the server$"):
+    monkeypatch.setitem(tracking.TRACKED_RUNS, "wandb", Broken)
+    told: list[str] = []
+    trackers = Trackers(["wandb", "tensorboard"], told.append)
+    for trial in ("first", "second"):
+        opened = Tracking(trackers, tmp_path / trial, SETTINGS)
         opened.log(record(1))
-    opened.log(record(2))
-    opened.end({})
-    assert [event.step for event in events_in(tmp_path).Scalars("train_loss")] == [1, 2]
+        opened.log(record(2))
+        opened.end({})
+        assert [event.step for event in events_in(tmp_path / trial).Scalars("train_loss")] == [1, 2]
+    assert told == ["wandb gets no more figures: no route to the server"]
+
+
+def test_a_server_that_does_not_answer_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="mlflow cannot be used: "):
+        check_trackers(["mlflow"])
+    assert time.monotonic() - began < 60
 
 
 def test_what_is_missing_is_said_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda name: None if name == "mlflow" else name)
-    check_trackers(["tensorboard", "wandb"])
+    check_trackers(["tensorboard", "none"])
     with pytest.raises(ValueError, match="mlflow is not installed: pip install mlflow-skinny"):
         check_trackers(["wandb", "mlflow"])
     flags = ("--dataset", "digits", "--width", 4, "--outputs", tmp_path, "--track", "wandb")
     done = run_command(flags, cwd=tmp_path, WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"train\.py: wandb cannot be used: .+\n", done.stderr)
+    words = "wandb cannot be used: there is no login; `wandb login` makes one, WANDB_MODE=offline does without"
+    assert done.stderr == f"train.py: {words}\n"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_trials_are_tracked_from_their_first_epoch_to_their_end(tmp_path: Path) -> None:
     driver = Driver(tmp_path)
     plan = driver.watch.session.plan
     settings = replace(plan.settings, track=("tensorboard",))
-    driver.watch.session = driver.watch.session._replace(plan=plan._replace(settings=settings))
-    first, second = driver.start(), driver.start()
+    driver.watch = SearchWatch(driver.watch.session._replace(plan=plan._replace(settings=settings)), LiveTable())
+    driver.searcher = driver.watch.searcher
+    first, second, third = (driver.start() for _ in range(3))
     for epoch in range(1, 5):
         driver.epoch(first, epoch, value=10.0 * epoch)
     driver.epoch(second, 1)
     assert driver.complete(first) == "completed"
+    assert driver.diverge(third) == "failed diverged: nan"
     driver.watch.close()
 
-    folders = [driver.records.trial_folder(trial.config["trial_id"]) for trial in (first, second)]
+    folders = [tmp_path / "tracking" / trial.config["trial_id"] for trial in (first, second, third)]
     events = events_in(folders[0])
     assert [event.value for event in events.Scalars("val_accuracy")][:4] == [10.0, 20.0, 30.0, 40.0]
     assert events.PluginTagToContent("hparams")
     with pytest.raises(KeyError, match="hparams"):  # it goes on with the search
         events_in(folders[1]).PluginTagToContent("hparams")
+    assert events_in(folders[2]).Tags()["scalars"] == [], "it has no epoch, and was closed"

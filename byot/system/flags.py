@@ -114,6 +114,7 @@ def add_settings(
             dest=f.name,
             default=argparse.SUPPRESS,
             nargs="+" if several else None,
+            action="extend" if several else "store",
             type=str if choices else kind,
             choices=choices,
             metavar=f.name.upper() if several else None if choices else kind.__name__.upper(),

@@ -13,7 +13,7 @@ search: $(INSTALLED)
 	$(BIN)/python search/tune.py --model resnet18 --dataset digits --width 8 --epochs 8 --num-samples 16 --confirm 2 \
 		--val-fraction 0.2 --name $(SEARCH_NAME)
 	$(BIN)/python byot/train.py --best $(SEARCH_NAME) --val-fraction 0.2 --name $(SEARCH_NAME)
-	$(BIN)/python byot/evaluate.py outputs/runs/$(SEARCH_NAME) --exits
+	$(BIN)/python byot/evaluate.py $(SEARCH_NAME) --exits
 	$(BIN)/python analysis/report.py $(SEARCH_NAME)
 
 # Lint and types beside the quick tests: each takes a core.

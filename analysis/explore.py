@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from analysis.figures import BLUE, GREEN, ORANGE, OTHER_COLOURS
 from analysis.trials import parameter_columns, rank
 from byot.search_files import Range, SearchRecord
 
 if TYPE_CHECKING:  # importing it takes a second
     from optuna.study import Study
 
+COLOURS = [BLUE, ORANGE, GREEN, *OTHER_COLOURS]
 FEWEST_TRIALS, MOST_TRIALS = 4, 200  # at their last epoch; the data of contours grow with the square of the trials
 
 
@@ -73,18 +75,22 @@ def draw_interactive(search: SearchRecord, trials: pd.DataFrame, curves: pd.Data
     varied = [name for name in whole[0].params if len({trial.params[name] for trial in whole}) > 1]
     figures = {}
     if varied:
-        figures["parallel"] = visualization.plot_parallel_coordinate(study, varied, target_name=metric)
+        drawn = figures["parallel"] = visualization.plot_parallel_coordinate(study, varied, target_name=metric)
+        drawn.update_traces(opacity=0.9, line_width=2, selector={"mode": "lines"})
     if len(varied) > 1:
         figures["contour"] = visualization.plot_contour(study, varied, target_name=metric)
-        figures["importances"] = visualization.plot_param_importances(study, params=varied, target_name=metric)
+        drawn = figures["importances"] = visualization.plot_param_importances(study, params=varied, target_name=metric)
+        drawn.update_traces(marker_color=BLUE)
     if any(trial.intermediate_values for trial in study.trials):
         lines = figures["lines"] = visualization.plot_intermediate_values(study)
         measured = [trial for trial in study.trials if trial.intermediate_values]
         for line, trial in zip(lines.data, measured, strict=True):
             line.name = trial.user_attrs["trial_id"]
         lines.update_layout(xaxis_title="epoch", yaxis_title=metric, showlegend=True)
-    for figure in figures.values():
-        figure.update_layout(title=None, template="plotly_white", margin={"t": 40, "b": 60, "l": 70, "r": 20})
+    for name, figure in figures.items():
+        figure.update_layout(title=None, template="plotly_white", colorway=COLOURS, margin={"t": 10, "l": 70, "r": 20})
+        if name == "parallel":
+            figure.update_layout(plot_bgcolor="#e4e8ec")  # the worst trial is nearly white
         for update_axes in (figure.update_xaxes, figure.update_yaxes):
             update_axes({"dtick": 1, "exponentformat": "power"}, selector={"type": "log"})
     return {name: figure.to_json() for name, figure in figures.items()}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from byot.config import TrainConfig, check_range
+from byot.console import fold, show_runs, waiting
 from byot.search_files import (
     SearchRecord,
     TrialRecord,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_SEEDS = 10_000
+MAY_GO = ("precision", "epochs", "1/4 %", "2/4 %", "3/4 %", "ensemble %")  # columns, on a narrow terminal
 
 
 class Job(NamedTuple):
@@ -114,7 +116,7 @@ def plan_jobs(configurations: dict[str, TrainConfig], runs_folder: Path, num_see
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    with one_sentence_errors("retrain.py"):
+    with one_sentence_errors("retrain.py"), waiting("loading PyTorch, Ray and the images"):
         check_arguments(arguments)
         outputs = outputs_folder(arguments.outputs)
         folder = find_search(outputs, arguments.search)
@@ -130,7 +132,6 @@ def main() -> None:
         jobs = plan_jobs(configurations, check_writable(outputs / "runs"), arguments.seeds, **changes)
         config = jobs[0].config
 
-        from byot.console import show_runs
         from byot.data import check_dataset, load_images
         from byot.runs import read_result, train_run
         from search.system.resources import ResourceRequest, resolve, running_ray, this_machine
@@ -142,11 +143,9 @@ def main() -> None:
         load_images(config.dataset, config.data_dir, "test", config.image_size)
         resources = resolve(request, *this_machine(config.device))
         finished = {job: result for job in jobs if (result := read_result(job.config, job.folder)) is not None}
-    print(
-        f"search {search.name}: {len(configurations)} configurations x {arguments.seeds} seeds, {config.epochs} epochs "
-        f"on all training images, {len(finished)} of {len(jobs)} runs finished before",
-        flush=True,
-    )
+    told = f"search {search.name}: {len(configurations)} configurations x {arguments.seeds} seeds, "
+    told += f"{config.epochs} epochs on all training images, {len(finished)} of {len(jobs)} runs finished before"
+    print(fold(told), flush=True)
     for number, (job, result) in enumerate(finished.items(), start=1):
         print(f"{outcome_line(number, len(jobs), job, result)}  (finished before)", flush=True)
     tasks = iter([Task(job, (job.config, job.folder, resources.cpus)) for job in jobs if job not in finished])
@@ -207,7 +206,7 @@ def print_summary(search: SearchRecord, folder: Path, confirmed: str, runs: "pd.
 
     summary, trials = summarise_runs(runs), load_trials(folder)
     if not summary.empty:
-        table = summary_table(summary, trials).to_text()
+        table = summary_table(summary, trials).to_text(MAY_GO)
         print(f"\ntest accuracy, mean ± standard deviation over n seeds\n{table}")
         print(f"\n{bullets(judge_retrained(search, trials, runs, confirmed))}")
 

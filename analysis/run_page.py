@@ -18,6 +18,7 @@ from byot.exits import describe_age
 from byot.runs import read_result
 from byot.search_files import find_folder, read_epochs
 from byot.system.files import errors_in, read_json
+from byot.system.flags import as_called
 
 TEMPLATE = "run_page.html"
 DEEPEST = CLASSIFIERS[str(NUM_CLASSIFIERS)]
@@ -54,7 +55,7 @@ def render_run_page(folder: Path) -> str:
         seen=exits is not None and exits["fitted_on"] == SEEN,
         age=None if exits is None else describe_age(folder, exits),
         tables={} if test is None else exit_tables(test),
-        command=f"python byot/evaluate.py {folder} --exits",
+        command=as_called(f"python byot/evaluate.py {folder} --exits"),
     )
 
 

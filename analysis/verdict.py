@@ -108,7 +108,7 @@ def judge_search(search: SearchRecord, trials: pd.DataFrame) -> list[str]:
         error = accuracy_standard_error(best[metric], num_images)
         value += f" ± {error:.2f} (binomial standard error, {num_images:,} images)"
     sentences = [
-        f"Best of {len(ranked)} self-distilled trials that reached epoch {epochs}: {best['trial_id']}, "
+        f"Best single run of {len(ranked)} self-distilled trials that reached epoch {epochs}: {best['trial_id']}, "
         f"{format_parameters(search, best)}; {describe_metric(metric)}: {value}."
     ]
     if num_images and not others.empty:
@@ -188,7 +188,7 @@ def judge_retrained(
         if chosen is None:
             continue
         best = runs[runs["trial_id"] == chosen]
-        how = "confirmed over fresh seeds" if chosen == confirmed else "best on validation of those retrained"
+        how = "chosen over fresh seeds" if chosen == confirmed else "best on validation of those retrained"
         measure = describe_metric(metric)
         sentences.append(
             f"{measure[0].upper()}{measure[1:]}, of trial {chosen} ({how}) "
@@ -216,7 +216,7 @@ def judge_pairs(metric: str, best: pd.DataFrame, other: pd.DataFrame) -> str:
     by_seed = [runs.groupby("seed")[metric].mean() for runs in (best, other)]
     pairs = pd.concat(by_seed, axis="columns", join="inner", keys=["best", "other"]).dropna()
     if len(pairs) < 2:
-        return "it takes at least two seeds that both were trained with to say whether the difference is real."
+        return "to compare them takes at least two seeds, each run with both settings."
     sign = 1 if metric_mode(metric) == "max" else -1
     num_images = pd.to_numeric(best["num_test_images"], errors="coerce").max()
     step = 100 / num_images if "_accuracy" in metric and num_images > 0 else 0.0  # a smaller spread is a coincidence

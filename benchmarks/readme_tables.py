@@ -333,7 +333,7 @@ def answer(results: Path) -> Iterator[str]:
         return
     base = TABLE_PLANS[ANSWER].base
     errors = COLUMNS["Calibration error (ECE) in percent"]
-    self_distillation = [("reference", "deep-supervision")]
+    self_distillation: list[tuple[Arm, Arm]] = [("reference", "deep-supervision")]
     _, num_errors = compare_arms(runs, errors, self_distillation)
     differences, number = compare_arms(runs, ACCURACIES, ANSWER_PAIRS, num_errors)
     calibration, _ = compare_arms(runs, errors, self_distillation, number - num_errors)

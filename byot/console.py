@@ -97,6 +97,7 @@ def text_table(
             place = lines[0].index(name)
             lines = [[*line[:place], *line[place + 1 :]] for line in lines]
             del widths[place]
+            num_text -= place < num_text
 
     def align(line: Sequence[str]) -> str:
         cells = enumerate(zip(line, widths, strict=True))
@@ -135,7 +136,7 @@ def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple["OnBa
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, speed_estimate_period=120) as progress:
+    with Progress(*columns, speed_estimate_period=120, transient=True) as progress:
         finished, started, done_before = first_epoch, time.perf_counter(), 0
         task = progress.add_task(
             "train",
@@ -149,16 +150,16 @@ def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple["OnBa
         def on_batch(done: int, images: int) -> None:
             nonlocal started, done_before
             passed_s = time.perf_counter() - started
-            epoch = finished + done / images
+            epoch, all_done = finished + done / images, (finished - first_epoch) * images + done
             progress.update(task, completed=work_after(config, epoch), epoch=math.ceil(epoch))
             if passed_s > SPEED_OVER_S:
-                progress.update(task, speed=f"{(done - done_before) % images / passed_s:.0f} images/s")
-                started, done_before = time.perf_counter(), done
+                progress.update(task, speed=f"{(all_done - done_before) / passed_s:.0f} images/s")
+                started, done_before = time.perf_counter(), all_done
 
         def on_epoch(metrics: "EpochMetrics") -> None:
             nonlocal finished
             finished = metrics.epoch
-            progress.console.print(epoch_line(metrics, num_epochs), highlight=False, soft_wrap=True)
+            progress.console.print(fold(epoch_line(metrics, num_epochs)), highlight=False, soft_wrap=True)
 
         yield on_batch, on_epoch
 

@@ -11,6 +11,7 @@ and writes that to exits.json in the run's folder, what the test set then says t
 import json
 
 from byot.config import check_range
+from byot.console import classifier_table, waiting
 from byot.system.files import write_json
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import absolute_path
@@ -44,7 +45,7 @@ def build_parser() -> Parser:
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    with one_sentence_errors("evaluate.py"):
+    with one_sentence_errors("evaluate.py"), waiting("loading PyTorch, the network and the images"):
         any_asked = (arguments.max_drop, arguments.target_cost) != (None, None)
         if any_asked and not arguments.exits:
             raise ValueError("--max-drop and --target-cost are for early exit: give --exits too")
@@ -53,7 +54,6 @@ def main() -> None:
         if arguments.target_cost is not None:
             check_range("target_cost", arguments.target_cost, above=0)
 
-        from byot.console import classifier_table
         from byot.data import check_dataset, load_images
         from byot.exits import warn_of_age
         from byot.runs import check_classes, evaluate_run, find_run
@@ -77,7 +77,8 @@ def main() -> None:
             record |= {"num_test_images": evaluation.num_images, **evaluation.to_record("test")}
             text = classifier_table(record, "test")
     if arguments.exits:
-        measured = measure_exits(fitted, test)
+        with waiting("measuring the exits on the test set"):
+            measured = measure_exits(fitted, test)
         record |= fitted.record | {"test": measured}
         write_json(saved.folder / TEST_FILE, record)
         text = format_exits(fitted.record, measured)

@@ -12,6 +12,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from byot.console import waiting
 from byot.system.files import UnreadableError, describe_refusal, read_json, write_json, write_whole
 from byot.system.flags import Parser, as_called, one_sentence_errors, tell
 from byot.system.paths import check_writable
@@ -73,7 +74,7 @@ def write_folder(folder: Path, files: dict[str, bytes], manifest: dict[str, obje
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    with one_sentence_errors("export.py"):
+    with one_sentence_errors("export.py"), waiting("loading PyTorch and the network"):
         check_packages(arguments.format)
 
         from byot.exits import load_rule, warn_of_age
@@ -96,9 +97,10 @@ def main() -> None:
             "export.py",
             f"only the last exit will answer; after `{command}` an export has the thresholds to stop early",
         )
-    files, manifest = render(
-        saved, network, rule or DEEPEST_ALONE, arguments.format, stages=arguments.stages, exit=arguments.exit
-    )
+    with waiting("writing the graphs"):
+        files, manifest = render(
+            saved, network, rule or DEEPEST_ALONE, arguments.format, stages=arguments.stages, exit=arguments.exit
+        )
     with one_sentence_errors("export.py"):
         try:
             write_folder(output, files, manifest)

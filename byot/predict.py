@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byot.config import NUM_CLASSIFIERS, check_range
+from byot.console import text_table, waiting
 from byot.system.flags import Parser, as_called, one_line, one_sentence_errors, tell
 from byot.system.paths import absolute_path
 
@@ -76,13 +77,12 @@ def predict_files(predictor: "Predictor", files: Sequence[Path], top: int) -> It
 
 
 def print_table(answers: Answers, top: int) -> None:
-    from byot.console import text_table
-
     rows = []
     for file, found in answers:
         named = [f"{name} {probability:.1%}" for name, probability in found.top]
         rows.append((one_line(str(file)), f"{found.exit}/{NUM_CLASSIFIERS}", *named, f"{found.ms:.2f}"))
-    print(text_table(("file", "exit", *map(str, range(1, top + 1)), "ms"), rows, num_text=2 + top))
+    places = [str(place) for place in range(1, top + 1)]
+    print(text_table(("file", "exit", *places, "ms"), rows, num_text=2 + top, may_go=places[:0:-1]))
 
 
 def print_json(answers: Answers, top: int) -> None:
@@ -109,7 +109,7 @@ def print_csv(answers: Answers, top: int) -> None:
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    with one_sentence_errors("predict.py"):
+    with one_sentence_errors("predict.py"), waiting("loading PyTorch and the network"):
         files = find_images(arguments.images)
 
         from byot.exits import warn_of_age

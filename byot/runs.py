@@ -38,7 +38,7 @@ from byot.system.checkpoint import (
 from byot.system.distributed import ALONE, Processes
 from byot.system.files import append_json_line, errors_in, read_json, remove_leftovers, write_json, write_json_lines
 from byot.system.lock import WORKER_WAIT_S, lock_folder
-from byot.system.paths import absolute_path, default_outputs
+from byot.system.paths import SHIPPED_NETWORKS, absolute_path, default_outputs
 from byot.system.provenance import provenance
 from byot.system.stopping import StoppedError
 from byot.tracking import Trackers, Tracking
@@ -301,11 +301,12 @@ class SavedRun(NamedTuple):
 def find_run(run: Path | str, outputs: Path | None = None) -> SavedRun:
     """Read the last checkpoint of a run's folder, or one checkpoint file. Raises ValueError where there is none.
 
-    Where there is no such path, the name is looked for in the outputs folder.
+    Where there is no such path, the name is looked for in the outputs folder, then among the networks that ship.
     """
     path = absolute_path(run)
-    if not path.exists() and (named := (outputs or default_outputs()) / "runs" / run).is_dir():
-        path = named
+    if not path.exists():
+        named = (folder / run for folder in ((outputs or default_outputs()) / "runs", SHIPPED_NETWORKS))
+        path = next((folder for folder in named if folder.is_dir()), path)
     if path.is_dir():
         found = load_latest(path / "checkpoints")
         if found is None:

@@ -5,6 +5,7 @@ training goes on. Weights & Biases and MLflow read their own environment variabl
 and MLFLOW_TRACKING_URI.
 """
 
+import logging
 import os
 import re
 import time
@@ -89,6 +90,15 @@ class Tracking:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Close a run without a result: it was stopped, or it cannot go on."""
         self.end({}, failed=isinstance(error, TrainingError))
+
+
+def trackers_of(folder: Path) -> list[Tracker]:
+    """Find the trackers that a run was started with; TensorBoard alone for a new one."""
+    with suppress(UnreadableError):
+        known = read_json(folder / IDS_FILE)
+        found: list[Tracker] = [name for name in TRACKED_RUNS if name in known or (folder / name).is_dir()]
+        return found
+    return ["tensorboard"]
 
 
 def check_trackers(names: Iterable[Tracker]) -> None:
@@ -201,6 +211,8 @@ def mlflow_client() -> Any:
     os.environ.update({name: os.environ.get(name) or value for name, value in defaults.items()})
     from mlflow import MlflowClient
 
+    for name in ("mlflow", "alembic"):  # they tell of each table that they make
+        logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient()
 
 

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from byot.config import TrainConfig, check_range, recipe_defaults
-from byot.console import classifier_table, show_progress, waiting
+from byot.console import classifier_table, fold, show_progress, waiting
 from byot.search_files import find_best
 from byot.system.files import describe_refusal, set_aside
-from byot.system.flags import Parser, add_settings, given_settings, one_sentence_errors, tell, this_command
+from byot.system.flags import Parser, add_settings, as_called, given_settings, one_sentence_errors, tell, this_command
 from byot.system.lock import lock_folder
-from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
+from byot.system.paths import absolute_path, check_name, check_writable, default_outputs, outputs_folder
 from byot.system.stopping import StoppedError, TrainingError, catch_stop_signals
-from byot.tracking import Tracker, Trackers, check_trackers
+from byot.tracking import Tracker, Trackers, check_trackers, trackers_of
 
 FIRST_SPEAKS_WITHIN_S = 30.0
 MOST_THREADS = 1024
@@ -93,12 +93,9 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
             given.setdefault("image_size", None)  # the other data set's own
         config = TrainConfig.from_dict({**choice.settings, **given})
         as_searched = "epochs" in choice.settings and "epochs" not in given
-        print(
-            f"alpha {config.alpha:.4g}, temperature {config.temperature:.4g}, beta {config.beta:.4g} "
-            f"from {choice.source}; {config.epochs} epochs"
-            f"{', as in the search: --epochs gives the run others' if as_searched else ''}",
-            flush=True,
-        )
+        told = f"alpha {config.alpha:.4g}, temperature {config.temperature:.4g}, beta {config.beta:.4g} "
+        told += f"from {choice.source}; {config.epochs} epochs"
+        print(fold(f"{told}{', as in the search: --epochs gives the run others' if as_searched else ''}"), flush=True)
     else:
         config = TrainConfig(**given)
     return config, check_writable(outputs / "runs" / (name or config.run_name())), None
@@ -108,8 +105,7 @@ def train(
     config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: bool, trackers: list[Tracker] | None
 ) -> dict[str, Any]:
     """Do the run, or the rest of it, and return its result. Ends the program where that cannot be."""
-    track = [] if trackers is None else ["--track", *trackers]
-    go_on = f"go on with: {shlex.join([*this_command(), '--resume', str(folder), *track])}"
+    go_on = f"go on with: {shlex.join([*this_command(), '--resume', str(folder)])}"
     with ExitStack() as held:
         try:
             with one_sentence_errors("train.py"), waiting("loading PyTorch and the images"):
@@ -130,16 +126,14 @@ def train(
                     return result
                 if processes.is_first:
                     held.enter_context(lock_folder(folder))
-                asked = Trackers(trackers or ["tensorboard"], partial(tell, "train.py"))
+                asked = Trackers(trackers or trackers_of(folder), partial(tell, "train.py"))
                 run = open_run(config, folder, checkpoint, processes, asked)
             start = f"going on from {run.resumed_from}" if run.resumed_from else "starting"
             precision = "bf16" if run.trainer.autocast_dtype else "fp32"
             among = f", {processes.count} processes" if processes.count > 1 else ""
-            print(
-                f"{start}: {config.model} width {config.width} on {config.dataset}, {len(run.trainer.train_images)} "
-                f"training images, {config.epochs} epochs, {run.trainer.device.type}, {precision}{among}\n{folder}",
-                flush=True,
-            )
+            told = f"{start}: {config.model} width {config.width} on {config.dataset}, "
+            told += f"{len(run.trainer.train_images)} training images, {config.epochs} epochs, "
+            print(fold(f"{told}{run.trainer.device.type}, {precision}{among}"), folder, sep="\n", flush=True)
             stop_asked = held.enter_context(catch_stop_signals())
             if not processes.is_first:
                 return train_and_test(run, stop_asked=stop_asked)
@@ -194,6 +188,10 @@ def main() -> None:
         result = train(config, folder, checkpoint, arguments.fresh, arguments.track)
         print(f"\ntest set, {result['num_test_images']} images, after epoch {config.epochs}")
         print(classifier_table(result, "test"))
+        name = shlex.quote(folder.name if folder.parent == default_outputs() / "runs" else str(folder))
+        exits = [f"byot/evaluate.py {name} --exits"] if config.num_classifiers > 1 else []
+        scripts = [*exits, f"byot/predict.py {name} photo.jpg", f"analysis/report.py --run {name}"]
+        print("", *(as_called(f"python {script}") for script in scripts), sep="\n")
 
 
 if __name__ == "__main__":

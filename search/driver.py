@@ -69,6 +69,8 @@ def _run_on_ray(plan: SearchPlan, records: SearchRecords) -> int:
         code = 0
         if plan.recorded is None or not is_complete(plan, records):  # None: new, or only search.json is lost
             code = _run_trials(session)
+        else:
+            print(f"search {plan.folder.name}: all {len(records.ended)} trials have ended")
         if code == 0:
             code = _confirm(session._replace(deadline=deadline))
     return code or tell_result(plan, records)
@@ -289,15 +291,13 @@ def _end(session: Session, watch: "SearchWatch", record: dict[str, Any]) -> int:
         retry = ["--retry-failed"] if any(trial.status == "failed" for trial in records.ended) else []
         tell("tune.py", f"{watch.trouble}; when that is mended, go on with: {go_on(plan, *retry)}")
         return 1
+    ended = f"{len(records.ended)} of {plan.settings.num_samples} trials have ended"
     if not in_time:
-        print(
-            f"stopped with {missing} of {plan.settings.num_samples} trials to end; go on with: {go_on(plan)}",
-            flush=True,
-        )
+        print(f"stopped: {ended}; go on with: {go_on(plan)}", flush=True)
         return 128 + number if number else 1
     if missing > 0:
         spent = format_duration(plan.settings.trials_budget_s() or 0.0)
-        print(f"{spent} are over with {missing} trials to end; go on with: {go_on(plan)}", flush=True)
+        print(f"{spent} are over, and {ended}; go on with: {go_on(plan)}", flush=True)
     return 0
 
 

@@ -110,7 +110,7 @@ def trials_table(records: SearchRecords) -> str:
         [
             trial.trial_id,
             trial.role,
-            trial.status,
+            "to go on" if trial.status == "running" else trial.status,
             str(trial.epochs_done),
             *(format_parameter(trial.params[name]) for name in records.parameters),
             *(format_value(name, trial.measures[name]) for name in shown),

@@ -27,7 +27,9 @@ def build_parser() -> Parser:
     start.add_argument("--resume", action="store_true", help="go on with the named search, else the newest unfinished")
     start_anew = "start anew; what the search's folder held is moved to searches/replaced/"
     start.add_argument("--fresh", action="store_true", help=start_anew)
-    parser.add_argument("--retry-failed", action="store_true", help="going on, try again what failed but diverged not")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="run failed trials again, except those that diverged"
+    )
     parser.add_argument(
         "--space",
         metavar="FILE",

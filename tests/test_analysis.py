@@ -37,7 +37,17 @@ from analysis.verdict import (
     noise_margin,
 )
 from byot.config import CLASSIFIERS, TrainConfig
-from byot.search_files import MEASURES, Choices, load_confirmation, load_search, read_trials, write_best, write_trials
+from byot.search_files import (
+    MEASURES,
+    Choices,
+    Range,
+    load_confirmation,
+    load_search,
+    read_trials,
+    space_to_dict,
+    write_best,
+    write_trials,
+)
 from byot.system.files import append_json_line, read_json, write_json, write_json_lines
 from search.plan import make_plan
 from search.settings import SearchSettings
@@ -236,7 +246,9 @@ def test_standard_errors():
 
 def test_verdict_within_and_beyond_the_noise(outputs, folder):
     first, equals, reference, control, caution = judge(folder)
-    assert first.startswith(f"Best of 4 self-distilled trials that reached epoch {EPOCHS}: 1234e567, alpha 0.283,")
+    assert first.startswith(
+        f"Best single run of 4 self-distilled trials that reached epoch {EPOCHS}: 1234e567, alpha 0.283,"
+    )
     assert "77.90 % ± 0.59 (binomial standard error, 5,000 images)" in first
     assert "lie 2 of 3 others" in equals
     assert equals.endswith("d9c2825f, 00000012.")
@@ -274,7 +286,7 @@ def test_verdict_of_a_likelihood_claims_no_error(outputs):
     against_control = judge_retrained(search, trials, retrained)[2]
     assert "better by 0.3200 nats (95 % interval +0.3101 to +0.3299, by seed): resolved." in against_control
     confirmed = judge_retrained(search, trials, retrained, "a30febcf")
-    assert "of trial a30febcf (confirmed over fresh seeds)" in confirmed[0]
+    assert "of trial a30febcf (chosen over fresh seeds)" in confirmed[0]
     header = ranking_table(load_search(folder), load_trials(folder), 5).header
     assert "val_nll nats" in header
     assert "± se" not in header
@@ -292,7 +304,7 @@ def test_verdict_of_a_likelihood_claims_no_error(outputs):
         (
             {"1234e567": [78.0], "d9c2825f": [70.0]},
             "78.00 % (one run).",
-            "it takes at least two seeds that both were trained with to say whether the difference is real.",
+            "to compare them takes at least two seeds, each run with both settings.",
             f"Deep supervision alone was not retrained for {EPOCHS} epochs in fp32.",
         ),
     ],
@@ -366,7 +378,7 @@ def confirmation(folder):
 def test_a_confirmation_is_shown_first(outputs, folder, call):
     page = report.render_page(folder, outputs)
     verdict = page[page.index('class="verdict"') :]
-    assert verdict.index("Not resolved after 3 fresh seeds") < verdict.index("Best of")
+    assert verdict.index("Not resolved after 3 fresh seeds") < verdict.index("Best single run of")
     _, words = draw(outputs, folder)["confirmation"]
     assert "deep supervision alone -7.95" in words, "of the seeds that both had"
     assert f"{REFERENCE} +0.00" in words
@@ -429,7 +441,8 @@ def search_with_effects(outputs, seed, num_trials=24, **fields):
         alpha, temperature, beta = generator.random(), generator.uniform(1, 10), 10 ** generator.uniform(-8, -3)
         accuracy = 70 - 40 * (alpha - 0.4) ** 2 + generator.normal(scale=0.3)
         trials.append(trial(f"t{number}", accuracy, alpha=alpha, temperature=temperature, beta=beta))
-    return make_search(outputs, trials, name=f"effects-{seed}", **fields)
+    space = space_to_dict({**DEFAULT_SPACE, "alpha": Range(0.0, 1.0)})
+    return make_search(outputs, trials, name=f"effects-{seed}", space=space, **fields)
 
 
 def effects_of(folder):

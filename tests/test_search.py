@@ -250,7 +250,9 @@ def test_a_time_budget_cuts_trials_off(tmp_path: Path):
     arguments = ("--dataset", "digits", "--width", 4, "--epochs", 2000, "--num-samples", 2, "--name", "s")
     result = search_again(tmp_path, *arguments, "--time-budget", "10s")
     assert result.returncode == 1, "no trial has reached its last epoch"
-    assert "5 s are over with 2 trials to end; go on with: " in result.stdout, "the other half is for confirming"
+    assert "5 s are over, and 0 of 2 trials have ended; go on with: " in result.stdout, (
+        "the other half is for confirming"
+    )
     folder = tmp_path / "searches" / "s"
     assert read_json(folder / "search.json")["status"] == "finished"
     assert [row["status"] for row in rows_of(folder)] == ["running", "running"]

@@ -317,7 +317,7 @@ def test_ctrl_c_gives_the_terminal_back(tmp_path: Path):
     assert output.rindex(SHOW_CURSOR) > output.rindex(HIDE_CURSOR)
     assert "trials have ended" in output
     assert "trials have ended" not in "\n".join(screen_after(output)), "the table is gone"
-    assert "of 4 trials to end; go on with:" in output
+    assert " of 4 trials have ended; go on with:" in output
     assert "Traceback" not in output
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,16 @@ from byot.system.files import describe_refusal
 REFUSED = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, but for those that are longer than the terminal's."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = (indent + line for line in text.splitlines())
+        return "\n".join(
+            textwrap.fill(line, width, subsequent_indent=indent + "  ") if len(line) > width else line for line in lines
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a bad command line with one sentence and exit code 2."""
 
@@ -33,7 +44,7 @@ class Parser(argparse.ArgumentParser):
             prog=program_name(prog),
             description=as_called(description or ""),
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             **kwargs,
         )
 

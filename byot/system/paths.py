@@ -8,6 +8,7 @@ _CODE = Path(__file__).resolve().parents[2]  # a checkout, or where packages are
 IS_CHECKOUT = (_CODE / "pyproject.toml").is_file()
 # Installed, the folder that the command was started in: the environment tells it to Ray's workers, which run in others.
 PROJECT_ROOT = _CODE if IS_CHECKOUT else Path(os.environ.setdefault("BYOT_PROJECT_ROOT", str(Path.cwd())))
+SHIPPED_NETWORKS = _CODE / "results" / "networks"  # of a checkout
 SHIPPED_FOLDER = _CODE / ("results/best" if IS_CHECKOUT else "byot/shipped")
 
 

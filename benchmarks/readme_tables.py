@@ -194,9 +194,9 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
             parts.append(markdown(header, rows))
     if differences:
         parts.append(
-            "Differences are paired by seed, ± half of a 95 % interval (Student's t, each by itself); bold: resolved, "
-            f"the interval does not hold 0; with a star: nor does the one that holds together with all {number} of "
-            "these tables (Bonferroni)."
+            "Differences are paired by seed, ± half of a 95 % interval (Student's t, each by itself). Bold: resolved, "
+            f"the interval leaves out 0. Star: it still does when corrected for all {number} comparisons of these "
+            "tables (Bonferroni)."
         )
     diverged = [f"{ARM_NAMES[arm]}, seed {s}" for arm, found in ended.items() for s in found if "error" in found[s]]
     if diverged:
@@ -355,8 +355,8 @@ def answer(results: Path) -> Iterator[str]:
     ]
     yield (
         f"CIFAR-100, {network(base)}, {base.epochs} epochs, {len(runs['reference'])} seeds: test accuracy in percent, "
-        "mean ± standard deviation. Differences are paired by seed and have a 95 % interval: bold where it does not "
-        f'hold 0, with a star where that is so for all {number} differences together. "Half the cost": images leave '
+        "mean ± standard deviation. Differences are paired by seed, ± half of a 95 % interval. Bold: the interval "
+        f'leaves out 0. Star: it still does when corrected for all {number} comparisons. "Half the cost": images leave '
         "early, and take half of the multiply-adds on average."
     )
     yield markdown(["", *(column.title for column in ACCURACIES)], rows)
@@ -372,9 +372,9 @@ def other_answers(results: Path) -> str:
     ours, stock = (methods[name]["final"]["mean"] for name in ("ours", "stock"))
     rows = [
         [
-            "recipe `modern`, with and without Muon",
-            "width 16, 3 epochs of arithmetic, one seed, 4/4, test images that took part in choosing the recipe",
-            f"{muon:.2f} % and {sgd:.2f} %",
+            "recipe `modern`: accuracy at 4/4 with Muon and without",
+            "width 16, the computation of 3 epochs, one seed; its test images were also used to choose the recipe",
+            f"{muon:.2f} % with, {sgd:.2f} % without",
         ],
         [
             "training against a plain loop",

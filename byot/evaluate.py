@@ -1,8 +1,8 @@
 """Test a trained network: accuracy, likelihood and calibration of every classifier and of their ensemble.
 
-  python byot/evaluate.py outputs/runs/NAME        the run's last checkpoint
+  python byot/evaluate.py NAME                     a run's last checkpoint, by its name or folder
   python byot/evaluate.py path/to/epoch-0200.pt    one checkpoint file
-  python byot/evaluate.py outputs/runs/NAME --exits --max-drop 0.5
+  python byot/evaluate.py NAME --exits --max-drop 0.5
 
 Reads the test set; prints only. With --exits it first fits when an image may leave early, on held-out training images,
 and writes that to exits.json in the run's folder, what the test set then says to exits-test.json: docs/exits.md.

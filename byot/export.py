@@ -1,8 +1,8 @@
 """Write a trained network as files that other programs run: ONNX, or torch.export.
 
-  python byot/export.py outputs/runs/NAME --format onnx            one graph with the logits of all exits
-  python byot/export.py outputs/runs/NAME --format onnx --stages   one graph a stage, to stop early between them
-  python byot/export.py outputs/runs/NAME --format torch --exit 2  one exit, without the layers it does not need
+  python byot/export.py NAME --format onnx            one graph with the logits of all exits
+  python byot/export.py NAME --format onnx --stages   one graph a stage, to stop early between them
+  python byot/export.py NAME --format torch --exit 2  one exit, without the layers it does not need
 
 Input: float images [N,3,H,W] from 0 to 1; they are normalised inside. manifest.json beside the graphs has the class
 names, the image size, and each exit's temperature and threshold.

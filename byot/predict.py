@@ -1,8 +1,8 @@
 """Classify pictures with a trained network: the most probable classes, and the exit that answered.
 
-  python byot/predict.py outputs/runs/NAME photo.jpg      the network of the run's last checkpoint
-  python byot/predict.py outputs/runs/NAME photos/        every PNG, JPEG and WebP in a folder
-  python byot/predict.py outputs/runs/NAME photos/ --format csv > photos.csv
+  python byot/predict.py NAME photo.jpg      the network of the run's last checkpoint
+  python byot/predict.py NAME photos/        every PNG, JPEG and WebP in a folder
+  python byot/predict.py NAME photos/ --format csv > photos.csv
 
 A file that is no image is named, and the others go on; the exit code is then 1.
 """

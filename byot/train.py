@@ -2,7 +2,7 @@
 
   python byot/train.py --model resnet18 --alpha 0.1 --temperature 3 --beta 1e-6
   python byot/train.py --best                      the best configuration a search found, on all training images
-  python byot/train.py --resume outputs/runs/NAME  go on from a run's folder or one checkpoint file
+  python byot/train.py --resume NAME               go on with a run, by its name, folder or checkpoint file
 
   torchrun --nproc-per-node 4 byot/train.py …      on several GPUs, with the same batches and the same result
 

@@ -130,7 +130,7 @@ def test_a_search_goes_on_as_it_was_started_or_not_at_all(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, flags: tuple[Any, ...], words: str, resume: bool
 ):
     outputs, _ = finished
-    (outputs / "space.toml").write_text("[alpha]\nlow = 0.0\nhigh = 0.5\n")
+    (outputs / "space.toml").write_text("[alpha]\nlow = 0.0\nhigh = 0.4\n")
     monkeypatch.chdir(outputs)
     before = picture_of(outputs / "searches")
     line = [*(("--resume",) if resume else SMALL), *flags, "--name", "small", "--outputs", outputs]

@@ -98,7 +98,7 @@ LINES: dict[str, list[tuple[str, str]]] = {
     "tune.py": [
         ("--alpha 0.5 --temperature 3 --beta 0", "alpha, temperature and beta are all fixed: that is one run of"),
         ("--alpha 0.5 --space space.toml", "alpha is fixed by --alpha and searched by"),
-        ("--dataset digits --try alpha=2", "--try alpha=2: alpha is searched in 0 to 1"),
+        ("--dataset digits --try alpha=2", "--try alpha=2: alpha is searched in 0 to 0.5"),
         ("--resume --name done --temperature 3", "can only go on so"),
         ("--batch-norm local", "unrecognized arguments: --batch-norm local"),
         ("--sampler grid", "--sampler: invalid choice: 'grid'"),

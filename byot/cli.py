@@ -4,6 +4,7 @@ byot COMMAND --help explains a command.
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -55,10 +56,10 @@ def complete() -> None:
     from byot.system.paths import default_outputs
 
     typed = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
-    words = typed.split()[1:]
-    if words and words[0] in COMMANDS and typed.split(words[0])[-1]:  # a word after it has begun
-        sys.argv = [f"byot {words[0]}"]
-        parser = import_module(COMMANDS[words[0]][0]).build_parser()
+    found = re.match(r"\s*\S+\s+(\S+)\s", typed)  # a command and the space after it
+    if found and found[1] in COMMANDS:
+        sys.argv = [f"byot {found[1]}"]
+        parser = import_module(COMMANDS[found[1]][0]).build_parser()
         os.environ["_ARGCOMPLETE"] = "2"  # the words of the command begin at the second one
     else:
         parser = Parser(prog="byot")

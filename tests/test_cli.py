@@ -107,6 +107,7 @@ def test_what_it_says_to_type_next_can_be_typed(call: Call, tmp_path: Path, monk
         ("byot train --best ", ["s1"]),
         ("byot train --resume ", ["r1", "r2"]),
         ("byot predict r", ["r1", "r2"]),
+        ("byot  train --resume train", []),
         ("byot search --warm-start ", ["s1"]),
         ("byot compare r1 ", ["r1", "r2", "s1"]),
         ("byot trian --", []),

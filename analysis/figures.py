@@ -153,7 +153,7 @@ def draw_effects(search: SearchRecord, trials: pd.DataFrame) -> Drawing | None:
         axes.scatter(whole[name], whole[search.metric], **STATUS_MARKS["completed"] | {"s": 12, "color": GREY})
         axes.set_xlabel(name)
         if effect.is_flat:
-            words.append(f"{name}: nothing is shown, a level line fits into the band")
+            words.append(f"{name}: no effect is shown")
             continue
         ends = effect.near_best(search.mode, margin)
         axes.plot(

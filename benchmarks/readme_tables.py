@@ -90,11 +90,11 @@ COLUMNS = {  # of a plan's tables, one each
     "Negative log-likelihood (NLL) in nats": by_classifier("nll", 3),
 }
 ANSWER = "answer-w16"  # the plan of the README's first table, and its arms
-ANSWER_ARMS: dict[Arm, str] = {
-    "plain": "an ordinary ResNet",
-    "deep-supervision": "deep supervision alone",
-    "reference": "self distillation, the reference's setting",
-    "searched": "self distillation, the searched setting",
+ANSWER_ARMS: dict[Arm, tuple[str, str]] = {  # in a row of its own, and in one of differences
+    "plain": ("an ordinary ResNet", "ordinary ResNet"),
+    "deep-supervision": ("deep supervision alone", "deep supervision"),
+    "reference": ("self distillation, the reference's setting", "reference's setting"),
+    "searched": ("self distillation, the searched setting", "searched setting"),
 }
 ANSWER_PAIRS: tuple[tuple[Arm, Arm], ...] = (
     ("deep-supervision", "plain"),
@@ -338,16 +338,16 @@ def answer(results: Path) -> Iterator[str]:
     differences, number = compare_arms(runs, ACCURACIES, ANSWER_PAIRS, num_errors)
     calibration, _ = compare_arms(runs, errors, self_distillation, number - num_errors)
     rows = [
-        [ANSWER_ARMS[arm], *(describe(list(of_arm.values()), column) for column in ACCURACIES)]
+        [ANSWER_ARMS[arm][0], *(describe(list(of_arm.values()), column) for column in ACCURACIES)]
         for arm, of_arm in runs.items()
     ]
     rows += [
-        [f"{ANSWER_ARMS[one.arm]} minus {ANSWER_ARMS[one.other]}", *(one.cells[column] for column in ACCURACIES)]
+        [f"{ANSWER_ARMS[one.arm][1]} minus {ANSWER_ARMS[one.other][1]}", *(one.cells[c] for c in ACCURACIES)]
         for one in differences
     ]
     rows += [
         [
-            f"calibration error: {ANSWER_ARMS[one.arm]} minus {ANSWER_ARMS[one.other]}",
+            f"calibration error: {ANSWER_ARMS[one.arm][1]} minus {ANSWER_ARMS[one.other][1]}",
             *(one.cells[column] for column in errors),
             "",
         ]

@@ -460,7 +460,7 @@ def test_effects_find_what_matters_and_what_does_not(outputs, metric, mode):
     assert 0.35 <= high < 0.6
     figure, words = draw(outputs, folder)["effects"]
     assert "alpha: best from " in words
-    assert "temperature: nothing is shown" in words
+    assert "temperature: no effect is shown" in words
     assert [axes.get_xscale() for axes in figure.axes] == ["linear", "linear", "log"]
 
 

@@ -2,7 +2,8 @@
 
 The process knows the noise: trials of the same setting would differ, and it finds out by how much. What a parameter
 does is the mean of the fitted surface over the other parameters, with a 95 % band; where the band is wide, or a level
-line fits into it, the trials do not say that the parameter matters.
+line fits into it, the trials do not say that the parameter matters. All of it is within the values of these trials:
+where every trial was stopped early nothing is fitted.
 """
 
 import warnings
@@ -30,7 +31,7 @@ def find_margin(search: SearchRecord) -> float:
 
 
 class Effect(NamedTuple):
-    """What a parameter does to the metric, at values over its range."""
+    """What a parameter does to the metric, at values from the least to the greatest of the trials."""
 
     bounds: Range
     values: np.ndarray  # [P]
@@ -77,10 +78,11 @@ def fit_effects(search: SearchRecord, trials: pd.DataFrame) -> dict[str, Effect]
         warnings.simplefilter("ignore", ConvergenceWarning)  # a length at its bound: a parameter that does nothing
         process.fit(places, (values - centre) / scale)
     process.kernel_ = process.kernel_.k1  # the surface, without the noise of single trials
-    others = qmc.Sobol(len(bounds), seed=0).random(NUM_OTHERS)
+    lowest, highest = places.min(axis=0), places.max(axis=0)
+    others = lowest + (highest - lowest) * qmc.Sobol(len(bounds), seed=0).random(NUM_OTHERS)
     effects = {}
     for i, (name, found) in enumerate(bounds.items()):
-        line = np.linspace(0, 1, NUM_POINTS)
+        line = np.linspace(lowest[i], highest[i], NUM_POINTS)
         mean, sd = np.empty(NUM_POINTS), np.empty(NUM_POINTS)
         for point, place in enumerate(line):
             at_place = others.copy()

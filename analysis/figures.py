@@ -143,6 +143,7 @@ def draw_effects(search: SearchRecord, trials: pd.DataFrame) -> Drawing | None:
         return None
     margin = find_margin(search)
     whole = trials[_whole(trials, search.metric) & (trials["role"] != "control")]
+    stopped = trials[trials["status"] == "stopped"]
     figure, panels = make_parameter_panels(len(effects))
     words = []
     for axes, (name, effect) in zip(panels, effects.items(), strict=True):
@@ -151,6 +152,8 @@ def draw_effects(search: SearchRecord, trials: pd.DataFrame) -> Drawing | None:
         axes.fill_between(effect.values, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95 % band")
         axes.plot(effect.values, effect.mean, color=BLUE, linewidth=1.6, label="mean over the other parameters")
         axes.scatter(whole[name], whole[search.metric], **STATUS_MARKS["completed"] | {"s": 12, "color": GREY})
+        ticks: dict[str, Any] = {"marker": "|", "color": GREY, "linestyle": "none", "label": "stopped early"}
+        axes.plot(stopped[name], [0.03] * len(stopped), transform=axes.get_xaxis_transform(), **ticks)
         axes.set_xlabel(name)
         if effect.is_flat:
             words.append(f"{name}: no effect is shown")

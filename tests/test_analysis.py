@@ -470,8 +470,9 @@ def test_the_bands_of_effects_hold_the_truth(outputs):
     for seed in range(10):
         effects = effects_of(search_with_effects(outputs, seed))
         alpha, beta = effects["alpha"], effects["beta"]
-        missed += [*(np.abs(alpha.mean - (70 - 40 * (alpha.values - 0.4) ** 2)) > alpha.half_width)]
-        missed += [*(np.abs(beta.mean - (70 - 40 * (1 / 12 + 0.01))) > beta.half_width)]
+        truth = 70 - 40 * (alpha.values - 0.4) ** 2
+        missed += [*(np.abs(alpha.mean - truth) > alpha.half_width)]
+        missed += [*(np.abs(beta.mean - truth.mean()) > beta.half_width)]
     assert np.mean(missed) < 0.12
     assert effects_of(search_with_effects(outputs, 99, num_trials=FEWEST_TRIALS - 1)) == {}
 

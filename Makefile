@@ -4,7 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-SEARCH_NAME ?= digits-$(shell date +%Y%m%d-%H%M%S)
+ifndef SEARCH_NAME
+SEARCH_NAME := digits-$(shell date +%Y%m%d-%H%M%S)
+endif
 
 .PHONY: search test lint quick-tests test-all faults bench bench-gpu
 

@@ -50,7 +50,7 @@ def main() -> None:
     print(count_statuses(trials))
     if not ranked.empty:
         print(f"\n{ranking_table(search, trials, arguments.top).to_text(MAY_GO)}")
-    print(f"\n{bullets(judge_search(search, trials))}")
+    print(f"\n{bullets(judge_search(search, trials, confirmation is not None))}")
     if confirmation is not None:
         print(f"\nrun again over fresh seeds:\n{bullets(confirmation.verdict)}")
     if commands:

@@ -65,7 +65,7 @@ def render_page(folder: Path, outputs: Path) -> str:
     summary = files.summarise_runs(retrained)
     verdicts = [
         confirmation.verdict if confirmation else [],
-        judge_search(search, trials),
+        judge_search(search, trials, confirmation is not None),
         judge_retrained(search, trials, retrained, confirmed_trial(folder)),
     ]
     curves = files.load_curves(folder)

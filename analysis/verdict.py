@@ -93,10 +93,11 @@ def describe_status(search: SearchRecord, last_written: datetime, now: datetime)
 # ---------------------------------------------------------------- sentences
 
 
-def judge_search(search: SearchRecord, trials: pd.DataFrame) -> list[str]:
+def judge_search(search: SearchRecord, trials: pd.DataFrame, has_fresh_seeds: bool = False) -> list[str]:
     """Say what the trials of a search allow to say.
 
     That is the best, its equals within the noise, and its standing against the two settings that are always tried.
+    `has_fresh_seeds` tells that the best were run again over fresh seeds.
     """
     metric, epochs, num_images = search.metric, search.config.epochs, num_images_behind(search)
     ranked = rank(trials, metric)
@@ -124,7 +125,8 @@ def judge_search(search: SearchRecord, trials: pd.DataFrame) -> list[str]:
     elif num_images:
         sentences.append(
             "These are single runs: the errors above are those of the validation images alone, the seed's come on top, "
-            "and the best of many is flattered by having been chosen. Retraining over seeds settles it."
+            "and the best of many is flattered by having been chosen."
+            + ("" if has_fresh_seeds else " Retraining over seeds settles it.")
         )
     else:
         sentences.append(

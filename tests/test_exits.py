@@ -487,8 +487,9 @@ def test_a_single_image_has_no_halves() -> None:
     assert record["val_accuracy_mean"] == 100
 
 
-@pytest.mark.parametrize("folder", sorted((RESULTS / "searches").iterdir()), ids=lambda folder: folder.name)
-def test_older_tables_are_read_and_written_with_the_new_columns(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["cifar100-w16", "cifar100-w16-e6", "search-tiny"])
+def test_older_tables_are_read_and_written_with_the_new_columns(name: str, tmp_path: Path) -> None:
+    folder = RESULTS / "searches" / name
     new = {"val_accuracy_mean", "val_exit_accuracy"}
     assert new <= set(MEASURES)
     assert not new & set((folder / "trials.csv").read_text().splitlines()[0].split(","))

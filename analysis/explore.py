@@ -65,9 +65,8 @@ def draw_interactive(search: SearchRecord, trials: pd.DataFrame, curves: pd.Data
     from optuna.trial import TrialState
 
     metric = search.metric
-    best = rank(trials, metric)["trial_id"].head(MOST_TRIALS)
     if len(trials) > MOST_TRIALS:
-        trials = trials[trials["trial_id"].isin(best)]
+        trials = trials[trials["trial_id"].isin(rank(trials, metric)["trial_id"].head(MOST_TRIALS))]
     study = make_study(search, trials, curves)
     whole = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     if len(whole) < FEWEST_TRIALS or len({trial.value for trial in whole}) < 2:
@@ -77,6 +76,7 @@ def draw_interactive(search: SearchRecord, trials: pd.DataFrame, curves: pd.Data
     if varied:
         drawn = figures["parallel"] = visualization.plot_parallel_coordinate(study, varied, target_name=metric)
         drawn.update_traces(opacity=0.9, line_width=2, selector={"mode": "lines"})
+        drawn.update_layout(plot_bgcolor="#e4e8ec")  # the worst trial is nearly white
     if len(varied) > 1:
         figures["contour"] = visualization.plot_contour(study, varied, target_name=metric)
         drawn = figures["importances"] = visualization.plot_param_importances(study, params=varied, target_name=metric)
@@ -87,10 +87,8 @@ def draw_interactive(search: SearchRecord, trials: pd.DataFrame, curves: pd.Data
         for line, trial in zip(lines.data, measured, strict=True):
             line.name = trial.user_attrs["trial_id"]
         lines.update_layout(xaxis_title="epoch", yaxis_title=metric, showlegend=True)
-    for name, figure in figures.items():
+    for figure in figures.values():
         figure.update_layout(title=None, template="plotly_white", colorway=COLOURS, margin={"t": 10, "l": 70, "r": 20})
-        if name == "parallel":
-            figure.update_layout(plot_bgcolor="#e4e8ec")  # the worst trial is nearly white
         for update_axes in (figure.update_xaxes, figure.update_yaxes):
             update_axes({"dtick": 1, "exponentformat": "power"}, selector={"type": "log"})
     return {name: figure.to_json() for name, figure in figures.items()}

@@ -9,7 +9,8 @@ begin with the same weights and see the same images in the same order.
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,7 +56,8 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
         "the reference implementation": (71.84, 77.75, 80.14, 80.64),
     },
 }
-COMPARED: tuple[tuple[Arm, Arm], ...] = (
+Pair = tuple[Arm, Arm]
+COMPARED: tuple[Pair, ...] = (
     ("reference", "deep-supervision"),
     ("searched", "deep-supervision"),
     ("searched", "reference"),
@@ -96,12 +98,13 @@ ANSWER_ARMS: dict[Arm, tuple[str, str]] = {  # in a row of its own, and in one o
     "reference": ("self distillation, the reference's setting", "reference's setting"),
     "searched": ("self distillation, the searched setting", "searched setting"),
 }
-ANSWER_PAIRS: tuple[tuple[Arm, Arm], ...] = (
+ANSWER_PAIRS: tuple[Pair, ...] = (
     ("deep-supervision", "plain"),
     ("reference", "deep-supervision"),
     ("searched", "deep-supervision"),
     ("searched", "reference"),
 )
+CALIBRATED: Pair = ("reference", "deep-supervision")  # whose calibration is compared, too
 Runs = dict[Arm, dict[int, dict[str, Any]]]  # arm -> seed -> record
 
 
@@ -167,7 +170,7 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
             "test set."
         )
     tables = {title: [c for c in columns if is_measured(runs, c)] for title, columns in COLUMNS.items()}
-    differences, number = compare_arms(runs, [column for columns in tables.values() for column in columns])
+    cells = compare_arms(runs, product(COMPARED, [column for columns in tables.values() for column in columns]))
     parts = [heading]
     for title, columns in tables.items():
         if not columns:
@@ -186,16 +189,20 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
         parts.append(markdown(header, rows))
         header[0] = f"{title}: difference"
         rows = [
-            [f"{ARM_NAMES[one.arm]} minus {ARM_NAMES[one.other]}", str(one.num_seeds), *cells]
-            for one in differences
-            if set(cells := [one.cells[column] for column in columns]) != {NOTHING}
+            [
+                f"{ARM_NAMES[arm]} minus {ARM_NAMES[other]}",
+                str(len(common_seeds(runs, (arm, other)))),
+                *(cells.get(((arm, other), column), NOTHING) for column in columns),
+            ]
+            for arm, other in COMPARED
+            if any(((arm, other), column) in cells for column in columns)
         ]
         if rows:
             parts.append(markdown(header, rows))
-    if differences:
+    if cells:
         parts.append(
             "Differences are paired by seed, ± half of a 95 % interval (Student's t, each by itself). Bold: resolved, "
-            f"the interval leaves out 0. Star: it still does when corrected for all {number} comparisons of these "
+            f"the interval leaves out 0. Star: it still does when corrected for all {len(cells)} comparisons of these "
             "tables (Bonferroni)."
         )
     diverged = [f"{ARM_NAMES[arm]}, seed {s}" for arm, found in ended.items() for s in found if "error" in found[s]]
@@ -224,40 +231,25 @@ def is_measured(runs: Runs, column: Column) -> bool:
     return any(has(record, column) for of_arm in runs.values() for record in of_arm.values())
 
 
-class Difference(NamedTuple):
-    """By how much an arm's measures are above another's, by the seeds that both have."""
-
-    arm: Arm
-    other: Arm
-    num_seeds: int
-    cells: dict[Column, str]
+def common_seeds(runs: Runs, pair: Pair) -> list[int]:
+    return sorted(set(runs.get(pair[0], {})) & set(runs.get(pair[1], {})))
 
 
-def compare_arms(
-    runs: Runs, columns: Sequence[Column], pairs: Sequence[tuple[Arm, Arm]] = COMPARED, num_others: int = 0
-) -> tuple[list[Difference], int]:
-    """Compare the pairs of arms that have two seeds or more in common; also count all comparisons.
+def compare_arms(runs: Runs, cases: Iterable[tuple[Pair, Column]]) -> dict[tuple[Pair, Column], str]:
+    """Write by how much a measure of the first arm is above the second's, where both have it and two seeds in common.
 
-    Beside these so many others are made, with which they are to hold together.
+    All of the cases that can be compared are corrected for together.
     """
-    seeds = {pair: sorted(set(runs.get(pair[0], {})) & set(runs.get(pair[1], {}))) for pair in pairs}
     compared = {
-        (pair, column): [[runs[arm][seed][column.key] for seed in found] for arm in pair]
-        for pair, found in seeds.items()
-        if len(found) > 1
-        for column in columns
-        if all(has(record, column) for arm in pair for record in runs[arm].values())
+        (pair, column): [[runs[arm][seed][column.key] for seed in common_seeds(runs, pair)] for arm in pair]
+        for pair, column in cases
+        if len(common_seeds(runs, pair)) > 1
+        and all(has(record, column) for arm in pair for record in runs[arm].values())
     }
-    number = len(compared) + num_others
-    cells = {
-        (pair, column): format_difference(*values, digits=column.digits, bold=True, num_compared=number)
+    return {
+        (pair, column): format_difference(*values, digits=column.digits, bold=True, num_compared=len(compared))
         for (pair, column), values in compared.items()
     }
-    return [
-        Difference(*pair, len(found), {column: cells.get((pair, column), NOTHING) for column in columns})
-        for pair, found in seeds.items()
-        if len(found) > 1
-    ], number
 
 
 # ---------------------------------------------------------------- searches
@@ -333,26 +325,20 @@ def answer(results: Path) -> Iterator[str]:
         return
     base = TABLE_PLANS[ANSWER].base
     errors = COLUMNS["Calibration error (ECE) in percent"]
-    self_distillation: list[tuple[Arm, Arm]] = [("reference", "deep-supervision")]
-    _, num_errors = compare_arms(runs, errors, self_distillation)
-    differences, number = compare_arms(runs, ACCURACIES, ANSWER_PAIRS, num_errors)
-    calibration, _ = compare_arms(runs, errors, self_distillation, number - num_errors)
+    cells = compare_arms(runs, [*product(ANSWER_PAIRS, ACCURACIES), *product([CALIBRATED], errors)])
+
+    def difference(pair: Pair, columns: Sequence[Column]) -> list[str]:
+        (_, arm), (_, other) = (ANSWER_ARMS[one] for one in pair)
+        return [f"{arm} minus {other}", *(cells.get((pair, column), NOTHING) for column in columns)]
+
     rows = [
         [ANSWER_ARMS[arm][0], *(describe(list(of_arm.values()), column) for column in ACCURACIES)]
         for arm, of_arm in runs.items()
     ]
-    rows += [
-        [f"{ANSWER_ARMS[one.arm][1]} minus {ANSWER_ARMS[one.other][1]}", *(one.cells[c] for c in ACCURACIES)]
-        for one in differences
-    ]
-    rows += [
-        [
-            f"calibration error: {ANSWER_ARMS[one.arm][1]} minus {ANSWER_ARMS[one.other][1]}",
-            *(one.cells[column] for column in errors),
-            "",
-        ]
-        for one in calibration
-    ]
+    rows += [difference(pair, ACCURACIES) for pair in ANSWER_PAIRS if len(common_seeds(runs, pair)) > 1]
+    label, *values = difference(CALIBRATED, errors)
+    rows.append([f"calibration error: {label}", *values, ""])
+    number = len(cells)
     yield (
         f"CIFAR-100, {network(base)}, {base.epochs} epochs, {len(runs['reference'])} seeds: test accuracy in percent, "
         "mean ± standard deviation. Differences are paired by seed, ± half of a 95 % interval. Bold: the interval "

@@ -71,16 +71,16 @@ def _fold_line(line: str, width: int) -> str:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Show on a terminal what is waited for, until it is over."""
-    is_seen = sys.stdout.isatty()
+    if not sys.stdout.isatty():
+        yield
+        return
+    with suppress(OSError):  # of a terminal that is gone
+        print(what, end="\r", flush=True)
     try:
-        if is_seen:
-            with suppress(OSError):
-                print(what, end="\r", flush=True)
         yield
     finally:
-        if is_seen:
-            with suppress(OSError):
-                print(" " * len(what), end="\r", flush=True)
+        with suppress(OSError):
+            print(" " * len(what), end="\r", flush=True)
 
 
 def text_table(

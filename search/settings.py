@@ -92,7 +92,6 @@ class SearchSettings:
     margin: float = setting(
         0.3, "settings that differ by less are equal: points, of a likelihood hundredths of a nat", low=0
     )
-
     track: tuple[Tracker, ...] = setting(
         (), "where each trial's figures go, epoch by epoch: tensorboard, wandb, mlflow or none"
     )

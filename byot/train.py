@@ -126,7 +126,10 @@ def train(
                     return result
                 if processes.is_first:
                     held.enter_context(lock_folder(folder))
-                asked = Trackers(trackers or trackers_of(folder), partial(tell, "train.py"))
+                if trackers is None:
+                    trackers = trackers_of(folder)
+                    check_trackers(trackers)
+                asked = Trackers(trackers, partial(tell, "train.py"))
                 run = open_run(config, folder, checkpoint, processes, asked)
             start = f"going on from {run.resumed_from}" if run.resumed_from else "starting"
             precision = "bf16" if run.trainer.autocast_dtype else "fp32"

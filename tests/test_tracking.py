@@ -138,6 +138,9 @@ def test_what_is_missing_is_said_before_anything_is_done(tmp_path: Path, monkeyp
     words = "wandb cannot be used: there is no login; `wandb login` makes one, WANDB_MODE=offline does without"
     assert done.stderr == f"train.py: {words}\n"
     assert not (tmp_path / "runs").exists()
+    write_json(tmp_path / "runs" / "r" / tracking.IDS_FILE, {"wandb": "id"})  # of a run that goes on
+    done = run_command((*flags[:-2], "--name", "r"), cwd=tmp_path, WANDB_MODE="online", HOME=str(tmp_path))
+    assert (done.returncode, done.stderr) == (2, f"train.py: {words}\n")
 
 
 def test_trials_are_tracked_from_their_first_epoch_to_their_end(tmp_path: Path) -> None:

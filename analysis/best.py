@@ -6,6 +6,11 @@
 Only trials that reached the last epoch are ranked. Reads files alone, also of a search that still runs.
 """
 
+from importlib.util import find_spec
+
+if find_spec("byot") is None:
+    raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
+
 from byot.system.files import write_output
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import check_writable_file, outputs_folder

@@ -9,6 +9,11 @@ that both have. Accuracies, of the test set, are in percent; NLL and ECE are tho
 files only.
 """
 
+from importlib.util import find_spec
+
+if find_spec("byot") is None:
+    raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 

@@ -8,6 +8,11 @@
 The page is one file with its figures inside. Reads files alone, also of a search or run that goes on or was killed.
 """
 
+from importlib.util import find_spec
+
+if find_spec("byot") is None:
+    raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
+
 import shlex
 from pathlib import Path
 

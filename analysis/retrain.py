@@ -8,6 +8,11 @@ run has its own folder outputs/runs/NAME and its own checkpoints: the same comma
 on with the others. The test set is read once a run, at its end; the configurations were chosen on validation images.
 """
 
+from importlib.util import find_spec
+
+if find_spec("byot") is None:
+    raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
+
 import argparse
 import shlex
 import sys

@@ -14,7 +14,7 @@ from analysis.trials import NOT_POOLED, find_role, pareto_front, rank
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS
 from byot.console import format_duration
 from byot.search_files import ROLE_NAMES, SearchRecord, Status, format_parameter, format_value, metric_mode, unit
-from search.significance import ERROR, MOST_RUNS_NAMED, compare
+from search.significance import compare, describe, format_gain
 
 NUM_STANDARD_ERRORS = 2
 MAX_LISTED = 6
@@ -60,13 +60,6 @@ def describe_metric(metric: str) -> str:
     which = CLASSIFIERS.get(suffix[0] if suffix else str(NUM_CLASSIFIERS), "")
     where = which if which == "ensemble" else f"classifier {which}"
     return f"{SPLITS.get(split, split)} {measure.replace('nll', 'NLL')}, {where}"
-
-
-def format_gain(metric: str, gain: float) -> str:
-    """'better by 0.70 points'; `gain` is positive for better."""
-    if gain == 0:
-        return "equal"
-    return f"{'better' if gain > 0 else 'worse'} by {format_value(metric, abs(gain))} {unit(metric, 'points')}"
 
 
 def format_parameters(search: SearchRecord, trial: pd.Series) -> str:
@@ -223,12 +216,4 @@ def judge_pairs(metric: str, best: pd.DataFrame, other: pd.DataFrame) -> str:
     num_images = pd.to_numeric(best["num_test_images"], errors="coerce").max()
     step = 100 / num_images if "_accuracy" in metric and num_images > 0 else 0.0  # a smaller spread is a coincidence
     one = compare("best", "other", list(sign * pairs["best"]), list(sign * pairs["other"]), least_sd=step)
-    ends = (one.difference - one.half_width(), one.difference + one.half_width())
-    low, high = (f"{end:{'+.4f' if '_nll' in metric else '+.2f'}}" for end in ends)
-    text = f"{format_gain(metric, one.difference)} ({100 * (1 - ERROR):.0f} % interval {low} to {high}, by seed)"
-    if abs(one.difference) > one.half_width():
-        return f"{text}: resolved."
-    if one.runs_needed > MOST_RUNS_NAMED:
-        return f"{text}: not resolved."
-    more = f"about {one.runs_needed} more run{'s' * (one.runs_needed > 1)} of each would show it"
-    return f"{text}: not resolved. Were the difference this large, {more}."
+    return f"{describe(metric, one)}."

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from benchmarks import common
 from benchmarks.plans import RESULTS, SEARCH_PLANS, TABLE_PLANS, Arm, PlannedRun, TablePlan, planned_runs, read_record
-from byot.config import TrainConfig
+from byot.config import DATASETS, TrainConfig
 from byot.system.files import describe_refusal, read_json, write_json, write_text
 from byot.system.flags import Parser, flag_name, one_sentence_errors
 from byot.system.paths import PROJECT_ROOT, outputs_folder
@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # importing them imports torch
     from search.system.resources import Resources
     from search.system.tasks import Done
 
-NUM_TRAIN_IMAGES = {"cifar100": 50_000}
 TOY = {"dataset": "digits", "width": 4, "epochs": 2}
 SEARCH_RECORDS = ("search.json", "trials.csv", "best.json", "confirmation.json", "warm_start.json")
 
@@ -53,7 +52,7 @@ def check_images(dataset: str, data_dir: str | None) -> None:
 
     check_dataset(dataset, data_dir)
     found = len(load_images(dataset, data_dir, "train").labels)
-    expected = NUM_TRAIN_IMAGES.get(dataset, found)
+    expected = DATASETS[dataset].num_train_images
     if found != expected:
         raise ValueError(f"{data_dir} holds {found} training images of {dataset}, a table needs all {expected}")
 

@@ -45,13 +45,14 @@ class DatasetInfo(NamedTuple):
     num_classes: int  # of imagefolder 0: they are those of its folder
     image_size: int  # pixels, height = width; imagefolder may have others
     horizontal_flip: bool  # False where a mirrored image is another class or none
+    num_train_images: int  # of imagefolder 0 likewise
 
 
 DATASETS: dict[str, DatasetInfo] = {
-    "cifar100": DatasetInfo(num_classes=100, image_size=32, horizontal_flip=True),
-    "cifar10": DatasetInfo(num_classes=10, image_size=32, horizontal_flip=True),
-    "digits": DatasetInfo(num_classes=10, image_size=8, horizontal_flip=False),
-    "imagefolder": DatasetInfo(num_classes=0, image_size=32, horizontal_flip=True),
+    "cifar100": DatasetInfo(num_classes=100, image_size=32, horizontal_flip=True, num_train_images=50_000),
+    "cifar10": DatasetInfo(num_classes=10, image_size=32, horizontal_flip=True, num_train_images=50_000),
+    "digits": DatasetInfo(num_classes=10, image_size=8, horizontal_flip=False, num_train_images=1_438),
+    "imagefolder": DatasetInfo(num_classes=0, image_size=32, horizontal_flip=True, num_train_images=0),
 }
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 1024  # pixels a side of an imagefolder
 LARGEST_CIFAR_STEM = 64  # pixels a side; larger images have the ImageNet stem

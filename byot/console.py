@@ -8,7 +8,9 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from byot.config import CLASSIFIERS, TrainConfig, work_after
@@ -70,17 +72,30 @@ def _fold_line(line: str, width: int) -> str:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Show on a terminal what is waited for, until it is over."""
+    """Show on a terminal what is waited for, and for how many seconds, until it is over."""
     if not sys.stdout.isatty():
         yield
         return
-    with suppress(OSError):  # of a terminal that is gone
-        print(what, end="\r", flush=True)
+    is_over, shown = Event(), ""
+
+    def show() -> None:
+        nonlocal shown
+        with suppress(OSError):  # of a terminal that is gone
+            for seconds in count():
+                shown = f"{what}, {seconds} s" if seconds else what
+                print(shown, end="\r", flush=True)
+                if is_over.wait(1.0):
+                    return
+
+    shower = Thread(target=show, daemon=True)
+    shower.start()
     try:
         yield
     finally:
+        is_over.set()
+        shower.join()
         with suppress(OSError):
-            print(" " * len(what), end="\r", flush=True)
+            print(" " * len(shown), end="\r", flush=True)
 
 
 def text_table(

@@ -4,13 +4,14 @@ import io
 import math
 import time
 
+import numpy as np
 import torch
 from torch import nn
 
 from byot.batches import batches_per_epoch
-from byot.config import CLASSIFIERS, TrainConfig, work_after
+from byot.config import CLASSIFIERS, DATASETS, TrainConfig, work_after
 from byot.console import format_duration, text_table
-from byot.data import check_dataset, load_images, split_validation
+from byot.data import LabelledImages, check_dataset, load_images, split_validation
 from byot.exits import measure_costs
 from byot.trainer import Trainer, build_model
 
@@ -26,10 +27,10 @@ class EnoughError(Exception):
 def describe_run(config: TrainConfig) -> str:
     """Write a table of the network's parts and their costs, the size of a checkpoint, and the time that an epoch takes.
 
-    Reads the training images, and times some steps with those. Raises ValueError for what the run itself would refuse.
+    Times some steps with the training images, with made-up ones where they would have to be downloaded. Raises
+    ValueError for what the run itself would refuse.
     """
-    check_dataset(config.dataset, config.data_dir, config.image_size)
-    images = load_images(config.dataset, config.data_dir, "train", config.image_size)
+    images = find_images(config)
     train, _ = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
     trainer = Trainer(config.with_settings(epochs=10_000, lr=HARMLESS_LR), train)
     trainer.epoch = trainer.config.epochs - 1_000  # near the end images are whole whatever the recipe
@@ -50,6 +51,17 @@ def describe_run(config: TrainConfig) -> str:
             f"{config.epochs} epochs of training  {format_duration(work_after(config, config.epochs) * epoch_s)}",
         )
     )
+
+
+def find_images(config: TrainConfig) -> LabelledImages:
+    """Read the training images where the run would read files, else make as many, of noise, of as many classes."""
+    info = DATASETS[config.dataset]
+    if config.data_dir is not None or not info.num_train_images:
+        check_dataset(config.dataset, config.data_dir, config.image_size)
+        return load_images(config.dataset, config.data_dir, "train", config.image_size)
+    shape = (info.num_train_images, config.image_size, config.image_size, 3)
+    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return LabelledImages(noise, np.arange(info.num_train_images) % info.num_classes)
 
 
 def table_of_parts(config: TrainConfig, num_classes: int = 0) -> str:

@@ -8,6 +8,11 @@ Reads the test set; prints only. With --exits it first fits when an image may le
 and writes that to exits.json in the run's folder, what the test set then says to exits-test.json: docs/exits.md.
 """
 
+from importlib.util import find_spec
+
+if find_spec("byot") is None:
+    raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
+
 import json
 
 from byot.config import check_range

@@ -8,6 +8,11 @@ Input: float images [N,3,H,W] from 0 to 1; they are normalised inside. manifest.
 names, the image size, and each exit's temperature and threshold.
 """
 
+from importlib.util import find_spec
+
+if find_spec("byot") is None:
+    raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
+
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from byot.config import TrainConfig
-from byot.search_files import format_value, is_number, load_confirmation, load_search, unit
+from byot.search_files import format_parameter, format_value, is_number, load_confirmation, load_search, unit
 from byot.system.files import errors_in, read_json
 from byot.system.flags import Parser, one_line, one_sentence_errors
 from byot.system.lock import LOCK_FILE, is_locked
@@ -29,6 +29,7 @@ from byot.system.paths import outputs_folder
 Kind = Literal["search", "run"]
 FOLDERS: dict[Kind, str] = {"search": "searches", "run": "runs"}
 REPLACED = "replaced"  # where set_aside moves folders
+LOSS_WEIGHTS = ("alpha", "temperature", "beta")
 WIDTH = 80  # characters of a line
 
 
@@ -43,6 +44,9 @@ class Entry:
     width: int | None = None
     dataset: str | None = None
     epochs: int | None = None
+    alpha: float | None = None  # of a run, as the two below
+    temperature: float | None = None
+    beta: float | None = None
     metric: str | None = None
     value: float | None = None
     bytes: int = 0
@@ -101,7 +105,9 @@ def _read_search(folder: Path) -> dict[str, Any]:
 def _read_run(folder: Path) -> dict[str, Any]:
     record = read_json(folder / "config.json")
     with errors_in(folder / "config.json"):
-        known = _what(TrainConfig.from_dict(record)) | {"metric": "test_accuracy"}
+        config = TrainConfig.from_dict(record)
+        weights = {name: getattr(config, name) for name in LOSS_WEIGHTS}
+        known = _what(config) | weights | {"metric": "test_accuracy"}
     if not (folder / "result.json").is_file():
         return known | {"state": "interrupted"}
     return known | {"state": "finished", "value": _take_number(folder / "result.json", "test_accuracy")}
@@ -138,7 +144,7 @@ def format_bytes(size: float) -> str:
 
 def to_table(entries: list[Entry]) -> str:
     """Write two lines an entry: its name, which may be long, and below it what is known of it."""
-    from byot.console import text_table
+    from byot.console import fold, text_table
 
     rows = []
     for one in entries:
@@ -149,11 +155,12 @@ def to_table(entries: list[Entry]) -> str:
     header, *lines = text_table(("  state", "what", "result", "size", "last written"), rows, num_text=2).split("\n")
     text = [header]
     for one, line in zip(entries, lines, strict=True):
-        text += [f"{one.kind} {one.name}", line]
+        weights = [f"{name} {format_parameter(getattr(one, name))}" for name in LOSS_WEIGHTS if one.alpha is not None]
+        text += ["  ".join((f"{one.kind} {one.name}", *weights)), line]
         if one.error:
             why = one_line(one.error.replace(f"{one.folder}/", ""))
             text.append(textwrap.fill(why, WIDTH, initial_indent="    ", subsequent_indent="    "))
-    return "\n".join(text)
+    return fold("\n".join(text))
 
 
 def main() -> None:

@@ -7,6 +7,11 @@
 A file that is no image is named, and the others go on; the exit code is then 1.
 """
 
+from importlib.util import find_spec
+
+if find_spec("byot") is None:
+    raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
+
 import csv
 import json
 import sys

@@ -10,6 +10,11 @@ The same command goes on from the run's own last checkpoint. The run's folder is
 finish the step at hand and save.
 """
 
+from importlib.util import find_spec
+
+if find_spec("byot") is None:
+    raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
+
 import argparse
 import io
 import os

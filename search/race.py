@@ -44,7 +44,7 @@ from byot.system.stopping import DivergedError, StoppedError
 from byot.trainer import check_same_run
 from search.records import now
 from search.settings import FRESH_SEEDS, SearchSettings
-from search.significance import ERROR, MOST_RUNS_NAMED, Comparison, Judgement, judge
+from search.significance import ERROR, Judgement, describe, judge
 from search.space import first_points
 from search.system.remote import Store, working_folder
 from search.system.resources import Resources
@@ -291,31 +291,17 @@ class Confirmation:
         if chosen.role == "control" and (judgement.resolved or judgement.equivalent):
             sentences.append("Self distillation showed nothing here that deep supervision alone does not give.")
         for other, arm in self.arms.items() if judgement.rounds else ():
-            told = "not compared yet"
+            against, told = "", "not compared yet"
             if other in judgement.diverged:
                 told = "left out, a run of it diverged"
-            elif other in judgement.comparisons:
-                told = self._describe(judgement.comparisons[other])
+            elif one := judgement.comparisons.get(other):
+                against, told = f" against {self.arms[one.arm].describe()}", describe(self.metric, one.reversed())
             if other != judgement.leader:
-                sentence = f"{arm.describe()} ({arm.settings()}): {told}."
+                sentence = f"{arm.describe()} ({arm.settings()}){against}: {told}."
                 sentences.append(sentence[0].upper() + sentence[1:])
         if len(judgement.comparisons) > 1:
             sentences.append(f"Each interval holds by itself with {100 * (1 - ERROR):.0f} %, not all at once.")
         return sentences
-
-    def _describe(self, one: Comparison) -> str:
-        half_width = one.half_width()
-        ends = (one.difference, one.difference - half_width, one.difference + half_width)
-        difference, low, high = (format_value(self.metric, end) for end in ends)
-        behind = (
-            f"{difference} {unit(self.metric, 'points')} behind {self.arms[one.arm].describe()}, "
-            f"{100 * (1 - ERROR):.0f} % interval {low} to {high}, {one.rounds} seeds: "
-        )
-        if one.resolved:
-            return f"{behind}resolved"
-        more = one.runs_needed
-        runs = f"more than {MOST_RUNS_NAMED}" if more > MOST_RUNS_NAMED else f"about {more}"
-        return f"{behind}not resolved, needs {runs} more run{'s' * (more != 1)} of each"
 
 
 def confirm(

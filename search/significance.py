@@ -29,6 +29,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm, t
 
+from byot.search_files import format_value, unit
+
 ERROR = 0.05
 FIRST_LOOK = 3  # rounds; fewer say next to nothing of the noise
 SPENDING = 5  # the error spent by round r of R is ERROR * (r / R) ** SPENDING
@@ -56,6 +58,10 @@ class Comparison(NamedTuple):
     @property
     def resolved(self) -> bool:
         return self.difference > self.half_width()
+
+    def reversed(self) -> "Comparison":
+        """Give the same of the other arm against this one."""
+        return self._replace(arm=self.other, other=self.arm, difference=-self.difference)
 
     @property
     def runs_needed(self) -> int:
@@ -105,6 +111,26 @@ def compare(
     differences = np.subtract(values, others)
     sd = max(least_sd, float(np.std(differences, ddof=1)))
     return Comparison(arm, other, float(np.mean(differences)), sd, len(differences), max_rounds)
+
+
+def format_gain(metric: str, gain: float) -> str:
+    """'better by 0.70 points'; `gain` is positive for better."""
+    if gain == 0:
+        return "equal"
+    return f"{'better' if gain > 0 else 'worse'} by {format_value(metric, abs(gain))} {unit(metric, 'points')}"
+
+
+def describe(metric: str, one: Comparison) -> str:
+    """'worse by 0.41 points (95 % interval -0.86 to +0.04, 8 seeds): not resolved; …', of `arm` against `other`."""
+    ends = (one.difference - one.half_width(), one.difference + one.half_width())
+    low, high = ("+" * bool(end > 0) + format_value(metric, end) for end in ends)
+    text = f"{format_gain(metric, one.difference)} ({100 * (1 - ERROR):.0f} % interval {low} to {high}, "
+    text += f"{one.rounds} seeds)"
+    if abs(one.difference) > one.half_width():
+        return f"{text}: resolved"
+    many = f"more than {MOST_RUNS_NAMED}" if one.runs_needed > MOST_RUNS_NAMED else f"about {one.runs_needed}"
+    runs = f"{many} more run{'s' * (one.runs_needed > 1)} of each"
+    return f"{text}: not resolved; were the difference this large, {runs} would show it"
 
 
 def judge(

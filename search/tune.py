@@ -10,6 +10,11 @@ both and the best others are run again over fresh seeds, until it is clear which
 Everything is left in outputs/searches/NAME. The same command goes on with its own search, --fresh starts it anew.
 """
 
+from importlib.util import find_spec
+
+if find_spec("byot") is None:
+    raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
+
 from contextlib import ExitStack
 
 from byot.config import TrainConfig, recipe_defaults

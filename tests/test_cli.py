@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -17,15 +18,17 @@ from scipy.stats import ttest_rel
 import byot.clean_outputs
 import byot.cli
 import byot.list_outputs
+import byot.train
 from analysis.listing import NOTHING
 from byot.cli import COMMANDS
 from byot.config import TrainConfig
+from byot.console import waiting
 from byot.search_files import Status, write_trials
 from byot.system.files import write_json
 from byot.system.lock import LOCK_FILE, lock_folder
 from byot.system.paths import PROJECT_ROOT
 from search.space import DEFAULT_SPACE
-from tests.helpers import PROJECT, Call, picture_of, run_process
+from tests.helpers import PROJECT, Call, FakeTerminal, picture_of, run_process
 from tests.made_up import make_trial, search_record
 
 CONFIG = TrainConfig(dataset="digits", width=4, epochs=2)
@@ -86,6 +89,31 @@ def test_a_command_bears_its_name_in_what_it_says(tmp_path: Path) -> None:
     assert done.stderr == f"byot best: no search is in {tmp_path}/searches: run byot search first\n"
     done = python("-m", "byot", "trian", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "byot: there is no command 'trian': did you mean train?\n")
+
+
+@pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values() if "_outputs" not in module])
+def test_a_python_without_the_packages_is_told_what_to_do(tmp_path: Path, module: str) -> None:
+    done = python("-S", PROJECT_ROOT / f"{module.replace('.', '/')}.py", "--help", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("byot is not installed for this Python: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_each_mistyped_flag_gets_the_nearest(call: Call) -> None:
+    code, _, err = call(byot.train, "--alhpa", "3", "--bteas=4", "--xyzzy")
+    assert code == 2
+    assert err.endswith("did you mean --alpha and --beta?\n")
+
+
+def test_what_is_waited_for_is_shown_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", written := FakeTerminal())
+    with waiting("loading"):
+        deadline = time.monotonic() + 60
+        while ", 1 s" not in written.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    lines = written.getvalue().split("\r")
+    assert lines[:2] == ["loading", "loading, 1 s"]
+    assert lines[-2:] == [" " * len(lines[-3]), ""]
 
 
 def test_what_it_says_to_type_next_can_be_typed(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +232,8 @@ def test_list_tells_the_states(call: Call, outputs: Path) -> None:
     done = entries["done"]
     assert (done["model"], done["width"], done["dataset"], done["epochs"]) == ("resnet18", 4, "digits", 2)
     assert (done["metric"], done["value"]) == ("test_accuracy", 97.5)
+    assert (done["alpha"], done["temperature"], done["beta"]) == (0.1, 3.0, 1e-6)
+    assert entries["gone"]["alpha"] is None, "of a search"
     assert done["bytes"] == sum(path.stat().st_size for path in (outputs / "runs/done").rglob("*") if path.is_file())
     assert "config.json cannot be read" in entries["no-record"]["error"]
     assert "no number as test_accuracy" in entries["damaged"]["error"]
@@ -218,7 +248,7 @@ def test_the_list_fits_80_columns(call: Call, outputs: Path) -> None:
     assert code == 0
     assert max(map(len, out.splitlines()[:-2])) <= 80
     lines = out.splitlines()
-    line = lines[lines.index("run big") + 1]
+    line = lines[lines.index("run big  alpha 0.1  temperature 3  beta 1e-06") + 1]
     assert line.split()[:7] == ["finished", "resnet152", "w128", "cifar100", "e200", "100.00", "%"]
 
 
@@ -352,7 +382,7 @@ def test_compare_gives_the_paired_interval(call: Call, tmp_path: Path, monkeypat
     gain = sum(other) / 3 - sum(first[:3]) / 3
     assert (
         f"B against A, test accuracy, classifier 4/4: better by {gain:.2f} points "
-        f"(95 % interval {low:+.2f} to {high:+.2f}, by seed)" in out
+        f"(95 % interval {low:+.2f} to {high:+.2f}, 3 seeds)" in out
     )
     assert f"test NLL, classifier 4/4: worse by {gain / 50:.4f} nats" in out
     assert "B differs from A in alpha 0.5 (0.1)." in out

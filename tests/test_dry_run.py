@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from byot import dry_run, train
-from byot.config import TrainConfig
+from byot import data, dry_run, train
+from byot.config import DATASETS, TrainConfig
 from byot.runs import train_run
 from byot.trainer import build_model
 from tests.helpers import call_main
@@ -39,6 +39,20 @@ def test_a_dry_run_says_what_the_run_is(
     assert float(said) == pytest.approx(checkpoint.stat().st_size / 1e6, rel=0.03)
     (images_per_s,) = re.findall(r"(\d+) images/s", out)
     assert int(images_per_s) > 0
+
+
+def test_a_dry_run_downloads_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(dry_run, "MEASURED_S", 0.2)
+    monkeypatch.delattr(data, "_load_archive")
+    arguments = ("--dataset", "cifar100", "--width", "2", "--val-fraction", "0.1", "--dry-run")
+    code, out, err = call_main(train, "train.py", arguments, monkeypatch, capsys)
+    assert (code, err) == (0, "")
+    assert "45,000 training images of 32 pixels" in out
+    assert re.search(r"^exit 4/4 +100 ", out, re.MULTILINE), "classes"
+
+
+def test_the_digits_are_as_many_as_is_known() -> None:
+    assert len(data.load_images("digits", None, "train").labels) == DATASETS["digits"].num_train_images
 
 
 def test_a_dry_run_is_refused_as_the_run_would_be(

@@ -278,4 +278,4 @@ def test_a_metric_that_is_minimised(tmp_path: Path):
     run_all(confirmation, {"t0000": 20.0, "t0001": 10.0, "t0002": 30.0, "t0003": 40.0})
     judgement = confirmation.judge()
     assert judgement.remaining == ["t0001"]
-    assert "nats behind" in " ".join(confirmation.verdict(judgement))
+    assert " nats (95 % interval -" in " ".join(confirmation.verdict(judgement))

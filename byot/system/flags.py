@@ -49,10 +49,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: .*?(--[\w-]+)", message)
-        flags = re.findall(r"--[\w-]+", self.format_help())
-        if unknown and (near := get_close_matches(unknown[1], flags, n=1)):
-            message += f": did you mean {near[0]}?"
+        if message.startswith("unrecognized arguments: "):
+            flags = re.findall(r"--[\w-]+", self.format_help())
+            near = [get_close_matches(unknown, flags, n=1) for unknown in re.findall(r"--[\w-]+", message)]
+            if meant := " and ".join(found[0] for found in near if found):
+                message += f": did you mean {meant}?"
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 

@@ -13,7 +13,8 @@ import pandas as pd
 
 from analysis.figures import BLUE, GREEN, ORANGE, OTHER_COLOURS
 from analysis.trials import parameter_columns, rank
-from byot.search_files import Range, SearchRecord
+from byot.search_files import SearchRecord
+from search.space import make_distributions
 
 if TYPE_CHECKING:  # importing it takes a second
     from optuna.study import Study
@@ -25,19 +26,11 @@ FEWEST_TRIALS, MOST_TRIALS = 4, 200  # at their last epoch; the data of contours
 def make_study(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame) -> "Study":
     """Make an Optuna study of the trials in the space, each with its id as a user attribute."""
     import optuna
-    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
     from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     names = [name for name in parameter_columns(trials) if name in search.space]
-    distributions: dict[str, BaseDistribution] = {}
-    for name in names:
-        bounds = search.space[name]
-        distributions[name] = (
-            FloatDistribution(bounds.low, bounds.high, log=bounds.log)
-            if isinstance(bounds, Range)
-            else CategoricalDistribution(bounds.choices)
-        )
+    distributions = make_distributions({name: search.space[name] for name in names})
     known = dict(list(curves.set_index("epoch").groupby("trial_id")[search.metric]))
     study = optuna.create_study(direction="maximize" if search.mode == "max" else "minimize")
     for trial in trials.to_dict("records"):

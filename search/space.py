@@ -3,12 +3,15 @@
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from byot.config import TrainConfig
 from byot.search_files import ROLE_SETTINGS, TEXT_PARAMETERS, Range, Role, Space, space_from_dict
 from byot.system.files import errors_in
 from byot.system.flags import flag_name
+
+if TYPE_CHECKING:  # the program's help should not wait for Optuna
+    from optuna.distributions import BaseDistribution
 
 DEFAULT_SPACE: Space = {
     "alpha": Range(0.0, 0.5),  # every recorded network with a larger one is 2.5 points or more below the best
@@ -30,6 +33,18 @@ def first_points(space: Space, base: TrainConfig) -> list[FirstPoint]:
     return [
         FirstPoint(role, {name: ROLE_SETTINGS[role].get(name, getattr(base, name)) for name in space}) for role in roles
     ]
+
+
+def make_distributions(space: Space) -> "dict[str, BaseDistribution]":
+    """Make Optuna's form of a space."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    return {
+        name: FloatDistribution(bounds.low, bounds.high, log=bounds.log)
+        if isinstance(bounds, Range)
+        else CategoricalDistribution(bounds.choices)
+        for name, bounds in space.items()
+    }
 
 
 def read_point(text: str, space: Space, base: TrainConfig) -> FirstPoint:

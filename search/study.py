@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
@@ -24,7 +23,7 @@ from ray.tune.search import Searcher
 from byot.search_files import ConfirmationRecord, Range, Space, TrialRecord, metric_mode
 from search.records import SearchRecords
 from search.settings import REDUCTION_FACTOR, Sampler
-from search.space import FirstPoint
+from search.space import FirstPoint, make_distributions
 from search.trial import PACE
 from search.warm import WarmStart, WarmTrial
 
@@ -35,15 +34,6 @@ PRIOR_SD = 0.2  # of the range
 
 def study_directions(metrics: tuple[str, ...]) -> list[StudyDirection]:
     return [StudyDirection.MAXIMIZE if metric_mode(name) == "max" else StudyDirection.MINIMIZE for name in metrics]
-
-
-def make_distributions(space: Space) -> dict[str, BaseDistribution]:
-    return {
-        name: FloatDistribution(bounds.low, bounds.high, log=bounds.log)
-        if isinstance(bounds, Range)
-        else CategoricalDistribution(bounds.choices)
-        for name, bounds in space.items()
-    }
 
 
 def is_known_to_sampler(trial: TrialRecord, space: Space) -> bool:

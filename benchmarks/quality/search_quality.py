@@ -37,8 +37,8 @@ from byot.search_files import DIVERGED, Status, TrialRecord
 from byot.system.flags import Parser, one_sentence_errors
 from search import significance
 from search.records import SearchRecords
-from search.space import DEFAULT_SPACE
-from search.study import BudgetAwareSearch, RecordedAsha, make_distributions
+from search.space import DEFAULT_SPACE, make_distributions
+from search.study import BudgetAwareSearch, RecordedAsha
 
 METHODS = {  # name -> what tables call it, its colour
     "ours": ("ours", BLUE),

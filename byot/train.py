@@ -31,6 +31,7 @@ from typing import Any, get_args
 from byot.config import TrainConfig, check_range, recipe_defaults
 from byot.console import classifier_table, fold, show_progress, waiting
 from byot.search_files import find_best
+from byot.system.cores import OtherWork, advise_threads
 from byot.system.files import describe_refusal, set_aside
 from byot.system.flags import Parser, add_settings, as_called, given_settings, one_sentence_errors, tell, this_command
 from byot.system.lock import lock_folder
@@ -111,6 +112,7 @@ def train(
 ) -> dict[str, Any]:
     """Do the run, or the rest of it, and return its result. Ends the program where that cannot be."""
     go_on = f"go on with: {shlex.join([*this_command(), '--resume', str(folder)])}"
+    other_work = OtherWork()
     with ExitStack() as held:
         try:
             with one_sentence_errors("train.py"), waiting("loading PyTorch and the images"):
@@ -142,6 +144,11 @@ def train(
             told = f"{start}: {config.model} width {config.width} on {config.dataset}, "
             told += f"{len(run.trainer.train_images)} training images, {config.epochs} epochs, "
             print(fold(f"{told}{run.trainer.device.type}, {precision}{among}"), folder, sep="\n", flush=True)
+            if processes.is_first and run.trainer.device.type == "cpu":
+                import torch
+
+                if advice := advise_threads(torch.get_num_threads(), other_work.cores()):
+                    tell("train.py", advice)
             stop_asked = held.enter_context(catch_stop_signals())
             if not processes.is_first:
                 return train_and_test(run, stop_asked=stop_asked)

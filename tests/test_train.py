@@ -3,6 +3,7 @@
 What a user gets wrong is in tests/faults/test_command_lines.py, kills and full disks are beside it.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -29,7 +30,9 @@ from byot.loss import self_distillation_loss
 from byot.metrics import EpochMetrics
 from byot.optimizer import orthogonalise
 from byot.runs import find_run, load_network, open_run, train_and_test, train_run
+from byot.system import cores
 from byot.system.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
+from byot.system.cores import OtherWork, advise_threads
 from byot.system.files import read_json, read_json_lines, write_json
 from byot.system.lock import lock_folder
 from byot.system.provenance import find_commit
@@ -672,3 +675,52 @@ def test_best_falls_back_on_what_is_shipped(
     said = capsys.readouterr().out
     assert "shipped with the project, as no search of resnet18 on digits has finished here" in said
     assert "30 epochs, as in the search" in said, "the shipped file names them"
+
+
+# ---------------------------------------------------------------- a busy machine
+
+
+def test_the_work_of_other_processes_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cores, "STAT", tmp_path / "stat")
+    ticks = os.sysconf("SC_CLK_TCK")
+
+    def write(seconds: float) -> None:
+        """Of each of user, nice, system, idle, waiting, interrupts and soft interrupts."""
+        numbers = (int(seconds * ticks), 0, int(seconds * ticks), 10**6, 10**6, 0, 0, 0, 0, 0)
+        cores.STAT.write_text(f"cpu  {' '.join(map(str, numbers))}\ncpu0 {'1 ' * 10}\n")
+
+    clock = iter((0.0, 10.0, 10.25, 20.0))
+    monkeypatch.setattr(cores.time, "monotonic", lambda: next(clock))
+    write(100)
+    work = OtherWork()
+    own_s = sum(os.times()[:4])
+    write(108)
+    assert work.cores() == pytest.approx(1.6, abs=(sum(os.times()[:4]) - own_s) / 10 + 0.01)
+    cores.STAT.unlink()
+    assert OtherWork().cores() == 0
+
+
+def test_fewer_threads_are_advised_where_cores_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert advise_threads(1, 8.0) is None
+    assert advise_threads(8, 0.4) is None
+    assert advise_threads(4, 3.0) is None, "enough are free"
+    assert "keep 5.9 of 8 cores busy" in (told := advise_threads(4, 5.9) or "")
+    assert told.endswith("--threads 2")
+    assert (advise_threads(4, 9.0) or "").endswith("--threads 1")
+
+
+def test_a_run_beside_busy_processes_says_what_is_faster(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OtherWork, "cores", lambda self: float(os.cpu_count() or 1))
+    flags = ("--dataset", "digits", "--width", 2, "--epochs", 1, "--device", "cpu", "--outputs", tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        code, _, err = call(train, *flags, "--threads", 2)
+        assert (code, err.count("\n")) == (0, 1)
+        assert re.fullmatch(r"train\.py: other processes keep .* busy, and 2 threads .*: --threads 1\n", err)
+        code, _, err = call(train, *flags, "--threads", 1, "--seed", 1)
+        assert (code, err) == (0, "")
+    finally:
+        torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from benchmarks.quality import families, search_quality
 from benchmarks.quality.curves import RECORDED_SPACE, Curve, curves_path, save_curves
 from benchmarks.quality.families import NUM_LOOKED_AT, SYNTHETIC, load_family
-from benchmarks.quality.search_quality import METHODS, Ours, make_method, simulate
+from benchmarks.quality.search_quality import METHODS, FewEpochs, Ours, Proposal, make_method, simulate
 from byot.search_files import MEASURES, space_to_dict
 from byot.system.files import read_json
 from tests.helpers import Call
@@ -48,25 +48,57 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_in_every_way_of_ending(name: str, planted: Path) -> None:
+def test_every_method_in_every_way_of_ending(name: str, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Diverged, stopped and complete trials; what a method's own study then knows is what it should."""
+    monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 120 // EPOCHS)
     family = load_family("digits", planted)
     method: Any = make_method(name, family, 0)
     outcome = simulate(method, family, budget=120, seed=0)
-    assert outcome.num_completed > 0
+    # Those that are best after one epoch diverge later.
+    assert outcome.num_completed > 0 or name == "few epochs"
     assert len(outcome.regret) == 120
     assert outcome.regret.min() >= 0.0, "the control is never what was found"
     study: Any = method.searcher.make_study() if isinstance(method, Ours) else method.searcher._ot_study
     states = [trial.state for trial in study.trials]
     # Ours tells Optuna of every end; Ray's tell of a NaN is refused, and its trial runs for ever.
     running = states.count(TrialState.RUNNING)
-    assert running == search_quality.NUM_WORKERS if isinstance(method, Ours) else running > search_quality.NUM_WORKERS
+    if name == "few epochs":
+        assert running <= search_quality.NUM_WORKERS
+    elif isinstance(method, Ours):
+        assert running == search_quality.NUM_WORKERS
+    else:
+        assert running > search_quality.NUM_WORKERS
     complete = [trial.value for trial in study.trials if trial.state == TrialState.COMPLETE]
-    if isinstance(method, Ours) or name in ("tpe", "random"):
+    if name == "few epochs":
+        first_values = {curve[method.few - 1] for curve in PLANTED.values()}
+        assert set(complete) <= first_values
+    elif isinstance(method, Ours) or name in ("tpe", "random"):
         assert set(complete) <= {curve[-1] for curve in PLANTED.values() if len(curve) == EPOCHS}
         assert len(complete) == outcome.num_completed
     else:
         assert len(complete) > outcome.num_completed, "Ray calls stopped trials complete"
+
+
+def test_the_best_after_few_epochs_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 20)
+    family = load_family("acc", Path("no such folder"))
+    method: Any = make_method("few epochs", family, 0)
+    trained: dict[str, list[int]] = {}
+    values: dict[str, float] = {}
+
+    def report(trial: Proposal, epoch: int, value: float) -> bool:
+        trained.setdefault(trial.trial_id, []).append(epoch)
+        if epoch == method.few:
+            values[trial.trial_id] = value
+        return FewEpochs.report(method, trial, epoch, value)
+
+    monkeypatch.setattr(method, "report", report)
+    simulate(method, family, budget=20 * family.epochs, seed=0)
+    whole = {trial_id for trial_id, epochs in trained.items() if epochs == list(range(1, family.epochs + 1))}
+    began_short = sorted(values, key=lambda trial_id: int(trial_id))[: method.num_short - search_quality.NUM_WORKERS]
+    best = max(began_short, key=lambda trial_id: values[trial_id])
+    assert best in whole
+    assert len(whole) >= search_quality.BEST_FEW
 
 
 def test_recorded_values_are_replayed(planted: Path) -> None:

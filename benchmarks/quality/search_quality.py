@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from analysis.figures import BLUE, GREEN, GREY, ORANGE, RED, STYLE, WIDTH
+from analysis.figures import BLUE, GREEN, GREY, ORANGE, OTHER_COLOURS, RED, STYLE, WIDTH
 from benchmarks import common
 from benchmarks.quality.curves import FOLDER, curves_path
 from benchmarks.quality.families import RECORDED, SYNTHETIC, Family, load_family
@@ -45,11 +45,13 @@ METHODS = {  # name -> what tables call it, its colour
     "default space": ("ours, alpha in its default range", RED),
     "stock": ("Ray's OptunaSearch + ASHA", ORANGE),
     "tpe": ("OptunaSearch, nothing stopped", GREEN),
+    "few epochs": ("TPE, all for few epochs, the best four whole", OTHER_COLOURS[0]),
     "random": ("random, nothing stopped", GREY),
 }
 METRIC = "val_accuracy"
 NUM_WORKERS = 4
 NUM_WHOLE_TRIALS = 60  # the budget: the epochs of so many
+BEST_FEW = 4  # trials that are trained whole where all others are for few epochs
 JITTER = 0.1  # an epoch takes from 1 to so much longer
 CONTROLLER: Any = None  # schedulers do without
 
@@ -156,6 +158,45 @@ class Stock:
         return SimpleNamespace(trial_id=trial_id)  # all that the schedulers look at
 
 
+class FewEpochs:
+    """All trials for few epochs, until ours may stop one, then the best few to the end; Optuna's TPE proposes.
+
+    Source: Egele et al., "The unreasonable effectiveness of early discarding after one epoch", 2024.
+    """
+
+    def __init__(self, family: Family, seed: int) -> None:
+        self.searcher = OptunaSearch(make_distributions(family.space), metric=METRIC, mode="max", seed=seed)
+        self.epochs, self.few = family.epochs, min(family.grace, family.epochs // 2)
+        for_the_best = BEST_FEW * (self.epochs - self.few)
+        unused = NUM_WORKERS * self.few  # what the others train of further trials until the last of the best has ended
+        self.num_short = (NUM_WHOLE_TRIALS * self.epochs - for_the_best - unused) // self.few
+        self.num_begun = 0
+        self.waiting: list[tuple[float, Proposal]] = []  # those that could go on
+
+    def begin(self) -> Proposal:
+        if self.num_begun >= self.num_short and self.waiting:
+            best = max(self.waiting, key=lambda known: known[0])
+            self.waiting.remove(best)
+            return best[1]
+        trial_id = f"{self.num_begun:05d}"
+        self.num_begun += 1
+        params = self.searcher.suggest(trial_id)
+        assert params is not None
+        return Proposal(trial_id, "sampled", params)
+
+    def report(self, trial: Proposal, epoch: int, value: float) -> bool:
+        if epoch > self.few:
+            return epoch < self.epochs and math.isfinite(value)
+        if not math.isfinite(value):
+            self.searcher.on_trial_complete(trial.trial_id, error=True)
+            return False
+        if epoch < self.few:
+            return True
+        self.searcher.on_trial_complete(trial.trial_id, result={METRIC: value})
+        self.waiting.append((value, trial))
+        return False
+
+
 # ---------------------------------------------------------------- simulated time
 
 
@@ -172,6 +213,7 @@ def simulate(method: Method, family: Family, *, budget: int, seed: int) -> Outco
     rng = np.random.default_rng(seed)
     queue: list[tuple[float, int, int, Proposal, Any]] = []  # end of the epoch, number, epoch, trial, its run
     num_begun = num_completed = 0
+    paused: dict[str, tuple[int, Any]] = {}  # trials that may go on: the epochs they have had, their runs
 
     def push(time: float, number: int, epoch: int, trial: Proposal, run: Any) -> None:
         heapq.heappush(queue, (time + 1 + rng.uniform(0, JITTER), number, epoch, trial, run))
@@ -179,8 +221,9 @@ def simulate(method: Method, family: Family, *, budget: int, seed: int) -> Outco
     def begin(time: float) -> None:
         nonlocal num_begun
         trial = method.begin()
-        push(time, num_begun, 1, trial, family.train(trial.params, rng))
-        num_begun += 1
+        epochs_done, run = paused.get(trial.trial_id) or (0, family.train(trial.params, rng))
+        push(time, num_begun, epochs_done + 1, trial, run)
+        num_begun += epochs_done == 0
 
     for _ in range(NUM_WORKERS):
         begin(0.0)
@@ -196,6 +239,7 @@ def simulate(method: Method, family: Family, *, budget: int, seed: int) -> Outco
                 num_completed += 1
                 if value > best_value:
                     best_value, best_regret = value, family.best - run.truth
+            paused[trial.trial_id] = epoch, run
             begin(time)
         regret[spent] = best_regret
     return Outcome(regret, num_begun, num_completed)
@@ -213,6 +257,8 @@ def run_search(name: str, method: str, seed: int, curves_folder: Path) -> tuple[
 def make_method(name: str, family: Family, seed: int) -> Method:
     if name == "default space":
         family = family._replace(space={**family.space, "alpha": DEFAULT_SPACE["alpha"]})
+    if name == "few epochs":
+        return FewEpochs(family, seed)
     return Ours(family, seed) if name in ("ours", "default space") else Stock(family, seed, name)
 
 

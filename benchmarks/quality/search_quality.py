@@ -45,7 +45,7 @@ METHODS = {  # name -> what tables call it, its colour
     "default space": ("ours, alpha in its default range", RED),
     "stock": ("Ray's OptunaSearch + ASHA", ORANGE),
     "tpe": ("OptunaSearch, nothing stopped", GREEN),
-    "few epochs": ("TPE, all for few epochs, the best four whole", OTHER_COLOURS[0]),
+    "few epochs": ("few epochs, the best four whole", OTHER_COLOURS[0]),
     "random": ("random, nothing stopped", GREY),
 }
 METRIC = "val_accuracy"

@@ -12,7 +12,7 @@ endif
 
 # A real search on scikit-learn's handwritten digits with its race, the best configuration retrained, its exits, a report.
 search: $(INSTALLED)
-	$(BIN)/python search/tune.py --model resnet18 --dataset digits --width 4 --epochs 6 --num-samples 16 --confirm 2 \
+	$(BIN)/python search/tune.py --model resnet18 --dataset digits --width 4 --epochs 6 --batch-size 32 --num-samples 16 --confirm 2 \
 		--val-fraction 0.2 --name $(SEARCH_NAME)
 	$(BIN)/python byot/train.py --best $(SEARCH_NAME) --val-fraction 0.2 --name $(SEARCH_NAME)
 	$(BIN)/python byot/evaluate.py $(SEARCH_NAME) --exits

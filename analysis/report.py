@@ -17,6 +17,7 @@ import shlex
 from pathlib import Path
 
 from byot.config import TrainConfig
+from byot.console import waiting
 from byot.search_files import (
     ROLE_SETTINGS,
     Range,
@@ -125,7 +126,7 @@ def tune_command(search: SearchRecord) -> str:
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    with one_sentence_errors("report.py"):
+    with one_sentence_errors("report.py"), waiting("drawing the figures"):
         outputs = outputs_folder(arguments.outputs)
         page = None if arguments.output is None else check_writable_file(arguments.output)
 

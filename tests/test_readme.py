@@ -1,4 +1,4 @@
-"""Runs the commands that the README and docs/ show, word for word."""
+"""Runs the commands that the README and docs/ show, word for word but for a search's number of trials."""
 
 import re
 import shlex
@@ -15,6 +15,7 @@ from byot.system.paths import PROJECT_ROOT
 from tests.helpers import run_command
 
 PAGES = [PROJECT_ROOT / "README.md", *sorted((PROJECT_ROOT / "docs").glob("*.md"))]
+FEWER = {"search/tune.py": ("--num-samples", 6, "--confirm", 1, "--confirm-seeds", 3)}  # what would take minutes
 FOR_GPUS = ("--model resnet18", "DIR")  # or for data that is not here: such commands are parsed alone
 
 
@@ -56,7 +57,7 @@ def test_the_use_block_of_the_readme_runs_in_its_order(tmp_path: Path) -> None:
         arguments = shlex.split(line.partition(script[0])[2], comments=True)
         known = names.get("run" if of_run else "search", "")
         done = run_command(
-            [known if argument == "NAME" else argument for argument in arguments],
+            [*(known if argument == "NAME" else argument for argument in arguments), *FEWER.get(script[0], ())],
             cwd=tmp_path,
             script=script[0],
             BYOT_OUTPUTS=str(tmp_path),

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from byot.config import TrainConfig
-from byot.search_files import format_parameter, format_value, is_number, load_confirmation, load_search, unit
+from byot.search_files import (
+    ROLE_SETTINGS,
+    format_parameter,
+    format_value,
+    is_number,
+    load_confirmation,
+    load_search,
+    unit,
+)
 from byot.system.files import errors_in, read_json
 from byot.system.flags import Parser, one_line, one_sentence_errors
 from byot.system.lock import LOCK_FILE, is_locked
@@ -29,7 +37,7 @@ from byot.system.paths import outputs_folder
 Kind = Literal["search", "run"]
 FOLDERS: dict[Kind, str] = {"search": "searches", "run": "runs"}
 REPLACED = "replaced"  # where set_aside moves folders
-LOSS_WEIGHTS = ("alpha", "temperature", "beta")
+LOSS_WEIGHTS = tuple(ROLE_SETTINGS["reference"])
 WIDTH = 80  # characters of a line
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from benchmarks.harder_images import ALL_IMAGES, TrainingImages
 from byot.config import TrainConfig, work_after
 from byot.search_files import find_choice, load_search, read_trials
 from byot.system.files import errors_in, read_json
@@ -52,13 +53,14 @@ FIXED_ARMS: dict[Arm, dict[str, Any]] = {
 
 
 class TablePlan(NamedTuple):
-    """Runs on all training images, each read on the test set once, after its last epoch."""
+    """Runs without validation images, each read on the test set once, after its last epoch."""
 
     base: TrainConfig
     search: str | None = None  # the last arm's: its name in results/searches or among the searches of this machine
     num_seeds: int = 3
     arms: tuple[Arm, ...] = ("plain", "deep-supervision", "reference", "searched")
     side_arms: tuple[Arm, ...] = ()  # trained after those, over half as many seeds
+    images: TrainingImages = ALL_IMAGES
 
 
 class SearchPlan(NamedTuple):
@@ -74,9 +76,14 @@ def epochs_of(work: float, base: TrainConfig) -> int:
 
 
 R18, R50 = (TrainConfig(recipe="modern", model=model) for model in ("resnet18", "resnet50"))
-W16 = R18.with_settings(width=16, precision="fp32")  # the partner of the arm bf16
+W16 = R18.with_settings(width=16, precision="fp32")  # on any machine: runs of a plan must not differ in it
 TABLE_PLANS = {
-    "modern-r18": TablePlan(R18.with_settings(epochs=16), arms=("reference",)),
+    "modern-r18": TablePlan(
+        R18.with_settings(epochs=16),
+        search="search-w16",
+        arms=("reference",),
+        side_arms=("plain", "deep-supervision", "searched"),
+    ),
     "modern-r18-long": TablePlan(R18.with_settings(epochs=30), num_seeds=1, arms=("reference",)),
     # A guess at what fits into 2.5 hours on two cores.
     "modern-r50": TablePlan(R50.with_settings(epochs=6), num_seeds=1, arms=("reference",)),
@@ -87,6 +94,14 @@ TABLE_PLANS = {
         search="search-w16",
         num_seeds=8,
         side_arms=("label-smoothing", "no-hint", "no-distillation", "ensemble-teacher", "paper-form", "wide-branches"),
+    ),
+    "answer-w16-long": TablePlan(R18.with_settings(width=16, epochs=24), search="search-w16"),
+    "answer-w32": TablePlan(R18.with_settings(width=32, epochs=8), search="search-w16", num_seeds=4),
+    # A tenth or a third of the images take as many epochs as the recipe has for a run.
+    "few-w16": TablePlan(W16, search="search-w16", num_seeds=8, images=TrainingImages(share=0.1)),
+    "third-w16": TablePlan(W16, search="search-w16", num_seeds=4, images=TrainingImages(share=0.3)),
+    "noisy-w16": TablePlan(
+        W16.with_settings(epochs=8), search="search-w16", num_seeds=4, images=TrainingImages(wrong=0.2)
     ),
     "reference-r18": TablePlan(TrainConfig(recipe="reference", model="resnet18"), search="search-r18"),
     "reference-r50": TablePlan(TrainConfig(recipe="reference", model="resnet50"), search="search-r18"),
@@ -103,6 +118,7 @@ SEARCH_PLANS = {
     # A fifth of the epochs: the first rung, when the learning rate has dropped once, is at epoch 16.
     "search-r18": SearchPlan(SEARCHED.with_settings(epochs=40), ("--num-samples", "24", "--gpus-per-trial", "0.25")),
     "search-w16": SearchPlan(SEARCHED_MODERN, ("--num-samples", "24")),
+    "search-exits-w16": SearchPlan(SEARCHED_MODERN, ("--num-samples", "24", "--metric", "val_exit_accuracy")),
     "search-tiny": SearchPlan(SEARCHED.with_settings(width=16, epochs=6), ("--num-samples", "16")),
 }
 
@@ -138,15 +154,13 @@ def arms_of(plan: TablePlan, outputs: Path, results: Path = RESULTS) -> dict[Arm
     return {arm: config for arm, config in arms.items() if arm in plan.arms + plan.side_arms}
 
 
-def planned_runs(
-    name: str, plan: TablePlan, outputs: Path, results: Path = RESULTS, data_dir: str | None = None
-) -> list[PlannedRun]:
+def planned_runs(name: str, plan: TablePlan, outputs: Path, results: Path = RESULTS) -> list[PlannedRun]:
     """List the arms of each seed in turn, so that a plan stopped early has as many runs of all; then the side arms."""
     found = arms_of(plan, outputs, results)
     rounds = [(plan.arms, seed) for seed in range(plan.num_seeds)]
     rounds += [(plan.side_arms, seed) for seed in range((plan.num_seeds + 1) // 2)]
     return [
-        PlannedRun(f"{name}-{arm}-s{seed}", arm, config.with_settings(seed=seed, data_dir=data_dir))
+        PlannedRun(f"{name}-{arm}-s{seed}", arm, config.with_settings(seed=seed))
         for arms, seed in rounds
         for arm, config in found.items()
         if arm in arms

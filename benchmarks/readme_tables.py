@@ -160,8 +160,8 @@ def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
     told = f", the arithmetic of {work:.1f} at full resolution" if work < base.epochs else ""
     heading = (
         f"**CIFAR-100, {network(base)}, {base.epochs} epochs{told}** (plan `{name}`): test accuracy "
-        f"in percent, mean ± standard deviation of n = {n} seeds, trained on all 50,000 training images, the test set "
-        "read once a run, after its last epoch."
+        f"in percent, mean ± standard deviation of n = {n} seeds, trained on "
+        f"{plan.images.describe(base.dataset)}, the test set read once a run, after its last epoch."
     )
     published = PUBLISHED.get(base.model, {}) if base.width == PUBLISHED_WIDTH else {}
     if published:

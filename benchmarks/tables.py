@@ -5,11 +5,11 @@
   python benchmarks/tables.py search-r18 --data-dir DIR --minutes 8         the search whose choice is the last arm
 
 Arms: plain cross-entropy, deep supervision alone, the reference's setting (also in bf16), the searched setting; all
-train on all training images and read the test set once, after the last epoch. Every finished run leaves a record in
-results/runs, and is not run again where its record is, on whatever machine. Unfinished ones go on from their
-checkpoints in OUTPUTS/runs, where metrics.jsonl shows how far they are; stopping costs each its last epoch at most, or
-ten minutes of it. `--toy` does the same with the embedded digits in seconds and keeps nothing in results/.
-What to run in 30 minutes of one GPU: results/README.md. The tables themselves: benchmarks/readme_tables.py.
+train on all training images, or those that the plan names, and read the test set once, after the last epoch. Every
+finished run leaves a record in results/runs, and is not run again where its record is, on whatever machine. Unfinished
+ones go on from their checkpoints in OUTPUTS/runs, where metrics.jsonl shows how far they are; stopping costs each its
+last epoch at most, or ten minutes of it. `--toy` does the same with the embedded digits in seconds and keeps nothing in
+results/. What to run in 30 minutes of one GPU: results/README.md. The tables themselves: benchmarks/readme_tables.py.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from benchmarks import common
+from benchmarks.harder_images import ALL_IMAGES, write_harder
 from benchmarks.plans import RESULTS, SEARCH_PLANS, TABLE_PLANS, Arm, PlannedRun, TablePlan, planned_runs, read_record
 from byot.config import DATASETS, TrainConfig
 from byot.system.files import describe_refusal, read_json, write_json, write_text
@@ -46,15 +47,32 @@ def without_data_dir(record: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- runs
 
 
-def check_images(dataset: str, data_dir: str | None) -> None:
-    """Raise ValueError if the data set is not there, or not all of it."""
+def prepare_images(plan: TablePlan, data_dir: str | None) -> str | None:
+    """Give the folder of a plan's images. Raises ValueError if the data set is not there, or not all of it."""
     from byot.data import check_dataset, load_images
 
+    dataset = plan.base.dataset
     check_dataset(dataset, data_dir)
     found = len(load_images(dataset, data_dir, "train").labels)
     expected = DATASETS[dataset].num_train_images
     if found != expected:
         raise ValueError(f"{data_dir} holds {found} training images of {dataset}, a table needs all {expected}")
+    return data_dir if plan.images == ALL_IMAGES else write_harder(dataset, data_dir, plan.images)
+
+
+def check_precision(runs: list[PlannedRun], results: Path) -> None:
+    """Raise ValueError if records of a plan were computed in another precision than this machine would choose."""
+    from byot.trainer import choose_autocast_dtype, choose_device
+
+    for run in runs:
+        record, asked = read_record(results, run), run.config.precision
+        if asked == "auto" and record is not None and "precision" in record:
+            here = "fp32" if choose_autocast_dtype(asked, choose_device(run.config.device)) is None else "bf16"
+            if record["precision"] != here:
+                raise ValueError(
+                    f"the record of {run.name} was computed in {record['precision']} and this machine computes in "
+                    f"{here}: runs that are compared must not differ in that"
+                )
 
 
 def share_machine(device: str, concurrent: int | None) -> "Resources":
@@ -74,14 +92,18 @@ def run_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, ou
     from search.system.tasks import Task, run_tasks, told_if_stopped
 
     with one_sentence_errors("tables.py"):
-        runs = planned_runs(name, plan, outputs, results, arguments.data_dir)
+        runs = planned_runs(name, plan, outputs, results)
         if not runs:
             first = f"run the plan {plan.search} first" if plan.search else f"the plan {name} names no search"
             raise ValueError(f"no setting of another arm has been searched yet: {first}")
         waiting = [run for run in runs if read_record(results, run) is None]
-        if waiting or arguments.data_dir:  # a named folder has to be right also where nothing is left to train
-            check_images(plan.base.dataset, arguments.data_dir)
+        if waiting:
+            check_precision(runs, results)
+        data_dir = arguments.data_dir
+        if waiting or data_dir:  # a named folder has to be right also where nothing is left to train
+            data_dir = prepare_images(plan, data_dir)
         resources = share_machine(plan.base.device, arguments.concurrent)
+        waiting = [run._replace(config=run.config.with_settings(data_dir=data_dir)) for run in waiting]
     tasks = iter([Task(run, (run.config, outputs / "runs" / run.name, resources.cpus)) for run in waiting])
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     go_on, num_left, num_failed = shlex.join([sys.executable, *sys.argv]), len(waiting), 0
@@ -200,6 +222,8 @@ def main() -> None:
     plan = TABLE_PLANS[name]
     base = plan.base.with_settings(**TOY) if arguments.toy else plan.base
     plan = plan._replace(base=base, num_seeds=arguments.seeds or plan.num_seeds)
+    if arguments.toy:
+        plan = plan._replace(images=ALL_IMAGES)
     if arguments.arms:
         plan = plan._replace(arms=tuple(arguments.arms), side_arms=())
     raise SystemExit(run_table_plan(name, plan, arguments, outputs, results))

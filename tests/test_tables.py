@@ -5,8 +5,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from benchmarks.harder_images import TrainingImages, make_harder, write_harder
 from benchmarks.plans import (
     RESULTS,
     TABLE_PLANS,
@@ -18,12 +21,14 @@ from benchmarks.plans import (
     searched_settings,
 )
 from benchmarks.readme_tables import plan_section
-from benchmarks.tables import keep_record
+from benchmarks.tables import check_precision, keep_record
 from byot.config import TrainConfig
+from byot.data import load_images
 from byot.system.files import read_json, write_json, write_text
 from byot.system.paths import PROJECT_ROOT
+from byot.trainer import choose_autocast_dtype
 from search.system.tasks import Done
-from tests.helpers import picture_of, run_command
+from tests.helpers import ParquetMaker, few_digits, picture_of, run_command
 
 TABLES = "benchmarks/tables.py"
 SMALL = TrainConfig(recipe="reference", dataset="digits", width=4, epochs=2, device="cpu")
@@ -70,6 +75,45 @@ def test_the_searched_arm_is_what_the_search_chose_unless_that_is_another_arm(tm
     assert "searched" not in arms_of(plan, tmp_path)
     write_search(folder, is_over=False, alpha=0.3)
     assert "searched" not in arms_of(plan, tmp_path), "another may be chosen yet"
+
+
+def test_fewer_images_of_each_class_and_wrong_labels():
+    digits = few_digits(1000)
+    few = make_harder(digits, TrainingImages(share=0.3), 10)
+    counts = np.bincount(digits.labels)
+    assert np.bincount(few.labels).tolist() == [round(0.3 * count) for count in counts]
+    noisy = make_harder(digits, TrainingImages(wrong=0.2), 10)
+    wrong = np.flatnonzero(noisy.labels != digits.labels)
+    assert np.bincount(digits.labels[wrong]).tolist() == [round(0.2 * count) for count in counts]
+    assert set(noisy.labels) == set(range(10))
+    assert noisy.images is digits.images
+    again = make_harder(digits, TrainingImages(wrong=0.2), 10)
+    assert again.labels.tolist() == noisy.labels.tolist(), "the same for every run"
+
+
+def test_harder_images_are_a_data_set_that_every_program_reads(parquet_folder: ParquetMaker):
+    folder = str(parquet_folder())
+    harder = write_harder("cifar100", folder, TrainingImages(wrong=1.0))
+    for split in ("train", "test"):
+        before, after = (load_images("cifar100", where, split) for where in (folder, harder))
+        assert np.array_equal(before.images, after.images)
+        assert np.array_equal(before.labels, after.labels) == (split == "test")
+    assert not (
+        load_images("cifar100", folder, "train").labels == load_images("cifar100", harder, "train").labels
+    ).any()
+
+
+def test_a_plan_does_not_mix_precisions(tmp_path: Path):
+    run = PlannedRun("run", "reference", SMALL)
+    here, elsewhere = (
+        ("fp32", "bf16") if choose_autocast_dtype("auto", torch.device("cpu")) is None else ("bf16", "fp32")
+    )
+    check_precision([run], tmp_path)
+    write_json(tmp_path / "runs" / "run.json", {"config": SMALL.to_dict(), "precision": here})
+    check_precision([run], tmp_path)
+    write_json(tmp_path / "runs" / "run.json", {"config": SMALL.to_dict(), "precision": elsewhere})
+    with pytest.raises(ValueError, match="runs that are compared must not differ in that"):
+        check_precision([run], tmp_path)
 
 
 # ---------------------------------------------------------------- what is kept

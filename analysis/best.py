@@ -1,4 +1,4 @@
-"""The best configurations of a search, and what the noise allows to say of them.
+"""The best configurations of a search, and which differences are more than noise.
 
   python analysis/best.py                  the newest search
   python analysis/best.py NAME --top 10    a named one, or a path to its folder
@@ -11,6 +11,7 @@ from importlib.util import find_spec
 if find_spec("byot") is None:
     raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
 
+from byot.config import check_range
 from byot.system.files import write_output
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import check_writable_file, outputs_folder
@@ -30,8 +31,7 @@ def build_parser() -> Parser:
 def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("best.py"):
-        if arguments.top < 1:
-            raise ValueError(f"--top must be at least 1, not {arguments.top}")
+        check_range("--top", arguments.top, low=1)
         outputs = outputs_folder(arguments.outputs)
         target = None if arguments.csv is None else check_writable_file(arguments.csv)
 

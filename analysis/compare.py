@@ -88,13 +88,17 @@ def load_groups(paths: list[Path]) -> list[Group]:
     from byot.config import NOT_IDENTITY
 
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    names = [name for name in SETTINGS if name not in (*NOT_IDENTITY, "seed")]
+    names = [name for name in SETTINGS if name == "data_dir" or name not in (*NOT_IDENTITY, "seed")]
     for path in paths:
         row = read_run(path)
         for name in ("test_accuracy", "elapsed_s"):
             if name not in row:
                 raise ValueError(f"{path} has no number as {name}")
-        key = tuple(row[name] for name in names if name != "split_seed" or row["val_fraction"] > 0)
+        if row["dataset"] != "imagefolder":
+            row["data_dir"] = None  # other data sets are the same everywhere
+        if row["val_fraction"] == 0:
+            row["split_seed"] = None  # nothing is split
+        key = tuple(row[name] for name in names)
         groups.setdefault(key, []).append(row)
     if len(groups) > len(LETTERS):
         raise ValueError(f"these runs have {len(groups)} different settings: at most {len(LETTERS)} can be compared")
@@ -139,7 +143,7 @@ def compare_groups(first: Group, letter: str, other: Group) -> list[str]:
     sentences = [f"{letter} differs from A in {listed}."]
     if confounded := [name for name in ("epochs", "precision") if name in changed]:
         sentences.append(f"{' and '.join(confounded).capitalize()} alone may make a difference between {letter} and A.")
-    if "dataset" in changed:
+    if {"dataset", "data_dir"} & set(changed):
         return [*sentences, f"{letter} was tested on other images than A: there is nothing to compare."]
     if len(set(first.runs["seed"]) & set(other.runs["seed"])) < 2:
         return [*sentences, f"It takes two seeds that {letter} and A both have to say whether a difference is real."]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.trials import rank
-from byot.search_files import Range, SearchRecord, to_unit
+from byot.search_files import Range, SearchRecord, is_inside, to_unit
 
 FEWEST_TRIALS = 8
 DEFAULT_MARGIN = 0.3  # points; of searches that recorded none
@@ -61,6 +61,7 @@ def fit_effects(search: SearchRecord, trials: pd.DataFrame) -> dict[str, Effect]
     """
     bounds = {name: found for name, found in search.space.items() if isinstance(found, Range)}
     whole = rank(trials, search.metric)
+    whole = whole[[is_inside(bounds, params) for params in whole.to_dict("records")]]  # the reference's may lie outside
     if not bounds or len(whole) < FEWEST_TRIALS or whole[search.metric].nunique() < 2:
         return {}
     from scipy.stats import qmc

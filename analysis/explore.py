@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.figures import BLUE, GREEN, ORANGE, OTHER_COLOURS
 from analysis.trials import parameter_columns, rank
-from byot.search_files import SearchRecord
+from byot.search_files import SearchRecord, is_inside
 from search.space import make_distributions
 
 if TYPE_CHECKING:  # importing it takes a second
@@ -38,7 +38,7 @@ def make_study(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame)
         is_whole = trial["status"] == "completed" and pd.notna(trial[search.metric])
         if trial["role"] == "control" or not (is_whole or trial["status"] == "stopped"):
             continue
-        if all(search.space[name].holds(value) for name, value in params.items()):
+        if is_inside({name: search.space[name] for name in names}, params):
             curve = known.get(trial["trial_id"])
             added = create_trial(
                 state=TrialState.COMPLETE if is_whole else TrialState.PRUNED,

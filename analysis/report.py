@@ -23,7 +23,6 @@ from byot.search_files import (
     Range,
     SearchRecord,
     Space,
-    confirmed_trial,
     find_search,
     load_confirmation,
     load_search,
@@ -72,7 +71,7 @@ def render_page(folder: Path, outputs: Path) -> str:
     verdicts = [
         confirmation.verdict if confirmation else [],
         judge_search(search, trials, confirmation is not None),
-        judge_retrained(search, trials, retrained, confirmed_trial(folder)),
+        judge_retrained(search, trials, retrained, confirmation.final_choice if confirmation else ""),
     ]
     curves = files.load_curves(folder)
     interactive = draw_interactive(search, trials, curves)

@@ -1,7 +1,7 @@
 """Retrain the best configurations of a search on all training images, over several seeds, in parallel by Ray.
 
   python analysis/retrain.py --top 3 --seeds 3            of the newest search
-  python analysis/retrain.py NAME --top 1 --seeds 5 --no-with-controls
+  python analysis/retrain.py NAME --top 1 --seeds 5 --no-with-baselines
 
 The reference setting and deep supervision alone are retrained too, so that there is something to compare with. Each
 run has its own folder outputs/runs/NAME and its own checkpoints: the same command leaves finished runs alone and goes
@@ -31,6 +31,7 @@ from byot.search_files import (
     load_search,
     ranked,
     read_trials,
+    to_retrain,
 )
 from byot.system.files import describe_refusal, write_text
 from byot.system.flags import Parser, flag_name, one_sentence_errors, tell, this_command
@@ -58,7 +59,7 @@ def build_parser() -> Parser:
     parser.add_argument("--top", type=int, default=3, metavar="K", help="configurations, best on validation first [3]")
     parser.add_argument("--seeds", type=int, default=3, metavar="S", help="runs of each, with seeds 0 to S-1 [3]")
     parser.add_argument(
-        "--with-controls",
+        "--with-baselines",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="also the reference setting and deep supervision alone, where they are not among the best [yes]",
@@ -90,9 +91,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def choose_configurations(
-    search: SearchRecord, trials: list[TrialRecord], top: int, with_controls: bool, confirmed: str = ""
+    search: SearchRecord, trials: list[TrialRecord], top: int, with_baselines: bool, confirmed: str = ""
 ) -> dict[str, TrainConfig]:
-    """Return trial id -> settings of the best `top` trials, then of both controls if they are asked for.
+    """Return trial id -> settings of the best `top` trials, then of both baselines if they are asked for.
 
     The trial that was confirmed over fresh seeds is the best, whatever its single run says. Trials with the same
     settings count once. Raises ValueError if no trial has reached the last epoch.
@@ -103,10 +104,10 @@ def choose_configurations(
         epochs = search.config.epochs
         raise ValueError(f"no trial of the search {search.name} has reached its last epoch ({epochs}) yet")
     roles = (find_role(trials, "reference", search.metric), find_role(trials, "control", search.metric))
-    controls = [to_arm(trial, search.config) for trial in roles if trial is not None]
+    baselines = [to_arm(trial, search.config) for trial in roles if trial is not None]
     chosen = [to_arm(trial, search.config) for trial in trials if trial.trial_id == confirmed]
-    arms = choose_arms(trials, search.config, search.metric, top, controls if with_controls else [], first=chosen)
-    return {arm.trial_id: search.config.with_settings(**arm.params, val_fraction=0.0) for arm in arms}
+    arms = choose_arms(trials, search.config, search.metric, top, baselines if with_baselines else [], first=chosen)
+    return {arm.trial_id: to_retrain(search.config, arm.role, arm.params) for arm in arms}
 
 
 def plan_jobs(configurations: dict[str, TrainConfig], runs_folder: Path, num_seeds: int, **changes: Any) -> list[Job]:
@@ -128,7 +129,7 @@ def main() -> None:
         search = load_search(folder)
         trials = read_trials(folder / "trials.csv")
         confirmed = confirmed_trial(folder)
-        configurations = choose_configurations(search, trials, arguments.top, arguments.with_controls, confirmed)
+        configurations = choose_configurations(search, trials, arguments.top, arguments.with_baselines, confirmed)
         changes: dict[str, Any] = {} if arguments.epochs is None else {"epochs": arguments.epochs}
         if arguments.data_dir is not None:
             changes["data_dir"] = str(absolute_path(arguments.data_dir))
@@ -160,7 +161,7 @@ def main() -> None:
     try:
         if len(finished) < len(jobs):
             with (
-                told_if_stopped("retrain.py", go_on),
+                told_if_stopped("retrain.py", lambda: go_on),
                 running_ray(resources),
                 catch_stop_signals() as stop_asked,
                 show_runs(config) as (say, show),
@@ -176,11 +177,11 @@ def main() -> None:
                     say(outcome_line(num_ended, len(jobs), job, result, error))
     finally:
         try:
-            runs = write_runs(outputs, folder, search)
+            runs, trial_table = write_runs(outputs, folder, search)
         except OSError as error:  # a full disk
             tell("retrain.py", f"{describe_refusal(error, folder)}; once it can, go on with: {go_on}")
             raise SystemExit(1) from None
-    print_summary(search, folder, confirmed, runs[runs["run"].isin([job.folder.name for job in jobs])])
+    print_summary(search, trial_table, confirmed, runs[runs["run"].isin([job.folder.name for job in jobs])])
     print(f"\nevery run of this search: {folder / 'retrained.csv'}")
     if failed:
         tell("retrain.py", f"{failed} of {len(jobs)} runs failed; the same command tries them again")
@@ -194,22 +195,26 @@ def outcome_line(number: int, num_jobs: int, job: Job, result: dict[str, Any], e
     return f"{line}test accuracy {result['test_accuracy']:.2f} %  {result['elapsed_s']:.0f} s"
 
 
-def write_runs(outputs: Path, folder: Path, search: SearchRecord) -> "pd.DataFrame":
-    """Write retrained.csv into the search's folder: every finished run of its configurations, of other commands too."""
+def write_runs(outputs: Path, folder: Path, search: SearchRecord) -> "tuple[pd.DataFrame, pd.DataFrame]":
+    """Write retrained.csv into the search's folder: every finished run of its configurations, of other commands too.
+
+    Returns these runs and the search's trials.
+    """
     from analysis.trials import load_runs, load_trials, retrained_runs
 
-    runs = retrained_runs(load_runs(outputs), search, load_trials(folder))
+    trials = load_trials(folder)
+    runs = retrained_runs(load_runs(outputs), search, trials)
     write_text(folder / "retrained.csv", runs.to_csv(index=False))
-    return runs
+    return runs, trials
 
 
-def print_summary(search: SearchRecord, folder: Path, confirmed: str, runs: "pd.DataFrame") -> None:
-    """Print mean ± standard deviation over the seeds of each configuration, and what it allows to say."""
+def print_summary(search: SearchRecord, trials: "pd.DataFrame", confirmed: str, runs: "pd.DataFrame") -> None:
+    """Print mean ± standard deviation over the seeds of each configuration, and the conclusion."""
     from analysis.listing import bullets, summary_table
-    from analysis.trials import load_trials, summarise_runs
+    from analysis.trials import summarise_runs
     from analysis.verdict import judge_retrained
 
-    summary, trials = summarise_runs(runs), load_trials(folder)
+    summary = summarise_runs(runs)
     if not summary.empty:
         table = summary_table(summary, trials).to_text(MAY_GO)
         print(f"\ntest accuracy, mean ± standard deviation over n seeds\n{table}")

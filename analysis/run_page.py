@@ -68,7 +68,7 @@ def load_exits(folder: Path) -> dict[str, Any] | None:
     test = record.get("test")
     missing = (FITTED - record.keys()) | (MEASURED - test.keys() if isinstance(test, dict) else {"test"})
     if missing:
-        raise ValueError(f"{path} has no {min(missing)}: evaluate.py {folder} --exits writes it again")
+        raise ValueError(f"{path} has no {min(missing)}: python byot/evaluate.py {folder} --exits writes it again")
     return record
 
 

@@ -36,7 +36,7 @@ from byot.search_files import (
     is_number,
     read_epochs,
     read_trials,
-    settings_of,
+    to_retrain,
     trial_columns,
 )
 from byot.system.files import errors_in, read_json
@@ -184,7 +184,7 @@ def run_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def trial_config(search: SearchRecord, trial: Mapping[str, Any] | pd.Series) -> TrainConfig:
     """Make the settings of a trial for a run on all training images, as best.json has them for the best one."""
     params = {name: trial[name] for name in search.space if name in trial}
-    return search.config.with_settings(**settings_of(search.config, trial["role"], params), val_fraction=0.0)
+    return to_retrain(search.config, trial["role"], params)
 
 
 def retrained_runs(runs: pd.DataFrame, search: SearchRecord, trials: pd.DataFrame) -> pd.DataFrame:

@@ -87,7 +87,7 @@ def describe_status(search: SearchRecord, last_written: datetime, now: datetime)
 
 
 def judge_search(search: SearchRecord, trials: pd.DataFrame, has_fresh_seeds: bool = False) -> list[str]:
-    """Say what the trials of a search allow to say.
+    """Say what can be concluded from the trials of a search.
 
     That is the best, its equals within the noise, and its standing against the two settings that are always tried.
     `has_fresh_seeds` tells that the best were run again over fresh seeds.
@@ -102,7 +102,7 @@ def judge_search(search: SearchRecord, trials: pd.DataFrame, has_fresh_seeds: bo
         error = accuracy_standard_error(best[metric], num_images)
         value += f" ± {error:.2f} (binomial standard error, {num_images:,} images)"
     sentences = [
-        f"Best single run of {len(ranked)} self-distilled trials that reached epoch {epochs}: {best['trial_id']}, "
+        f"Best of {len(ranked)} self-distilled trials that reached epoch {epochs}: {best['trial_id']}, "
         f"{format_parameters(search, best)}; {describe_metric(metric)}: {value}."
     ]
     if num_images and not others.empty:
@@ -164,7 +164,7 @@ def _judge_front(metrics: tuple[str, ...], front: pd.DataFrame) -> str:
     values = (" / ".join(format_value(metric, trial[metric]) for metric in metrics) for _, trial in front.iterrows())
     listed = "; ".join(map(" ".join, zip(front["trial_id"], values, strict=True)))
     names = " and ".join(map(describe_metric, metrics))
-    return f"On the Pareto front of {names}, beaten by none in one without being better in another: {listed}."
+    return f"Pareto front of {names} (no other trial is at least as good in all and better in one): {listed}."
 
 
 def judge_retrained(

@@ -75,4 +75,4 @@ def write_parquet(path: Path, dataset: str, images: "LabelledImages") -> None:
     cells = [{"bytes": encode(pixels), "path": None} for pixels in images.images]
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"img": cells, LABEL_COLUMNS[dataset]: images.labels}), buffer)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, [buffer.getvalue()])

@@ -110,7 +110,7 @@ def run_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, ou
     print(f"{name}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
     if waiting:
         with (
-            told_if_stopped("tables.py", go_on),
+            told_if_stopped("tables.py", lambda: go_on),
             running_ray(resources),
             catch_stop_signals() as stop_asked,
             show_runs(plan.base) as (say, show),

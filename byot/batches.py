@@ -134,7 +134,7 @@ def batches_per_epoch(num_images: int, batch_size: int) -> int:
 def augment(batch: Batch, config: TrainConfig, mean: Tensor, std: Tensor, size: int | None = None) -> Tensor:
     """Crop, mirror, normalise and blank as drawn, then resize: float32 [B, 3, size, size].
 
-    In memory channels are last, but not where images are blanked and not resized.
+    The memory format is channels last, except where images are blanked and keep their size.
     """
     images = normalise(crop_and_flip(batch.images, batch.offsets, batch.flips, crop_padding(config)), mean, std)
     if batch.cutout_centres is not None:

@@ -35,7 +35,7 @@ Placement = Literal["auto", "device", "streamed"]
 
 LARGEST_COUNT = 1_000_000  # of epochs, images a step, trials: more is a slip of the hand
 NUM_CLASSIFIERS = 4  # one after each stage of a ResNet; the plain loss form has the deepest alone
-# The ending of a classifier's figures in a record, such as val_accuracy_1: its name in a table. Shallow to deep.
+# A classifier's suffix in the names of a record, as in val_accuracy_1, and its name in tables. Shallow to deep.
 CLASSIFIERS = {str(i): f"{i}/{NUM_CLASSIFIERS}" for i in range(1, NUM_CLASSIFIERS + 1)} | {"ensemble": "ensemble"}
 
 
@@ -112,6 +112,11 @@ MULTISTEP_FACTOR = 0.1
 LINEAR_WARMUP = 0.15  # share of the run
 WARMUP_START = 0.05  # of the peak: at 0 the first steps would be lost
 LONG_RUN_EPOCHS = 30  # from more epochs on, an image is seen so often that it has to be varied more
+
+
+def exit_numbers(num_classifiers: int) -> range:
+    """Number K exits: 1 to 4, or 4 for a network with the deepest classifier alone."""
+    return range(NUM_CLASSIFIERS + 1 - num_classifiers, NUM_CLASSIFIERS + 1)
 
 
 def setting(default: Any, help: str, **limits: float) -> Any:
@@ -197,13 +202,6 @@ def known_settings(settings_class: Any, values: Any) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"unknown setting {', '.join(unknown)}")
     return values
-
-
-def check_loss_weights(alpha: float, temperature: float, beta: float) -> None:
-    """Raise ValueError unless alpha is in [0, 1], temperature > 0 and beta >= 0, all finite."""
-    check_range("alpha", alpha, **ALPHA)
-    check_range("temperature", temperature, **TEMPERATURE)
-    check_range("beta", beta, **BETA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,16 +344,17 @@ LATER_SETTINGS = {
 }
 
 
-def comparable_after(config: TrainConfig) -> float | None:
-    """Find the share of the run before which runs cannot be compared; None where they can from the start.
+def comparable_after(config: TrainConfig) -> float:
+    """Find the share of the run before which runs cannot be compared.
 
-    They cannot before a stepwise schedule first lowers the learning rate, or before images first grow.
+    That is until a stepwise schedule first lowers the learning rate; else until the warm-up is over and images, if they
+    grow, have grown once.
     """
     if RECIPES[config.recipe].schedule == "multistep":
         return MULTISTEP_MILESTONES[0]
     first_size = resolution(config, 0.0)
     ends = (until for _, until in RECIPES[config.recipe].resolutions)
-    return next((end for end in ends if resolution(config, end) > first_size), None)
+    return max(LINEAR_WARMUP, next((end for end in ends if resolution(config, end) > first_size), 0.0))
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:

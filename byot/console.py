@@ -152,7 +152,8 @@ def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple["OnBa
         TextColumn("left"),
     )
     with Progress(*columns, speed_estimate_period=120, transient=True) as progress:
-        finished, started, done_before = first_epoch, time.perf_counter(), 0
+        finished, started = first_epoch, 0.0
+        done_before: int | None = None
         task = progress.add_task(
             "train",
             total=work_after(config, num_epochs),
@@ -160,12 +161,13 @@ def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple["OnBa
             num_epochs=num_epochs,
             speed="",
         )
-        progress.update(task, completed=work_after(config, first_epoch))
 
         def on_batch(done: int, images: int) -> None:
             nonlocal started, done_before
-            passed_s = time.perf_counter() - started
             epoch, all_done = finished + done / images, (finished - first_epoch) * images + done
+            if done_before is None:  # a run may go on within an epoch
+                started, done_before = time.perf_counter(), all_done
+            passed_s = time.perf_counter() - started
             progress.update(task, completed=work_after(config, epoch), epoch=math.ceil(epoch))
             if passed_s > SPEED_OVER_S:
                 progress.update(task, speed=f"{(all_done - done_before) / passed_s:.0f} images/s")

@@ -22,16 +22,15 @@ import numpy as np
 
 from byot.config import DATASETS, RECIPES, TrainConfig
 from byot.image_files import FORMATS, ImageFiles, list_classes, read_square
-from byot.system.files import remove_leftovers, write_parts, write_whole
+from byot.system.files import remove_leftovers, write_whole
 from byot.system.lock import lock_folder
 from byot.system.paths import PROJECT_ROOT, absolute_path, cache_folder
 
 Split = Literal["train", "test"]
 DEFAULT_DATA_DIR = PROJECT_ROOT / "data"
 DOWNLOAD_TIMEOUT_S = 20
-CHUNK = 1 << 20  # bytes read at a time
 IMAGES_AT_A_TIME = 256
-LARGE = 1 << 30  # bytes of pixels that are kept in a file, not in memory, and not hashed each time they are mapped
+LARGE = 1 << 30  # bytes of pixels; more are kept in a mapped file, whose checksum is not verified at each start
 TEST_FRACTION = 0.2  # of a data set that has no test set of its own
 MOST_NAMED = 10  # files that a warning names
 MANY = 5000  # files that take so long to decode that it is told
@@ -283,7 +282,7 @@ def _load_image_files(files: ImageFiles, split: Split, image_size: int) -> Label
                     if len(files.paths) > MANY:
                         print(f"decoding {len(files.paths)} {split} images, once", file=sys.stderr, flush=True)
                     remove_leftovers(path.parent)
-                    write_parts(path, _decode_files(files, image_size))
+                    write_whole(path, _decode_files(files, image_size))
                     found = read_cached(path, image_size)
         except OSError:  # nothing can be written, or the disk is full
             found = parse_cached(b"".join(_decode_files(files, image_size)), image_size)
@@ -349,8 +348,7 @@ def cached(name: str, sources: list[Path], image_size: int, decode: Callable[[],
     try:
         for source in sources:
             with open(source, "rb") as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
+                hashlib.file_digest(file, lambda: digest)
     except OSError:  # the decoder says what is wrong with the file
         sources = []
     if not sources:
@@ -364,7 +362,7 @@ def cached(name: str, sources: list[Path], image_size: int, decode: Callable[[],
             pixels, labels = (np.ascontiguousarray(part).data.cast("B") for part in found[:2])
             checksum = hashlib.sha256(pixels)
             checksum.update(labels)
-            write_whole(path, pixels, labels, checksum.digest())
+            write_whole(path, [pixels, labels, checksum.digest()])
     return found
 
 

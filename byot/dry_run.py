@@ -13,7 +13,7 @@ from byot.config import CLASSIFIERS, DATASETS, TrainConfig, work_after
 from byot.console import format_duration, text_table
 from byot.data import LabelledImages, check_dataset, load_images, split_validation
 from byot.exits import measure_costs
-from byot.trainer import Trainer, build_model
+from byot.trainer import Trainer, build_model, explain_out_of_memory
 
 WARMUP_STEPS = {"cpu": 1, "mps": 10, "cuda": 20}
 MEASURED_S = 5.0
@@ -28,13 +28,14 @@ def describe_run(config: TrainConfig) -> str:
     """Write a table of the network's parts and their costs, the size of a checkpoint, and the time that an epoch takes.
 
     Times some steps with the training images, with made-up ones where they would have to be downloaded. Raises
-    ValueError for what the run itself would refuse.
+    ValueError for what the run itself would refuse, OutOfMemoryError where it does not fit.
     """
     images = find_images(config)
     train, _ = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
-    trainer = Trainer(config.with_settings(epochs=10_000, lr=HARMLESS_LR), train)
-    trainer.epoch = trainer.config.epochs - 1_000  # near the end images are whole whatever the recipe
-    images_per_s = time_steps(trainer)
+    with explain_out_of_memory(config):
+        trainer = Trainer(config.with_settings(epochs=10_000, lr=HARMLESS_LR), train)
+        trainer.epoch = trainer.config.epochs - 1_000  # near the end images are whole whatever the recipe
+        images_per_s = time_steps(trainer)
     checkpoint = io.BytesIO()
     torch.save(trainer.state_dict(), checkpoint)
     epoch_s = len(train.labels) / images_per_s

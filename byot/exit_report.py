@@ -35,7 +35,7 @@ from byot.exits import (
 )
 from byot.metrics import ECE_BINS
 from byot.model import BranchedResNet, fold_batch_norms
-from byot.runs import SavedRun, load_network
+from byot.runs import SavedRun, check_classes, load_network
 from byot.system.files import write_json
 from byot.system.paths import check_writable
 from byot.system.provenance import provenance
@@ -54,7 +54,7 @@ SEEN_SENTENCE = "these images were trained on: the exits look surer than they ar
 
 
 class Asked(NamedTuple):
-    """What thresholds are fitted for: one of the two."""
+    """The target that thresholds are fitted for; one of the two is set."""
 
     max_drop: float | None = None  # points of accuracy below the deepest classifier, at most, for the least cost
     target_cost: float | None = None  # at most, for the best accuracy
@@ -89,6 +89,7 @@ def fit_exits(saved: SavedRun, config: TrainConfig, asked: Asked) -> FittedExits
         raise ValueError(f"{saved.folder} is of loss_form plain, whose one classifier is no early exit")
     check_writable(saved.folder)
     images = load_images(config.dataset, config.data_dir, "train", config.image_size)
+    check_classes(saved, images)
     model, normalisation = load_network(saved)
     costs = measure_costs(model, images.images.shape[1])
     if asked.target_cost is not None:

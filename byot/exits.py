@@ -22,12 +22,13 @@ from byot.config import NUM_CLASSIFIERS
 from byot.model import BranchedResNet
 from byot.system.checkpoint import list_checkpoints
 from byot.system.files import UnreadableError, errors_in, read_json
+from byot.system.flags import as_called
 
 RULE_FILE = "exits.json"
 NEVER = 2.0  # a threshold that no confidence reaches
 TEMPERATURES = (0.05, 20.0)
 TEMPERATURE_STEPS = 24  # halvings of that range, which is logarithmic: to 4e-7 of a temperature
-COST_WEIGHTS = (1e-6, 1e3)  # accuracy, as a share, for a cost of 1: from no heed of the cost to no heed of accuracy
+COST_WEIGHTS = (1e-6, 1e3)  # the share of accuracy that a cost of 1 outweighs: from next to none to more than all
 COST_STEPS = 10  # halvings of the range of costs
 COST_WEIGHT_STEPS = 12  # halvings of that range, which is logarithmic
 ROUNDING = 1e-9  # of an accuracy in percent or a cost that is compared with its limit
@@ -68,12 +69,12 @@ def describe_age(folder: Path, record: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"the exits were fitted on {record['checkpoint']} and the run's newest checkpoint is {newest.name}: "
-        f"evaluate.py {folder} --exits fits them again"
+        f"{as_called(f'python byot/evaluate.py {folder} --exits')} fits them again"
     )
 
 
 def warn_of_age(folder: Path) -> None:
-    """Warn where the exits.json of a run's folder is of another checkpoint than its newest; a damaged one is passed."""
+    """Warn where a run's exits.json is of another checkpoint than its newest; a damaged file is ignored."""
     with suppress(UnreadableError):
         if age := describe_age(folder, read_json(folder / RULE_FILE)):
             warnings.warn(age, stacklevel=2)
@@ -165,7 +166,8 @@ class ExitCosts(NamedTuple):
         """Raise ValueError for a mean cost below that of the cheapest exit."""
         least = min(self.alone())
         if target_cost < least:
-            raise ValueError(f"target_cost must be at least {least:.3f}, the cost of the cheapest exit")
+            told = math.ceil(1000 * least) / 1000  # rounded down it would be refused
+            raise ValueError(f"target_cost must be at least {told:.3f}, the cost of the cheapest exit")
 
 
 @torch.inference_mode()

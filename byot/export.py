@@ -14,9 +14,9 @@ if find_spec("byot") is None:
     raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
 
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
+from byot.config import exit_numbers
 from byot.console import waiting
 from byot.system.files import UnreadableError, describe_refusal, read_json, write_json, write_whole
 from byot.system.flags import Parser, as_called, one_sentence_errors, tell
@@ -70,7 +70,7 @@ def write_folder(folder: Path, files: dict[str, bytes], manifest: dict[str, obje
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new = Path(temporary) / "new"
         for name, content in files.items():
-            write_whole(new / name, content)
+            write_whole(new / name, [content])
         write_json(new / MANIFEST, manifest)
         if folder.exists():
             folder.rename(Path(temporary) / "old")
@@ -83,7 +83,7 @@ def main() -> None:
         check_packages(arguments.format)
 
         from byot.exits import load_rule, warn_of_age
-        from byot.graphs import exit_numbers, render
+        from byot.graphs import render
         from byot.predictor import DEEPEST_ALONE
         from byot.runs import find_run, load_network
 

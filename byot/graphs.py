@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from byot.config import NUM_CLASSIFIERS
+from byot.config import NUM_CLASSIFIERS, exit_numbers
 from byot.data import Normalisation
 from byot.exits import ExitRule, measure_costs
 from byot.model import BranchedResNet, fold_batch_norms
@@ -127,11 +127,6 @@ def stage_graphs(sections: Sequence[Section], image_size: int) -> list[Graph]:
         graphs.append(Graph(f"stage-{number}", module, x, graphs[-1].outputs[1] if graphs else "images", outputs))
         x = section.layers(x)
     return graphs
-
-
-def exit_numbers(num_classifiers: int) -> range:
-    """Number K exits: 1 to 4, or 4 for a network with the deepest classifier alone."""
-    return range(NUM_CLASSIFIERS + 1 - num_classifiers, NUM_CLASSIFIERS + 1)
 
 
 def render(

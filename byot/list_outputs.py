@@ -3,9 +3,9 @@
   byot list                  state, model, width, data set, epochs, result, size on disk, when it was written to last
   byot list --format json    the same for programs; or csv
 
-States: running; finished; interrupted, which goes on; killed, a search that could not even say that it stopped, and
-goes on all the same; damaged, whose records cannot be read. The result of a search is its best single run, that of a
-run its test accuracy. Reads files only.
+States: running; finished; interrupted (the same command goes on with it); killed (a search that ended without
+recording it; it goes on too); damaged (its records cannot be read). The result of a search is its best single run,
+that of a run its test accuracy. Reads files only.
 """
 
 import csv
@@ -88,7 +88,7 @@ def read_entry(kind: Kind, folder: Path) -> Entry:
     except (OSError, ValueError) as error:
         known = {"state": "damaged", "error": str(error)}
     if is_locked(folder):
-        known["state"] = "running"
+        known |= {"state": "running", "error": ""}  # its records may not be written yet
     size, written = measure(folder)
     when = datetime.fromtimestamp(written).isoformat(" ", "seconds")
     return Entry(kind=kind, name=folder.name, bytes=size, modified=when, folder=str(folder), **known)

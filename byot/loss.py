@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from byot.config import LossForm, Teacher, check_loss_weights
+from byot.config import ALPHA, BETA, TEMPERATURE, LossForm, Teacher, check_range
 from byot.model import BranchOutputs
 
 HINT_BATCH_SIZE = 128  # the batch size at which the reference quotes beta
@@ -54,7 +54,9 @@ def self_distillation_loss(
     Source: Zhang et al., ICCV 2019, section 3; weights and the hint's scale from luanyunteng's implementation; the
     ensemble as teacher from Lee et al., "Students are the best teacher", 2021.
     """
-    check_loss_weights(alpha, temperature, beta)
+    check_range("alpha", alpha, **ALPHA)
+    check_range("temperature", temperature, **TEMPERATURE)
+    check_range("beta", beta, **BETA)
     logits = _at_least_float32(torch.stack(outputs.logits))  # [K, B, C]
     features = _at_least_float32(torch.stack(outputs.features))  # [K, B, D]
     num_classifiers, batch_size, _ = logits.shape

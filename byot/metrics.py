@@ -4,7 +4,7 @@ B batch, C classes, K classifiers, shallow to deep; K = 1 is the deepest alone, 
 taught: K - 1, or K where the ensemble teaches. Accuracies are percent, NLL is nats an image, ECE is percent.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byot.config import NUM_CLASSIFIERS
+from byot.config import exit_numbers
 from byot.exits import Answers, ExitCosts, cross_fitted_accuracy
 from byot.loss import LossTerms
 from byot.model import BranchedResNet
@@ -26,7 +26,7 @@ EXIT_COST = 0.5  # of the plain deepest network's, at which early exit is measur
 class Evaluation:
     """Accuracy, negative log-likelihood and expected calibration error of the K classifiers, then of the ensemble.
 
-    The numbers are K + 1, or 1 where the deepest classifier is alone.
+    Each tuple has K + 1 numbers, or one where K is 1: there is no ensemble then.
     """
 
     num_images: int
@@ -46,18 +46,14 @@ class Evaluation:
             values = getattr(self, measure)
             classifiers, ensemble = (values, ()) if len(values) == 1 else (values[:-1], values[-1:])
             record[f"{prefix}_{measure}"] = classifiers[-1]
-            record |= {f"{prefix}_{measure}_{i}": value for i, value in numbered(classifiers)}
+            numbered = zip(exit_numbers(len(classifiers)), classifiers, strict=True)
+            record |= {f"{prefix}_{measure}_{i}": value for i, value in numbered}
             record |= {f"{prefix}_{measure}_ensemble": value for value in ensemble}
         if len(self.accuracy) > 1:
             record[f"{prefix}_accuracy_mean"] = fmean(self.accuracy[:-1])
         if self.exit_accuracy is not None:
             record[f"{prefix}_exit_accuracy"] = self.exit_accuracy
         return record
-
-
-def numbered(classifiers: tuple[float, ...]) -> Iterator[tuple[int, float]]:
-    """Number K values as the stages that their classifiers follow: the last one is always 4."""
-    return enumerate(classifiers, start=NUM_CLASSIFIERS + 1 - len(classifiers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +75,9 @@ class EpochMetrics:
         """Make the flat dict that metrics.jsonl, TensorBoard and a trial's report hold."""
         record: dict[str, Any] = {"epoch": self.epoch, "lr": self.lr, "train_loss": self.loss}
         for name in ("label", "accuracy"):
-            record |= {f"train_{name}_{i}": value for i, value in numbered(getattr(self, name))}
+            values = getattr(self, name)
+            numbered = zip(exit_numbers(len(values)), values, strict=True)
+            record |= {f"train_{name}_{i}": value for i, value in numbered}
         for name in ("distillation", "hint"):
             record |= {f"train_{name}_{i}": value for i, value in enumerate(getattr(self, name), start=1)}
         if self.val is not None:
@@ -190,9 +188,8 @@ def evaluate(
 
 def _exit_accuracy(answers: list[tuple[Tensor, Tensor]], costs: ExitCosts, processes: Processes) -> float | None:
     """Bring the answers to all batches together, in the images' order; None of a single image, which has no halves."""
-    shards = processes.all_gather([tuple(part.cpu() for part in batch) for batch in answers])
-    parts = zip(*(shard for batch in zip(*shards, strict=True) for shard in batch), strict=True)
-    confidence, correct = (torch.cat(part, dim=1).numpy() for part in parts)
+    mine = tuple(torch.cat(part, dim=1).cpu() for part in zip(*answers, strict=True))
+    confidence, correct = (torch.cat(part, dim=1).numpy() for part in zip(*processes.all_gather(mine), strict=True))
     return cross_fitted_accuracy(Answers(confidence, correct), costs, EXIT_COST) if correct.shape[1] > 1 else None
 
 

@@ -4,7 +4,7 @@ B batch, C classes, D feature width, K = 4 classifiers, ordered shallow to deep:
 """
 
 import copy
-from itertools import chain, pairwise, zip_longest
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -254,20 +254,14 @@ class BranchedResNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> BranchOutputs:  # [B, 3, H, W]
-        trunk = self.trunk
-        x = trunk.stem(images)
-        logits: list[Tensor] = []
-        features: list[Tensor] = []
-        *shallow, deepest = trunk.stages()
-        for stage, branch in zip_longest(shallow, self.branches):
+        x = self.trunk.stem(images)
+        outputs: list[tuple[Tensor, Tensor]] = []
+        for i, stage in enumerate(self.trunk.stages()):
             x = stage(x)
-            if branch is None:
-                continue
-            branch_logits, branch_feature = branch(x)
-            logits.append(branch_logits)
-            features.append(branch_feature)
-        feature = deepest(x).mean(dim=(2, 3))  # [B, D]
-        return BranchOutputs((*logits, trunk.fc(feature)), (*features, feature))
+            if len(self.branches) > 0 or i == len(STAGE_CHANNELS) - 1:
+                outputs.append(self.classify(i, x))
+        logits, features = zip(*outputs, strict=True)
+        return BranchOutputs(logits, features)
 
     def classify(self, stage: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         """Give logits [B, C] and feature [B, D] of the classifier after a stage, numbered from 0."""

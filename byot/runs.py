@@ -3,7 +3,7 @@
 config.json         every setting
 metrics.jsonl       one line an epoch
 checkpoints/        epoch-0012.pt, the last two; epoch-0012-step-000100.pt where an epoch takes long or was stopped;
-                    left-… what was damaged or gone back before
+                    left-… those that are damaged, or later than the one the run went back to
 tensorboard/        the same metrics as events; tracking.json names the run at other trackers
 result.json         written last: the test set's figures and where they come from
 """

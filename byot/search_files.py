@@ -103,10 +103,10 @@ class Range(NamedTuple):
         return is_number(value) and self.low <= value <= self.high
 
     def place(self, value: float) -> float:
-        """Scale a value to its place from 0 to 1; one below the range, as a beta of 0, is at 0."""
+        """Scale a value to its place from 0 to 1; one outside the range, as a beta of 0, is at its nearer end."""
         scale = math.log if self.log else float
         low, high = scale(self.low), scale(self.high)
-        return (scale(max(value, self.low)) - low) / (high - low)
+        return (scale(min(max(value, self.low), self.high)) - low) / (high - low)
 
     def at(self, place: float) -> float:
         """Return the value at a place from 0 to 1."""
@@ -135,6 +135,11 @@ class Choices(NamedTuple):
 
 
 Space = dict[str, Range | Choices]
+
+
+def is_inside(space: Mapping[str, Range | Choices], params: Mapping[str, Any]) -> bool:
+    """Tell whether all parameters that are searched lie within the space."""
+    return all(bounds.holds(params[name]) for name, bounds in space.items())
 
 
 def space_to_dict(space: Space) -> dict[str, dict[str, Any]]:
@@ -419,6 +424,11 @@ def settings_of(base: TrainConfig, role: str, params: Mapping[str, Any]) -> dict
     return {**weights, **params}
 
 
+def to_retrain(base: TrainConfig, role: str, params: Mapping[str, Any]) -> TrainConfig:
+    """Make the settings of a trial for a run on all training images: nothing is held out."""
+    return base.with_settings(**settings_of(base, role, params), val_fraction=0.0)
+
+
 # ---------------------------------------------------------------- which is best
 
 
@@ -515,9 +525,7 @@ def write_best(folder: Path, search: SearchRecord, trials: Iterable[TrialRecord]
             {"trial_id": one.trial_id, "params": one.params, "values": {n: one.measures[n] for n in search.metrics}}
             for one in pareto_front(whole, search.metrics)
         ]
-    # Retraining uses all training images: nothing is held out.
-    settings = settings_of(search.config, best.role, best.params)
-    record["config"] = search.config.to_dict() | settings | {"val_fraction": 0.0}
+    record["config"] = to_retrain(search.config, best.role, best.params).to_dict()
     record |= {name: search.fields.get(name) for name in ("commit", "versions", "hardware")}
     write_json(folder / "best.json", record)
 

@@ -94,11 +94,11 @@ class Tracking:
 
 def trackers_of(folder: Path) -> list[Tracker]:
     """Find the trackers that a run was started with; TensorBoard alone for a new one."""
+    known: dict[str, Any] = {}
     with suppress(UnreadableError):
         known = read_json(folder / IDS_FILE)
-        found: list[Tracker] = [name for name in TRACKED_RUNS if name in known or (folder / name).is_dir()]
-        return found
-    return ["tensorboard"]
+    found: list[Tracker] = [name for name in TRACKED_RUNS if name in known or (folder / name).is_dir()]
+    return found if found or (folder / "config.json").is_file() else ["tensorboard"]
 
 
 def check_trackers(names: Iterable[Tracker]) -> None:
@@ -132,11 +132,11 @@ class TrackedRun(Protocol):
 
     @property
     def id(self) -> str | None:
-        """Under which the tracker goes on with it."""
+        """The id under which the tracker goes on with this run."""
 
     @property
     def last_epoch(self) -> int:
-        """The last one that the tracker had when this was opened."""
+        """The last epoch that the tracker had when this was opened."""
 
     def log(self, record: Record) -> None:
         """Send an epoch's figures."""
@@ -146,7 +146,10 @@ class TrackedRun(Protocol):
 
 
 class TensorBoardRun:
-    """Event files in the folder's tensorboard/. Those of a run that goes on hide the earlier ones, and repeat them."""
+    """Writes event files into the folder's tensorboard/.
+
+    A run that goes on writes all its epochs again; the new file hides the old ones.
+    """
 
     id: str | None = None
     last_epoch = 0

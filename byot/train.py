@@ -93,7 +93,6 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
         saved = find_run(arguments.resume, outputs)
         return saved.config.with_settings(**given), saved.folder, saved.checkpoint
     if arguments.best is not None:
-        TrainConfig(**given)  # refuses what is wrong by itself
         choice = find_best(outputs, arguments.best, given.get("model"), given.get("dataset"))
         if given.get("dataset") not in (None, choice.settings.get("dataset")):
             given.setdefault("image_size", None)  # the other data set's own
@@ -198,7 +197,11 @@ def main() -> None:
                 if arguments.dry_run:
                     from byot.dry_run import describe_run
 
-                    print(describe_run(config))
+                    try:
+                        print(describe_run(config))
+                    except TrainingError as error:
+                        tell("train.py", str(error))
+                        raise SystemExit(1) from None
                     return
         result = train(config, folder, checkpoint, arguments.fresh, arguments.track)
         print(f"\ntest set, {result['num_test_images']} images, after epoch {config.epochs}")

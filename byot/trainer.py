@@ -45,7 +45,6 @@ from byot.optimizer import make_optimizer
 from byot.system.checkpoint import is_out_of_memory
 from byot.system.cuda_graph import RecordedFunction, RecordingError
 from byot.system.distributed import ALONE, Processes, synchronise_batch_norms
-from byot.system.provenance import find_versions
 from byot.system.stopping import DivergedError, OutOfMemoryError
 
 EVAL_BATCH_SIZE = {"cpu": 256, "mps": 512, "cuda": 2048}
@@ -91,7 +90,6 @@ class Trainer:
         self.history: list[dict[str, Any]] = []  # the record of each finished epoch
         self._sums = TrainingSums(config.num_classifiers, config.num_students, self.device, processes)
         self._elapsed_s = 0.0  # in the steps done, by this process and those before
-        self._versions = find_versions()
         self._network: nn.Module = self.model  # what the step calls: the model, or what shares it among processes
         self._mean_and_std = mean_and_std(self.normalisation, self.device)
         self._loss = torch.compile(compute_loss, dynamic=False) if config.acceleration == "compile" else compute_loss
@@ -170,7 +168,7 @@ class Trainer:
     def _replay_step(self, batch: Batch, size: int) -> None:
         """Do the step of a whole batch by the graph of its resolution, which takes the place of the one before.
 
-        Where the step cannot be recorded, and the configuration leaves it open, steps are done without from then on.
+        With acceleration auto, a step that cannot be recorded is done without a graph, and so are all later ones.
         """
 
         def step(batch: Batch) -> None:
@@ -217,12 +215,11 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Give all that is needed to go on exactly from here, as plain data. All processes call it together."""
-        named = {"class_names": list(self.class_names), "fingerprint": self._fingerprint} if self.class_names else {}
         return {
             "config": self.config.to_dict(),
-            **named,
+            "class_names": list(self.class_names),
+            "fingerprint": self._fingerprint,
             "num_train_images": len(self.train_images),
-            "versions": self._versions,
             "epoch": self.epoch,
             "step": self.step,
             "sums": self._sums.state_dict(),
@@ -234,8 +231,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state. Raises ValueError, naming what differs, if it belongs to another run."""
-        check_same_run(self.config, TrainConfig.from_dict(state["config"]))
+        """Take up a saved state. Raises ValueError if it was trained on other images or classes."""
         go_on = "give the --data-dir it was started with or another --name"
         if state.get("class_names", []) != list(self.class_names):
             raise ValueError(f"the run was started with other classes than the data set has now; {go_on}")

@@ -41,7 +41,6 @@ class SearchWatch(tune.Callback, tune.Stopper):
             first=first_points(plan.space, plan.base),
             tried=[read_point(point, plan.space, plan.base) for point in plan.settings.try_],
             num_samples=plan.settings.num_samples,
-            seed=plan.base.seed,
             sampler=plan.settings.sampler,
             has_prior=plan.settings.prior == "reference" and plan.settings.sampler != "random",
             warm=plan.warm,

@@ -2,8 +2,10 @@
 
 import io
 import logging
+import math
 import shlex
 import shutil
+import sys
 import time
 import warnings
 from contextlib import ExitStack, closing, nullcontext, redirect_stdout, suppress
@@ -22,7 +24,7 @@ from byot.system.paths import default_outputs
 from byot.system.provenance import find_commit, find_versions, provenance
 from byot.system.stopping import catch_stop_signals
 from search.messages import describe_confirmation, trials_table, verdict
-from search.plan import SearchPlan, Session, resource_request
+from search.plan import SearchPlan, Session, check_device, resource_request
 from search.probe import find_trials_per_gpu
 from search.race import Confirmation, confirm
 from search.records import SearchRecords, now, save_search
@@ -43,7 +45,7 @@ def run_search(plan: SearchPlan) -> int:
     0: finished; 1: it cannot go on, or no trial finished; 128 and the signal's number: stopped on the way.
     """
     try:
-        with told_if_stopped("tune.py", go_on(plan)):
+        with told_if_stopped("tune.py", partial(go_on, plan)):
             records = open_records(plan)
             if _was_finished(plan, records):
                 print(f"{plan.folder} is finished already; --num-samples adds trials, --fresh starts it anew")
@@ -93,12 +95,13 @@ def open_records(plan: SearchPlan) -> SearchRecords:
     for note in records.notes:
         tell("tune.py", note)
     if plan.retry_failed:
-        print(f"{records.retry_failed()} failed trials are tried again")
+        number = records.retry_failed()
+        print(f"failed trials that are tried again: {number}")
     return records
 
 
 def _was_finished(plan: SearchPlan, records: SearchRecords) -> bool:
-    """Whether nothing is left to do. What a kill may have left unwritten at the end is written."""
+    """Check whether nothing is left to do, and write what a kill may have left unwritten at the end."""
     if plan.recorded is None or not is_complete(plan, records):
         return False
     records.search = plan.recorded
@@ -131,22 +134,25 @@ def find_confirmation(plan: SearchPlan, records: SearchRecords) -> Confirmation 
 
 
 def _complete(plan: SearchPlan) -> tuple[SearchPlan, Resources]:
-    """Find what is known only once Ray runs: a cluster's resources, how many trials are quickest together on a GPU.
-
-    Trials that get no GPU are kept from finding their node's.
-    """
+    """Find what is known only once Ray runs: a cluster's resources, how many trials are quickest together on a GPU."""
     resources, request = plan.resources, resource_request(plan.settings)
     if resources is None:
         with one_sentence_errors("tune.py"):
             resources = resolve(request, *joined_cluster())
+            check_device(plan.base, resources)
             check_nodes(plan.store, resources)
-    has_gpus = torch.cuda.is_available() or plan.address is not None
-    if resources.gpus == 0 and has_gpus and plan.base.device in ("auto", "cuda"):
-        plan = plan._replace(base=plan.base.with_settings(device="cpu"))
     if plan.settings.gpus_per_trial == "auto" and resources.num_gpus:
-        request = request._replace(gpus=1 / find_trials_per_gpu(plan.base, plan.train, resources))
+        number = find_trials_per_gpu(plan.base, plan.train, resources, most=most_on_a_gpu(plan, resources))
+        request = request._replace(gpus=1 / number)
         resources = resolve(request, resources.num_cpus, resources.num_gpus, "the machine")
     return plan, resources
+
+
+def most_on_a_gpu(plan: SearchPlan, resources: Resources) -> int:
+    """Count the trials on each GPU where all GPUs share those that may run at once."""
+    room = resources.num_cpus // resources.cpus
+    at_once = plan.settings.at_once(min(room, plan.settings.max_concurrent or room))
+    return math.ceil(at_once / resources.num_gpus)
 
 
 # ---------------------------------------------------------------- the trials
@@ -282,13 +288,14 @@ def _end(session: Session, watch: "SearchWatch", record: dict[str, Any]) -> int:
     status = "finished" if missing <= 0 or (in_time and not watch.trouble) else "interrupted"
     if not watch.trouble:  # with it the store may be what is gone
         for trial in records.unfinished:
-            plan.store.pull(records.trial_folder(trial.trial_id))
+            plan.store.pull_run(records.trial_folder(trial.trial_id))
     with suppress(OSError) if watch.trouble else nullcontext():
         save_search(plan.folder, record | {"status": status, "finished_at": now()}, plan.store)
     if watch.trouble or not in_time:
         print(f"\n{trials_table(records)}\n", flush=True)
     if watch.trouble:
-        retry = ["--retry-failed"] if any(trial.status == "failed" for trial in records.ended) else []
+        crashed = any(trial.status == "failed" and not trial.diverged for trial in records.ended)
+        retry = ["--retry-failed"] if crashed else []
         tell("tune.py", f"{watch.trouble}; when that is mended, go on with: {go_on(plan, *retry)}")
         return 1
     ended = f"{len(records.ended)} of {plan.settings.num_samples} trials have ended"
@@ -318,7 +325,8 @@ def _confirm(session: Session) -> int:
         tell("tune.py", f"{trouble}; when that is mended, go on with: {go_on(plan)}")
         return 1
     if not is_over:
-        print(f"{plan.settings.time_budget} are over; go on with: {go_on(plan)}", flush=True)
+        spent = format_duration(plan.settings.time_budget_s() or 0.0)
+        print(f"{spent} are over; go on with: {go_on(plan)}", flush=True)
         return 0
 
     from search.study import OptunaMirror
@@ -342,7 +350,9 @@ def tell_result(plan: SearchPlan, records: SearchRecords) -> int:
 
 
 def go_on(plan: SearchPlan, *more: str) -> str:
-    """Return the command that goes on with the search, in any folder and shell."""
+    """Return the command that goes on with the search, or starts it where nothing is recorded of it, in any folder."""
+    if not (plan.folder / "search.json").exists():
+        return shlex.join([*this_command(), *sys.argv[1:]])
     searches = plan.folder.parent
     place = ["--outputs", str(searches.parent)] if searches.name == "searches" else ["--storage-path", str(searches)]
     if plan.store.bucket is not None:

@@ -136,13 +136,13 @@ def verdict(folder: Path, outputs: Path, go_on: str) -> str:
         sentences = [] if confirmation is None else confirmation.verdict
     except ValueError as error:
         sentences = [f"{error}; --confirm makes it anew"]
-    which = "best single run" if sentences else "best"
+    which = "best in the search" if sentences else "best"
     lines = [f"{which}: trial {best['trial_id']}, {told}: {metric} {format_value(metric, best['value'])}"]
     for other in best["compared_with"]:
         if other["role"] != best["role"]:
             lines.append(f"      {ROLE_NAMES[other['role']]}: {metric} {format_value(metric, other['value'])}")
     if front := best.get("pareto_front"):
-        lines += ["", "no other is better in one without being worse in another:"]
+        lines += ["", "Pareto front (no other trial is at least as good in all and better in one):"]
         lines += [
             f"      {one['trial_id']}  "
             + "  ".join(f"{name} {format_value(name, value)}" for name, value in one["values"].items())
@@ -151,6 +151,6 @@ def verdict(folder: Path, outputs: Path, go_on: str) -> str:
     if sentences:
         lines += ["", *sentences, ""]
     else:
-        lines += ["one run each: whether the difference is more than noise, a confirmation over fresh seeds says", ""]
+        lines += ["a confirmation over fresh seeds would tell whether the difference is more than noise", ""]
     commands = [] if sentences else [go_on]
     return "\n".join([*map(fold, lines), *commands, *next_commands(folder, outputs)])

@@ -7,18 +7,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import torch
+
 from byot.config import NOT_IDENTITY, RECIPES, TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
 from byot.runs import StopAsked
 from byot.search_files import (
     CONFIRMATION,
+    LAST_COLUMNS,
+    SEARCHABLE,
     SearchRecord,
     Space,
     list_searches,
     load_confirmation,
     load_search,
     space_to_dict,
-    trial_columns,
 )
 from byot.system.distributed import ALONE
 from byot.system.files import UnreadableError, describe_refusal, errors_in, set_aside
@@ -32,7 +35,7 @@ from search.settings import FRESH_SEEDS, VAL_FRACTION, SearchSettings
 from search.space import DEFAULT_SPACE, choose_space, read_point
 from search.system.remote import COPY_OF, Bucket, Store, copied_from, open_bucket
 from search.system.resources import ResourceRequest, Resources, resolve, this_machine
-from search.warm import WarmStart, load_warm_start, make_warm_start
+from search.warm import WARM_START, WarmStart, load_warm_start, make_warm_start
 
 # What may change from one part of a search to the next.
 MAY_CHANGE = (
@@ -104,9 +107,9 @@ def make_plan(arguments: argparse.Namespace, held: ExitStack) -> SearchPlan:
 
 
 def _take(plan: SearchPlan, held: ExitStack, *, fresh: bool) -> bool:
-    """Set aside what a fresh start replaces, and become what drives the search in its object store.
+    """Set aside what a fresh start replaces, and take the lease in the object store.
 
-    Returns whether another driver has written something else there than was planned with.
+    Returns whether another driver has changed the search since it was planned.
     """
     store = plan.store
     if fresh and any(path.name != LOCK_FILE for path in store.folder.iterdir()):
@@ -174,8 +177,9 @@ def _is_unfinished(folder: Path, search: SearchRecord) -> bool:
 
 
 def is_new(folder: Path) -> bool:
-    """Check that nothing is in a search's folder but its lock and the name of what it is to be a copy of."""
-    return all(path.name in (LOCK_FILE, COPY_OF) for path in folder.iterdir())
+    """Check that a folder holds nothing of a search but what one leaves that was killed before it began."""
+    before = (LOCK_FILE, COPY_OF, WARM_START, "search.log")
+    return all(path.name in before or path.suffix == ".tmp" for path in folder.iterdir())
 
 
 # ---------------------------------------------------------------- with which settings
@@ -197,7 +201,7 @@ def _decide(
         raise ValueError("loss_form plain has no weights to search: it is one run of byot/train.py")
     if base.val_fraction == 0:
         raise ValueError("val_fraction must be above 0 in a search: trials are compared on the images held out")
-    named = {*given, *(given_search := given_settings(arguments, SearchSettings))}
+    given_search = given_settings(arguments, SearchSettings)
     settings = SearchSettings(**given_search)
     path = None if arguments.space is None else absolute_path(arguments.space)
     space = choose_space(path, fixed=given)
@@ -210,9 +214,9 @@ def _decide(
         raise ValueError(f"there is no search {folder.name} in {bucket or searches}")
     if recorded is not None:
         asked = {**base.to_dict(), **settings.to_dict(), "space": space_to_dict(space)}
-        named |= set() if space == DEFAULT_SPACE else {"space"}
-        given = {name: asked[name] for name in named}
-        base, settings, space = _as_recorded(folder, recorded, given if arguments.resume else asked, given)
+        named = {*given, *given_search, *(() if space == DEFAULT_SPACE else ("space",))}
+        typed = {name: asked[name] for name in named}
+        base, settings, space = _as_recorded(folder, recorded, typed if arguments.resume else asked, typed)
     _check_seeds(base, settings)
     check_trackers(settings.track)
     for point in settings.try_:
@@ -220,7 +224,8 @@ def _decide(
     resources = None
     if arguments.address is None:
         resources = resolve(resource_request(settings), *this_machine(base.device))
-        records_graphs(base.acceleration, choose_device(base.device), ALONE)
+        device = check_device(base, resources)
+        records_graphs(base.acceleration, device, ALONE)
     train, val = load_search_data(base)
     if recorded is not None:
         _check_images(folder, recorded, num_train_images=len(train.labels), num_val_images=len(val.labels))
@@ -244,6 +249,14 @@ def _decide(
         warm=warm,
         recorded=recorded,
     )
+
+
+def check_device(base: TrainConfig, resources: Resources) -> torch.device:
+    """Find the device of trials with these resources. Raises ValueError if they ask for CUDA and get no GPU."""
+    if base.device == "cuda" and not resources.gpus:
+        raise ValueError("device cuda needs a GPU for each trial: gpus_per_trial must be above 0")
+    device = choose_device(base.device)
+    return torch.device("cpu") if device.type == "cuda" and not resources.gpus else device
 
 
 def load_search_data(base: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
@@ -320,8 +333,8 @@ def _check_trials(folder: Path, settings: SearchSettings, space: Space) -> None:
         return
     with open(folder / "trials.csv", encoding="utf-8", errors="replace") as table:
         header = table.readline().strip().split(",")
-    asked = trial_columns(space)
-    if header[-1] == asked[-1] and header != asked:  # a torn header is made anew
+    searched = [name for name in header if name in SEARCHABLE]
+    if header[-1] == LAST_COLUMNS[-1] and searched != list(space):  # a torn header is made anew
         raise ValueError(f"the trials in {folder} are of another search space; give the --space it was started with")
 
 

@@ -109,11 +109,10 @@ def fewest_that_gain(measure: Measure, most: int) -> tuple[int, list[float]]:
     return max(1, len(speeds)), speeds
 
 
-def find_trials_per_gpu(base: TrainConfig, data: LabelledImages, resources: Resources) -> int:
-    """Measure how many trials are quickest together on one GPU, and tell."""
-    most = min(MOST_TRIALS_PER_GPU, resources.num_cpus // resources.cpus)
+def find_trials_per_gpu(base: TrainConfig, data: LabelledImages, resources: Resources, most: int) -> int:
+    """Measure how many trials, up to `most`, are quickest together on one GPU, and tell."""
     with probing(base, data, cpus=resources.cpus, gpus=1 / MOST_TRIALS_PER_GPU) as measure:
-        best, speeds = fewest_that_gain(measure, most)
+        best, speeds = fewest_that_gain(measure, min(most, MOST_TRIALS_PER_GPU))
     told = ", ".join(f"{speed:.0f} with {trials}" for trials, speed in enumerate(speeds, start=1))
     print(f"{best} trials a GPU (images/s in all: {told})", flush=True)
     return best

@@ -1,4 +1,4 @@
-"""Runs the best trials of a search and both controls again over fresh seeds, until it is clear which is best.
+"""Runs the best trials of a search and both baselines again over fresh seeds, until it is clear which is best.
 
 confirmation.json              the arms with their values, the comparisons, the verdict, the configuration chosen
 confirmation/ID-seed-N/        one run: metrics.jsonl, checkpoints while it goes on, result.json when it has ended
@@ -35,6 +35,7 @@ from byot.search_files import (
     load_confirmation,
     ranked,
     settings_of,
+    to_retrain,
     to_unit,
     unit,
 )
@@ -44,7 +45,7 @@ from byot.system.stopping import DivergedError, StoppedError
 from byot.trainer import check_same_run
 from search.records import now
 from search.settings import FRESH_SEEDS, SearchSettings
-from search.significance import ERROR, Judgement, describe, judge
+from search.significance import ERROR, FIRST_LOOK, Judgement, describe, judge
 from search.space import first_points
 from search.system.remote import Store, working_folder
 from search.system.resources import Resources
@@ -83,11 +84,11 @@ def choose_arms(
     base: TrainConfig,
     metric: str,
     top: int,
-    controls: list[Arm],
+    baselines: list[Arm],
     in_before: Collection[str] = (),
     first: Iterable[Arm] = (),
 ) -> list[Arm]:
-    """Choose the best different configurations, those in `first` before all, then the controls not among them.
+    """Choose the best different configurations, those in `first` before all, then the baselines not among them.
 
     Trials that were still in when fewer had been searched stay: a luckier single run does not put them out.
     """
@@ -97,7 +98,7 @@ def choose_arms(
         arm = to_arm(trial, base)
         if asked and arm.params not in [other.params for other in arms]:
             arms.append(arm)
-    return arms + [control for control in controls if control.params not in [arm.params for arm in arms]]
+    return arms + [baseline for baseline in baselines if baseline.params not in [arm.params for arm in arms]]
 
 
 def do_run(config: TrainConfig, folder: Path, images: LabelledImages, threads: int, store: Store) -> dict[str, Any]:
@@ -145,11 +146,11 @@ class Confirmation:
         written = self._read_written()
         in_before = [arm.trial_id for arm in written.arms if arm.still_in] if written else []
         ids = {trial.role: trial.trial_id for trial in trials}
-        controls = [
+        baselines = [
             Arm(ids.get(role, role), role, settings_of(base, role, params))
             for role, params in first_points(space, base)
         ]
-        arms = choose_arms(trials, base, self.metric, settings.confirm, controls, in_before)
+        arms = choose_arms(trials, base, self.metric, settings.confirm, baselines, in_before)
         self.arms = {arm.trial_id: arm for arm in arms}
         origin = written.fields if written else {}  # of the runs, until more are done
         kept = (name for name in ("commit", "versions", "hardware") if name in origin)
@@ -253,8 +254,8 @@ class Confirmation:
             **self.origin,
         }
         if judgement.chosen is not None:  # as in best.json: retraining uses all training images
-            config = self.base.with_settings(**self.arms[judgement.chosen].params, val_fraction=0.0)
-            record |= {"choice": judgement.chosen, "config": config.to_dict()}
+            arm = self.arms[judgement.chosen]
+            record |= {"choice": arm.trial_id, "config": to_retrain(self.base, arm.role, arm.params).to_dict()}
         write_json(self.folder / CONFIRMATION, record)
         self.store.push(self.folder / CONFIRMATION)
 
@@ -268,7 +269,7 @@ class Confirmation:
     def verdict(self, judgement: Judgement) -> list[str]:
         """Say which configuration, by how much, how sure; or that it is not resolved, and what it would take."""
         if judgement.leader is None or judgement.chosen is None:
-            return ["Of every setting a run diverged: there is nothing to choose."]
+            return ["A run of every setting diverged, so none can be chosen."]
         leader, chosen = self.arms[judgement.leader], self.arms[judgement.chosen]
         name = f"{leader.describe()} ({leader.settings()})"
         seeds = f"{judgement.rounds} fresh seed{'s' * (judgement.rounds != 1)}"
@@ -279,10 +280,10 @@ class Confirmation:
         elif judgement.equivalent:
             names = ", ".join(self.arms[arm].describe() for arm in judgement.equivalent)
             margin = f"{format_value(self.metric, self.margin)} {unit(self.metric, 'points')}"
-            why = "the simplest" if chosen.role in SIMPLEST_FIRST else "which leads"
+            why = "is the simplest" if chosen.role in SIMPLEST_FIRST else "leads"
             sentences = [
                 f"Equal within {margin} after {seeds}: {names}.",
-                f"None of them is better by more than {chosen.describe()} ({chosen.settings()}), {why}: it is chosen.",
+                f"Chosen: {chosen.describe()} ({chosen.settings()}), which {why}.",
             ]
         elif len(judgement.remaining) > 1:
             sentences = [f"Not resolved after {seeds}: {name} leads, and is chosen."]
@@ -291,7 +292,7 @@ class Confirmation:
         if chosen.role == "control" and (judgement.resolved or judgement.equivalent):
             sentences.append("Self distillation showed nothing here that deep supervision alone does not give.")
         for other, arm in self.arms.items() if judgement.rounds else ():
-            against, told = "", "not compared yet"
+            against, told = "", f"not compared: that takes {FIRST_LOOK} seeds"
             if other in judgement.diverged:
                 told = "left out, a run of it diverged"
             elif one := judgement.comparisons.get(other):
@@ -346,7 +347,7 @@ def confirm(
                 before = confirmation.judge()
                 confirmation.results[run] = result
                 num_left = confirmation.num_left(confirmation.max_rounds)
-                store.pull(confirmation.run_folder(run))
+                store.pull_run(confirmation.run_folder(run))
                 confirmation.save("running")
                 told = result["error"] or f"{metric} {format_value(metric, result[metric])}"
                 name = confirmation.arms[run.arm].describe()

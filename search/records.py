@@ -21,7 +21,7 @@ from byot.search_files import (
     write_trials,
 )
 from byot.system.files import errors_in, read_json, write_json
-from search.settings import Work, grace_epochs
+from search.settings import Work
 from search.system.remote import Store
 
 # What an object store keeps of a search's folder: without the first there is no search.
@@ -39,7 +39,7 @@ class SearchRecords:
         metrics: tuple[str, ...],
         epochs: int,
         seed: int,
-        grace: int | None = None,
+        grace: int,
         work: Work = float,
         store: Store | None = None,
     ) -> None:
@@ -56,7 +56,7 @@ class SearchRecords:
         self.metric = metrics[0]
         self.mode = metric_mode(self.metric)
         self.epochs = epochs
-        self.grace = grace_epochs(epochs) if grace is None else min(grace, epochs)
+        self.grace = grace
         self.work = work
         self.seed = seed
         self.search: SearchRecord | None = None  # what search.json holds, for best.json to tell
@@ -171,7 +171,7 @@ class SearchRecords:
         self.trials[trial_id] = trial
         if status == "stopped" or trial.diverged:
             self.store.drop_checkpoints(self.trial_folder(trial_id))
-        self.store.pull(self.trial_folder(trial_id))
+        self.store.pull_run(self.trial_folder(trial_id))
         self.write_table()
         if status == "completed":
             self.write_best()

@@ -84,7 +84,7 @@ class SearchSettings:
     warm_start: str | None = setting(None, "name of an earlier search: its trials are known, or its best tried early")
     confirm: int = setting(
         3,
-        "then run the best so many and both controls again over fresh seeds, until it is clear which is best; 0: no",
+        "then run the best so many and both baselines again over fresh seeds, until it is clear which is best; 0: no",
         low=0,
     )
     # One seed says nothing of the noise.
@@ -99,9 +99,13 @@ class SearchSettings:
     def __post_init__(self) -> None:
         check_fields(self, *(f.name for f in fields(self) if f.name != "gpus_per_trial"))
         object.__setattr__(self, "gpus_per_trial", _read_gpus(self.gpus_per_trial))
-        object.__setattr__(self, "metric", _read_metrics(self.metric))
-        object.__setattr__(self, "try_", _read_texts("try_", self.try_))
-        object.__setattr__(self, "track", _read_trackers(self.track))
+        object.__setattr__(self, "metric", _read_list("metric", self.metric, get_args(Metric)))
+        object.__setattr__(self, "try_", _read_list("try_", self.try_))
+        object.__setattr__(self, "track", _read_list("track", self.track, get_args(Tracker)))
+        if not self.metric:
+            raise ValueError("metric must name what is searched for")
+        if twice := [name for name in self.metric if self.metric.count(name) > 1]:
+            raise ValueError(f"metric names {twice[0]} twice")
         if len(self.metric) > 1 and self.scheduler == "asha":
             raise ValueError("asha stops trials by one metric: give one --metric, or --scheduler none")
         if self.gpus_per_trial == "auto" and self.seeds_per_trial > 1:
@@ -110,9 +114,11 @@ class SearchSettings:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Build from what a search recorded, also an older one: it knew patience, cmaes and trials_per_gpu."""
+        """Build from what a search recorded, also an older one: it knew one metric, patience, cmaes, trials_per_gpu."""
         if isinstance(values, dict):
             values = dict(values)
+            if isinstance(metric := values.get("metric"), str):
+                values["metric"] = [metric]
             trials, patience = values.pop("trials_per_gpu", None), values.pop("patience", None)
             if trials is not None:
                 values["gpus_per_trial"] = 1 / int(trials) if re.fullmatch("[1-9][0-9]*", str(trials)) else trials
@@ -175,44 +181,25 @@ def _read_gpus(given: Any) -> str | float | None:
     return gpus
 
 
-def _read_texts(name: str, given: Any) -> tuple[str, ...]:
+def _read_list(name: str, given: Any, known: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """Return a list of texts as a tuple. Raises ValueError for one that is not known, where some are."""
     if not isinstance(given, tuple | list) or not all(isinstance(text, str) for text in given):
         raise ValueError(f"{name} must be a list of texts, not {given!r:.40}")
+    for text in given:
+        if known and text not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, not {text!r:.40}")
     return tuple(given)
 
 
-def _read_trackers(given: Any) -> tuple[Tracker, ...]:
-    for tracker in _read_texts("track", given):
-        if tracker not in get_args(Tracker):
-            raise ValueError(f"track must be one of {', '.join(get_args(Tracker))}, not {tracker!r:.40}")
-    return tuple(given)
-
-
-def _read_metrics(given: Any) -> tuple[Metric, ...]:
-    """Return one metric, as older searches recorded it, or a list of them as a tuple."""
-    asked = (given,) if isinstance(given, str) else given
-    if not isinstance(asked, tuple | list) or not asked:
-        raise ValueError(f"metric must name what is searched for, not {given!r:.40}")
-    for metric in asked:
-        if metric not in get_args(Metric):
-            raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, not {metric!r:.40}")
-        if asked.count(metric) > 1:
-            raise ValueError(f"metric names {metric} twice")
-    return tuple(asked)
-
-
-def grace_epochs(epochs: int, comparable_after: float | None = None) -> int:
+def grace_epochs(epochs: int, comparable_after: float = 0.0) -> int:
     """Return the epochs before a trial may be stopped: a tenth of its budget, at least two where it has as many.
 
-    Where runs cannot be compared before some share of the run, one whole epoch more than that: until the learning rate
-    drops for the first time, trials are ranked by how they bear the first one. On 160 recorded curves the rank
+    At least one whole epoch more than the share of the run before which runs cannot be compared. Until the learning
+    rate drops for the first time, trials are ranked by how they bear the first one: on 160 recorded curves the rank
     correlation with the last epoch is 0.3 to 0.7 before the drop and 0.98 after it (results/curves,
     benchmarks/quality/search_quality.py).
     """
-    least = max(2, math.ceil(GRACE_FRACTION * epochs))
-    if comparable_after is not None:
-        least = max(least, math.ceil(comparable_after * epochs) + 1)
-    return min(epochs, least)
+    return min(epochs, max(2, math.ceil(GRACE_FRACTION * epochs), math.ceil(comparable_after * epochs) + 1))
 
 
 def choose_grace(base: TrainConfig, settings: SearchSettings, recorded: SearchRecord | None = None) -> int:

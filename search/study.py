@@ -20,7 +20,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
-from byot.search_files import ConfirmationRecord, Range, Space, TrialRecord, metric_mode
+from byot.search_files import ConfirmationRecord, Range, Space, TrialRecord, is_inside, metric_mode
 from search.records import SearchRecords
 from search.settings import REDUCTION_FACTOR, Sampler
 from search.space import FirstPoint, make_distributions
@@ -41,7 +41,7 @@ def is_known_to_sampler(trial: TrialRecord, space: Space) -> bool:
 
     It does not from the control: that is another method, and its beta of 0 has no logarithm.
     """
-    return trial.role != "control" and all(bounds.holds(trial.params[name]) for name, bounds in space.items())
+    return trial.role != "control" and is_inside(space, trial.params)
 
 
 def to_optuna(trial: TrialRecord, records: SearchRecords, space: Space) -> FrozenTrial:
@@ -124,9 +124,8 @@ def make_sampler(name: Sampler, seed: int, startup: int) -> optuna.samplers.Base
 class BudgetAwareSearch(Searcher):
     """Proposes what is unfinished, then the first points, then what an Optuna sampler draws.
 
-    For each proposal a study is made anew of the records, with a sampler of its own: so what is proposed as number n
-    depends on the seed, on n, on the earlier search it was warmed with and on the trials begun before, of those that
-    had ended also on how, and on nothing that a restart would lose.
+    Each proposal has a new study and sampler, made from the records. So proposal n depends only on the seed, n, the
+    warm start, the trials begun before it and the results of those that have ended. A restart loses none of these.
     """
 
     def __init__(
@@ -137,7 +136,6 @@ class BudgetAwareSearch(Searcher):
         first: list[FirstPoint],
         tried: Sequence[FirstPoint] = (),
         num_samples: int,
-        seed: int,
         sampler: Sampler = "tpe",
         has_prior: bool = False,
         warm: WarmStart | None = None,
@@ -146,7 +144,6 @@ class BudgetAwareSearch(Searcher):
         self._records = records
         self._space = space
         self._startup = max(2, min(MAX_STARTUP_TRIALS, num_samples // 4))
-        self._seed = seed
         self._sampler = sampler
         self._prior = first[0].params if has_prior else None  # where random proposals are likely to lie
         self._unfinished = records.unfinished
@@ -177,7 +174,7 @@ class BudgetAwareSearch(Searcher):
 
     def _seeds(self) -> np.random.SeedSequence:
         """Return what the next proposal is drawn from."""
-        return np.random.SeedSequence((self._seed, self._records.next_number))
+        return np.random.SeedSequence((self._records.seed, self._records.next_number))
 
     def _ask(self) -> dict[str, Any]:
         """Return what the sampler proposes."""

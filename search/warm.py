@@ -16,6 +16,7 @@ from byot.search_files import (
     TrialRecord,
     confirmed_trial,
     find_folder,
+    is_inside,
     is_number,
     load_search,
     ranked,
@@ -67,7 +68,7 @@ def load_warm_start(folder: Path, space: Space, metrics: tuple[str, ...]) -> War
     try:
         warm = WarmStart(str(record["search"]), record["points"], [WarmTrial(**trial) for trial in record["trials"]])
         points = [*warm.points, *(trial.params for trial in warm.trials)]
-        whole = all(set(point) == set(space) and _is_in(space, point) for point in points) and all(
+        whole = all(set(point) == set(space) and is_inside(space, point) for point in points) and all(
             all(map(is_number, trial.values))
             and len(trial.values) == len(metrics) * (trial.completed or bool(trial.values))
             and type(trial.epochs_done) is int
@@ -91,7 +92,7 @@ def make_warm_start(searches: Path, name: str, base: TrainConfig, settings: Sear
         # A parameter that was not searched had the value of all its trials.
         had = earlier.config.to_dict() | settings_of(earlier.config, trial.role, trial.params)
         params = {name: had[name] for name in space}
-        if _is_usable(trial, settings.metric) and _is_in(space, params):
+        if _is_usable(trial, settings.metric) and is_inside(space, params):
             trials.append(replace(trial, params=trial.params | params))
     if _measures_the_same(earlier, base, settings, space):
         # What is not searched now was perhaps searched then: those trials count that had the value it has now.
@@ -110,14 +111,11 @@ def make_warm_start(searches: Path, name: str, base: TrainConfig, settings: Sear
     return WarmStart(folder.name, points, [])
 
 
-def _is_in(space: Space, params: dict[str, Any]) -> bool:
-    return all(bounds.holds(params[name]) for name, bounds in space.items())
-
-
 def _measures_the_same(earlier: SearchRecord, base: TrainConfig, settings: SearchSettings, space: Space) -> bool:
     """Tell whether values of both searches mean the same, but for what is searched in either of them."""
     return (
         not set(base.differing_settings(earlier.config)) - {"seed", *space, *earlier.space}
+        and (base.dataset != "imagefolder" or base.data_dir == earlier.config.data_dir)
         and earlier.metric == settings.main_metric
         and earlier.seeds_per_trial == settings.seeds_per_trial
     )

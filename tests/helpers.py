@@ -1,8 +1,10 @@
 """Runs command lines, writes small data files, and compares folders and states for the tests."""
 
 import hashlib
+import html
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from byot.config import TrainConfig
-from byot.data import LabelledImages, Split, load_images, take
+from byot.config import DATASETS, TrainConfig
+from byot.data import LABEL_COLUMNS, LabelledImages, Split, load_images, take
 from byot.system.checkpoint import checkpoint_path, save_checkpoint
 from byot.trainer import Trainer
 
@@ -25,7 +27,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 Call = Callable[..., tuple[int, str, str]]
 ParquetMaker = Callable[..., Path]
 Refuse = Callable[..., None]  # of the program, its arguments as a tuple, and words its sentence must have
-LABEL_COLUMN = {"cifar100": "fine_label", "cifar10": "label"}
 TIMES = {"elapsed_s", "images_per_s"}
 SMALL_RUN: dict[str, Any] = {
     "recipe": "reference",
@@ -35,7 +36,6 @@ SMALL_RUN: dict[str, Any] = {
     "batch_size": 32,
     "device": "cpu",
 }
-NUM_CLASSES = {"cifar100": 100, "cifar10": 10}
 
 
 def command_environment(**variables: str) -> dict[str, str]:
@@ -108,6 +108,11 @@ def call_main(
     return code, said.out, said.err
 
 
+def text_of(page: str) -> str:
+    """Take the words of an HTML page."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
 def picture_of(folder: Path) -> dict[str, str]:
     """Map every path under a folder to a digest of its content: the same before and after if nothing was written."""
     return {
@@ -146,18 +151,17 @@ def write_parquet(
     dataset: str = "cifar100",
     images: Sequence[bytes | None] | None = None,
     labels: Sequence[Any] | None = None,
-    columns: Sequence[str] | None = None,
 ) -> Path:
     """Write one file in the Hugging Face layout: `img` as struct{bytes, path} of PNG bytes, and a column of labels."""
     if images is None:
         images = [encode_png(pixels) for pixels in random_pixels(num_images, seed=len(path.name))]
     if labels is None:
-        labels = [i % NUM_CLASSES[dataset] for i in range(len(images))]
+        labels = [i % DATASETS[dataset].num_classes for i in range(len(images))]
     kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     cells = pyarrow.array([{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(images)], type=kind)
-    table = pyarrow.table({"img": cells, LABEL_COLUMN[dataset]: pyarrow.array(labels)})
+    table = pyarrow.table({"img": cells, LABEL_COLUMNS[dataset]: pyarrow.array(labels)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(table if columns is None else table.select(columns), path)
+    pyarrow.parquet.write_table(table, path)
     return path
 
 

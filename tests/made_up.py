@@ -7,7 +7,7 @@ from typing import Any
 from byot.config import TrainConfig
 from byot.search_files import MEASURES, Role, Status, TrialRecord, read_trials, space_to_dict
 from search.records import SearchRecords
-from search.settings import SearchSettings
+from search.settings import SearchSettings, grace_epochs
 from search.space import DEFAULT_SPACE
 
 BASE = TrainConfig(recipe="reference", dataset="digits", width=4, epochs=6, val_fraction=0.2)
@@ -62,11 +62,20 @@ def search_record(config: TrainConfig = BASE, **fields: Any) -> dict[str, Any]:
 
 
 def open_records(
-    folder: Path, *metrics: str, parameters: Iterable[str] = tuple(DEFAULT_SPACE), epochs: int = BASE.epochs
+    folder: Path,
+    *metrics: str,
+    parameters: Iterable[str] = tuple(DEFAULT_SPACE),
+    epochs: int = BASE.epochs,
+    seed: int = 0,
 ) -> SearchRecords:
     """The records of a search in this folder, by default of the validation accuracy."""
     return SearchRecords(
-        folder, parameters=list(parameters), metrics=metrics or ("val_accuracy",), epochs=epochs, seed=0
+        folder,
+        parameters=list(parameters),
+        metrics=metrics or ("val_accuracy",),
+        epochs=epochs,
+        grace=grace_epochs(epochs),
+        seed=seed,
     )
 
 

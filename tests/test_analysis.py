@@ -6,7 +6,6 @@ The search folders are made by hand, as a search leaves them: finished, running,
 import base64
 import csv
 import gzip
-import html
 import json
 import math
 import os
@@ -53,7 +52,15 @@ from search.plan import make_plan
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE, read_space
 from search.tune import build_parser
-from tests.helpers import PROJECT, assert_one_sentence, call_main, command_environment, command_line, run_command
+from tests.helpers import (
+    PROJECT,
+    assert_one_sentence,
+    call_main,
+    command_environment,
+    command_line,
+    run_command,
+    text_of,
+)
 from tests.made_up import make_trial, search_record
 
 EPOCHS = 9
@@ -246,9 +253,7 @@ def test_standard_errors():
 
 def test_verdict_within_and_beyond_the_noise(outputs, folder):
     first, equals, reference, control, caution = judge(folder)
-    assert first.startswith(
-        f"Best single run of 4 self-distilled trials that reached epoch {EPOCHS}: 1234e567, alpha 0.283,"
-    )
+    assert first.startswith(f"Best of 4 self-distilled trials that reached epoch {EPOCHS}: 1234e567, alpha 0.283,")
     assert "77.90 % ± 0.59 (binomial standard error, 5,000 images)" in first
     assert "lie 2 of 3 others" in equals
     assert equals.endswith("d9c2825f, 00000012.")
@@ -378,7 +383,7 @@ def confirmation(folder):
 def test_a_confirmation_is_shown_first(outputs, folder, call):
     page = report.render_page(folder, outputs)
     verdict = page[page.index('class="verdict"') :]
-    assert verdict.index("Not resolved after 3 fresh seeds") < verdict.index("Best single run of")
+    assert verdict.index("Not resolved after 3 fresh seeds") < verdict.index("Best of")
     _, words = draw(outputs, folder)["confirmation"]
     assert "deep supervision alone -7.95" in words, "of the seeds that both had"
     assert f"{REFERENCE} +0.00" in words
@@ -481,10 +486,6 @@ def test_the_bands_of_effects_hold_the_truth(outputs):
 # ---------------------------------------------------------------- the page
 
 
-def text_of(page):
-    return html.unescape(re.sub(r"<[^>]*>", "", page))
-
-
 def test_the_page_holds_verdict_tables_figures_and_commands(outputs, folder):
     retrain_by_hand(outputs, folder, {"1234e567": [78.0, 78.2], "a30febcf": [76.0]})
     page = report.render_page(folder, outputs)
@@ -575,13 +576,13 @@ def test_best_and_report_from_another_folder(tmp_path, outputs, folder):
 
 def test_configurations_to_retrain(outputs, folder):
     search, trials = load_search(folder), read_trials(folder / "trials.csv")
-    assert list(retrain.choose_configurations(search, trials, 1, with_controls=False)) == ["1234e567"]
+    assert list(retrain.choose_configurations(search, trials, 1, with_baselines=False)) == ["1234e567"]
     # The reference is the second best anyway; 94bed0ac has the settings of 00000012, which ranks before it.
-    every = retrain.choose_configurations(search, trials, 9, with_controls=True)
+    every = retrain.choose_configurations(search, trials, 9, with_baselines=True)
     assert sorted(every) == sorted(["1234e567", "d9c2825f", "00000012", "a30febcf"])
-    chosen = retrain.choose_configurations(search, trials, 1, with_controls=True)
+    chosen = retrain.choose_configurations(search, trials, 1, with_baselines=True)
     assert list(chosen) == ["1234e567", "d9c2825f", "a30febcf"]
-    confirmed = retrain.choose_configurations(search, trials, 1, with_controls=True, confirmed="00000012")
+    confirmed = retrain.choose_configurations(search, trials, 1, with_baselines=True, confirmed="00000012")
     assert list(confirmed) == ["00000012", "d9c2825f", "a30febcf"]
     jobs = retrain.plan_jobs(chosen, outputs / "runs", 2, epochs=2)
     assert [(job.trial_id, job.config.seed) for job in jobs] == [(t, s) for s in (0, 1) for t in chosen]
@@ -628,7 +629,7 @@ def test_retraining_survives_a_stop_and_a_failure(outputs, tmp_path):
     """
     folder = make_search(outputs, [trial("1234e567", 60.0), trial("a30febcf", 50.0, role="control")])
     search = load_search(folder)
-    chosen = retrain.choose_configurations(search, read_trials(folder / "trials.csv"), 1, with_controls=True)
+    chosen = retrain.choose_configurations(search, read_trials(folder / "trials.csv"), 1, with_baselines=True)
     jobs = retrain.plan_jobs(chosen, outputs / "runs", 2, epochs=2)
     blocked = jobs[-1].folder / "metrics.jsonl"
     blocked.mkdir(parents=True)  # a folder where the run wants a file

@@ -10,8 +10,10 @@ import pytest
 from byot.config import TrainConfig
 from byot.console import format_duration
 from byot.search_files import SearchRecord
+from byot.system.files import write_json
+from search.driver import go_on, most_on_a_gpu
 from search.messages import describe_confirmation, describe_time
-from search.plan import SearchPlan, resource_request
+from search.plan import SearchPlan, check_device, resource_request
 from search.race import Confirmation, Run
 from search.settings import SearchSettings, choose_grace
 from search.space import DEFAULT_SPACE
@@ -39,6 +41,29 @@ CPUS = Resources(max_concurrent=2, cpus=1, gpus=0, num_cpus=2, num_gpus=0)
 )
 def test_resources(asked: dict, cpus: int, gpus: int, expected: tuple):
     assert resolve(ResourceRequest(**asked), cpus, gpus, "here")[:3] == expected
+
+
+def test_cuda_without_a_gpu_a_trial_is_refused():
+    base = TrainConfig(device="cuda")
+    with pytest.raises(ValueError, match="gpus_per_trial must be above 0"):
+        check_device(base, resolve(ResourceRequest(gpus=0.0), 2, 1, "here"))
+
+
+def test_the_gpus_share_what_may_run_at_once():
+    """Ray fills one GPU before the next: more on each than that would leave others idle."""
+    plan: Any = SimpleNamespace(settings=SearchSettings(num_samples=32))
+    assert most_on_a_gpu(plan, resolve(ResourceRequest(), 16, 8, "here")) == 1
+    assert most_on_a_gpu(plan, resolve(ResourceRequest(), 16, 1, "here")) == 8
+    plan.settings = SearchSettings(max_concurrent=3)
+    assert most_on_a_gpu(plan, resolve(ResourceRequest(), 16, 1, "here")) == 3
+
+
+def test_before_anything_is_recorded_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan: Any = SimpleNamespace(folder=tmp_path / "searches" / "s", store=Store(tmp_path), address=None)
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--width", "4"])
+    assert go_on(plan).endswith("tune.py --width 4")
+    write_json(plan.folder / "search.json", search_record())
+    assert go_on(plan).endswith(f"tune.py --name s --outputs {tmp_path} --resume")
 
 
 @pytest.mark.parametrize("asked", [{"gpus": 0.5}, {"cpus": 3}])
@@ -166,7 +191,8 @@ def test_grace_is_that_of_the_schedule_or_what_the_search_was_started_with():
     base, smooth = TrainConfig(recipe="reference"), TrainConfig(recipe="modern", epochs=200)
     assert choose_grace(base, SearchSettings()) == 76, "the first whole epoch after the learning rate's first drop"
     assert choose_grace(smooth, SearchSettings()) == 81, "the first whole epoch after images have grown"
-    assert choose_grace(TrainConfig(dataset="digits", epochs=200), SearchSettings()) == 20, "images of 8 pixels stay"
+    digits = TrainConfig(dataset="digits", epochs=200)  # 8 pixels do not grow
+    assert choose_grace(digits, SearchSettings()) == 31, "the first whole epoch after the warm-up"
     assert choose_grace(base, SearchSettings(grace=500)) == 200
     recorded = SearchRecord.from_dict(search_record(grace_epochs=33))
     assert choose_grace(base, SearchSettings(), recorded) == 33

@@ -138,6 +138,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
         ("palette.png", palette, {}, (200, 10, 30)),
         ("clear palette.png", palette, {"transparency": bytes([0] * 4)}, (255, 255, 255)),
         ("clear.png", see_through, {}, (255, 255, 255)),
+        ("opaque.png", Image.new("RGBA", (8, 8), (200, 10, 30, 255)), {}, (200, 10, 30)),
         ("moving.webp", red, {"save_all": True, "append_images": [turned], "lossless": True}, (200, 10, 30)),
         ("turned.png", turned, {"exif": exif}, (0, 0, 0)),
         ("1.png", red.convert("1", dither=Image.Dither.NONE), {}, (0, 0, 0)),
@@ -321,12 +322,11 @@ def test_files_are_decoded_once_for_each_size(tmp_path: Path, cache: Path, monke
     assert not list(cache.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_cache_file_is_made_again(tmp_path: Path, cache: Path, damage: str) -> None:
+def test_a_damaged_cache_file_is_made_again(tmp_path: Path, cache: Path) -> None:
     first = take(load(make_folder(tmp_path)), np.arange(16))  # a copy: they are mapped from the file
     (file,) = cache.glob("train*")
     whole = file.read_bytes()
-    file.write_bytes(whole[:-9] if damage == "cut" else whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    file.write_bytes(whole[:-9])
     assert np.array_equal(load(tmp_path).images, first.images)
     assert file.read_bytes() == whole
 

@@ -13,10 +13,8 @@ from byot.exits import measure_costs
 from byot.loss import self_distillation_loss
 from byot.model import BranchedResNet, PatchConv2d, fold_batch_norms
 from byot.system.paths import PROJECT_ROOT
-from byot.trainer import build_model, choose_autocast_dtype
+from byot.trainer import build_model
 
-# with a CIFAR stem, 100 classes and the reference's branches, its dead modules left out (FIELD.md, section 1)
-PUBLISHED_PARAMETERS = {"resnet18": 13_011_152, "resnet50": 50_430_928}
 EXPANSION = {"resnet18": 1, "resnet34": 1, "resnet50": 4, "resnet101": 4, "resnet152": 4}
 
 
@@ -155,13 +153,6 @@ def test_branches_end_in_the_deepest_shape_with_the_imagenet_stem(kind: BranchKi
     assert shapes == [(1, 128, 7, 7)] * NUM_CLASSIFIERS
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED_PARAMETERS))
-def test_parameter_counts_are_the_published_ones(name: str) -> None:
-    with torch.device("meta"):
-        model = BranchedResNet(name, num_classes=100)
-    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMETERS[name]
-
-
 @pytest.mark.parametrize(
     ("name", "branch"), [("resnet18", "reference"), ("resnet50", "reference"), ("resnet18", "wide")]
 )
@@ -240,7 +231,6 @@ def test_convolutions_start_as_kaiming_normal_fan_out() -> None:
             assert abs(module.weight.mean().item()) < 0.06 * expected, name
 
 
-@pytest.mark.parametrize("precision", ["auto", "bf16"])
 @pytest.mark.parametrize("image_size", [8, 32])
 @pytest.mark.parametrize(
     ("name", "width", "branch"),
@@ -254,9 +244,7 @@ def test_convolutions_start_as_kaiming_normal_fan_out() -> None:
         ("resnet50", 8, "lean"),
     ],
 )
-def test_mixed_precision_computes_the_same_network(
-    name: str, width: int, branch: BranchKind, image_size: int, precision: str
-) -> None:
+def test_mixed_precision_computes_the_same_network(name: str, width: int, branch: BranchKind, image_size: int) -> None:
     """bfloat16 has 8 bits: its outputs are off by percents at most.
 
     oneDNN's channels-last bfloat16 convolution has been seen to give numbers that have nothing to do with the truth
@@ -266,10 +254,9 @@ def test_mixed_precision_computes_the_same_network(
     model = model.to(memory_format=torch.channels_last).eval()
     stir_batch_norms(model)
     images = torch.randn(32, image_size, image_size, 3, generator=torch.Generator().manual_seed(1)).permute(0, 3, 1, 2)
-    dtype = choose_autocast_dtype(precision, torch.device("cpu"))
     with torch.inference_mode():
         exact = model(images)
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        with torch.autocast("cpu", torch.bfloat16):
             rounded = model(images)
     errors = [((b.float() - a).norm() / a.norm()).item() for a, b in zip(exact.features, rounded.features, strict=True)]
     assert max(errors) < 0.05, errors

@@ -30,7 +30,7 @@ def true_accuracy(params: dict[str, float]) -> float:
     return BEST - 1.5 * (far + (math.log(beta / OPTIMUM["beta"]) / math.log(30)) ** 2)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_it_is_found_and_confirmed(tmp_path: Path, seed: int):
     noise = np.random.default_rng(seed)
     search = MadeUpSearch(tmp_path, num_samples=NUM_SAMPLES, seed=seed)

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -19,10 +18,10 @@ from byot import predict
 from byot.class_names import CLASS_NAMES
 from byot.config import DATASETS
 from byot.data import load_images
-from byot.predictor import DEEPEST_ALONE, Predictor, to_pixels
+from byot.predictor import DEEPEST_ALONE, Predictor
 from byot.runs import load_network
 from byot.system.files import read_json, write_json
-from tests.helpers import PROJECT, call_main, random_pixels, run_command, save_digits_run
+from tests.helpers import PROJECT, call_main, random_pixels, save_digits_run
 
 TEMPERATURES = (0.7, 1.3, 0.9, 1.1)
 Call = Callable[..., tuple[int, str, str]]
@@ -133,86 +132,6 @@ def test_a_plain_network_has_the_fourth_exit_alone(tmp_path: Path, pictures: Pat
     assert byot.load(plain, "cpu").rule == DEEPEST_ALONE
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def halves(*colours: tuple[int, ...], mode: str = "RGB") -> Image.Image:
-    """A picture of 60 x 60 pixels, the first colour on the left, the second on the right."""
-    image = Image.new(mode, (60, 60), colours[0] if len(colours[0]) > 1 else colours[0][0])
-    image.paste(colours[1] if len(colours[1]) > 1 else colours[1][0], (30, 0, 60, 60))
-    return image
-
-
-def saved(image: Image.Image, path: Path, **options: Any) -> Path:
-    image.save(path, **options)
-    return path
-
-
-RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
-
-
-def exif_turned(path: Path) -> Path:
-    """Stored as the camera was held: turned by a quarter."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return saved(halves(RED, BLUE).rotate(90), path / "a.png", exif=exif)
-
-
-def palette(path: Path) -> Path:
-    image = Image.new("P", (60, 60), 0)
-    image.putpalette([*RED, *BLUE, *GREY])
-    image.paste(1, (30, 0, 60, 60))
-    return saved(image, path / "a.png", transparency=0)
-
-
-def wide(path: Path) -> Path:
-    image = Image.new("RGB", (300, 60), GREY)
-    image.paste(halves(RED, BLUE), (120, 0))
-    return saved(image, path / "a.webp", lossless=True)
-
-
-MADE: dict[str, tuple[Callable[[Path], Path], tuple[int, ...], tuple[int, ...]]] = {
-    "PNG": (lambda path: saved(halves(RED, BLUE), path / "a.png"), RED, BLUE),
-    "CMYK JPEG": (
-        lambda path: saved(halves((0, 255, 255, 0), (255, 255, 0, 0), mode="CMYK"), path / "a.jpg", quality=100),
-        RED,
-        BLUE,
-    ),
-    "16-bit PNG": (
-        lambda path: saved(Image.fromarray(np.full((60, 60), 128 * 257, np.uint16)), path / "a.png"),
-        GREY,
-        GREY,
-    ),
-    "grey": (lambda path: saved(halves((128,), (255,), mode="L"), path / "a.webp", lossless=True), GREY, WHITE),
-    "one bit": (lambda path: saved(halves((0,), (255,), mode="1"), path / "a.png"), (0, 0, 0), WHITE),
-    "transparent": (lambda path: saved(halves((*RED, 0), (*BLUE, 255), mode="RGBA"), path / "a.png"), WHITE, BLUE),
-    "palette": (palette, WHITE, BLUE),
-    "animated": (
-        lambda path: saved(
-            halves(RED, BLUE), path / "a.webp", save_all=True, append_images=[halves(GREY, GREY)], lossless=True
-        ),
-        RED,
-        BLUE,
-    ),
-    "turned by EXIF": (exif_turned, RED, BLUE),
-    "wide": (wide, RED, BLUE),
-}
-
-
-@pytest.mark.parametrize("kind", MADE)
-def test_every_kind_of_picture_is_read_as_it_is_shown(tmp_path: Path, kind: str) -> None:
-    make, left, right = MADE[kind]
-    pixels = to_pixels(make(tmp_path), 8)
-    assert (pixels.shape, pixels.dtype) == ((8, 8, 3), np.uint8)
-    for columns, colour in ((pixels[:, :2], left), (pixels[:, 6:], right)):
-        assert np.abs(columns.astype(int) - colour).max() <= 2, "JPEG is not exact"
-
-
-def test_a_picture_of_the_right_size_keeps_its_pixels(tmp_path: Path) -> None:
-    (pixels,) = random_pixels(1)
-    assert np.array_equal(to_pixels(saved(Image.fromarray(pixels), tmp_path / "a.png"), 32), pixels)
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -276,12 +195,3 @@ def test_names_of_cifar100_are_in_the_order_of_its_labels(cifar100_dir: Path) ->
     (file,) = cifar100_dir.glob("test*.parquet")
     features = json.loads(pyarrow.parquet.read_schema(file).metadata[b"huggingface"])["info"]["features"]
     assert list(CLASS_NAMES["cifar100"]) == features["fine_label"]["names"]
-
-
-def test_importing_the_package_is_instant(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, byot\nassert callable(byot.load)\nprint(*{'torch', 'numpy', 'PIL'} & set(sys.modules))"
-    )
-    done = run_command([], cwd=tmp_path, script=str(script))
-    assert (done.stdout, done.stderr) == ("\n", "")

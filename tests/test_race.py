@@ -22,7 +22,6 @@ from tests.made_up import make_trial
 
 SD = 0.3  # points, of a run; what its seed does to all arms comes on top
 MAX_ROUNDS = 8
-REPETITIONS = 600
 
 
 def simulate(truth: list[float], seed: int, max_rounds: int = MAX_ROUNDS) -> dict[str, list[float]]:
@@ -32,15 +31,6 @@ def simulate(truth: list[float], seed: int, max_rounds: int = MAX_ROUNDS) -> dic
 
 
 NEAR = {"control": -5.0, "reference": 0.0, "a": 0.01, "b": 0.02}
-
-
-@pytest.mark.parametrize("num_arms", [2, 5])
-def test_equal_settings_stay_unresolved_and_a_gap_of_one_point_is_found(num_arms: int):
-    equal = [judge(simulate([70.0] * num_arms, seed), MAX_ROUNDS) for seed in range(REPETITIONS)]
-    assert sum(one.resolved for one in equal) <= 0.07 * REPETITIONS  # 5 %, and two standard errors of the simulation
-    apart = [judge(simulate([71.0] + [70.0] * (num_arms - 1), seed), MAX_ROUNDS) for seed in range(REPETITIONS)]
-    assert sum(one.resolved and one.leader == "0" for one in apart) >= 0.9 * REPETITIONS
-    assert np.mean([found.rounds for found in apart]) < MAX_ROUNDS, "it stops before all seeds are used up"
 
 
 def test_the_looks_spend_the_error_and_no_more():
@@ -57,10 +47,13 @@ def test_the_looks_spend_the_error_and_no_more():
 @pytest.mark.parametrize(
     ("case", "column", "least", "most"),
     [
+        ("two equal, far ahead", "wrong_winner", 0.0, 0.09),
         ("two equal, far ahead, one of them 6.3 times as noisy", "wrong_winner", 0.0, 0.09),
         ("five equal, one 5 times as noisy", "wrong_winner", 0.0, 0.09),
         ("one ahead by 1.67", "right_winner", 0.42, 0.66),
         ("one ahead by 2", "right_winner", 0.66, 0.88),
+        ("one ahead by 3", "right_winner", 0.97, 1.0),
+        ("one ahead by 3", "num_runs", 0, 39),
         ("five equal, margin 2", "equal", 0.8, 1.0),
         ("one ahead by 2, margin 2", "wrong_equal", 0.0, 0.09),
     ],
@@ -254,7 +247,7 @@ def test_a_diverged_run_is_told(tmp_path: Path):
     for arm in ("t0000", "t0001"):
         confirmation.results[Run(arm, 0)] = {"error": "the loss became nan"}
     confirmation.save("finished")
-    assert "nothing to choose" in read_json(tmp_path / "confirmation.json")["verdict"][0]
+    assert "none can be chosen" in read_json(tmp_path / "confirmation.json")["verdict"][0]
 
 
 def test_a_confirmed_setting_stays_when_more_trials_come(tmp_path: Path):

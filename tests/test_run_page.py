@@ -1,6 +1,5 @@
 """The page of one run and the file of test figures that it reads: made by hand, and left by a real run."""
 
-import html
 import json
 import re
 from pathlib import Path
@@ -20,7 +19,7 @@ from byot.exit_report import judge_ensembles
 from byot.runs import train_run
 from byot.search_files import read_epochs
 from byot.system.files import read_json, write_json
-from tests.helpers import assert_one_sentence, call_main
+from tests.helpers import assert_one_sentence, call_main, text_of
 
 SETTINGS = TrainConfig(dataset="digits", width=4, epochs=2, lr=0.05, val_fraction=0.2, device="cpu")
 NAMES = ("1/4", "2/4", "3/4", "4/4")
@@ -96,10 +95,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """Call an entry point, in whose time each rule has a time of its own: its thresholds' sum in ms an image."""
     monkeypatch.setattr(exit_report, "_time_one", lambda _, batch, rule: len(batch) * sum(rule.thresholds) / 1000)
     return lambda module, *given: call_main(module, f"{module.__name__}.py", given, monkeypatch, capsys)
-
-
-def text_of(page: str) -> str:
-    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
 
 
 # ---------------------------------------------------------------- the page

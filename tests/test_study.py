@@ -21,22 +21,22 @@ EPOCHS = 18
 CONTROLLER: Any = None  # the scheduler does without
 
 
-def make_searcher(records: SearchRecords, num_samples: int = 40, seed: int = 0, **options: Any) -> BudgetAwareSearch:
+def make_searcher(records: SearchRecords, num_samples: int = 40, **options: Any) -> BudgetAwareSearch:
     options.setdefault("first", first_points(DEFAULT_SPACE, TrainConfig()))
-    return BudgetAwareSearch(records, DEFAULT_SPACE, num_samples=num_samples, seed=seed, **options)
+    return BudgetAwareSearch(records, DEFAULT_SPACE, num_samples=num_samples, **options)
 
 
 class MadeUpSearch:
     """A search on disk whose trials report made-up values; `restart` throws away all that is not on the disk."""
 
-    def __init__(self, folder: Path, *metrics: str, stops_early: bool = True, **options: Any) -> None:
+    def __init__(self, folder: Path, *metrics: str, stops_early: bool = True, seed: int = 0, **options: Any) -> None:
         """`options` are the searcher's."""
-        self.folder, self.metrics = folder, metrics
+        self.folder, self.metrics, self.seed = folder, metrics, seed
         self.stops_early, self.options = stops_early, options
         self.restart()
 
     def restart(self) -> None:
-        self.records = open_records(self.folder, *self.metrics, epochs=EPOCHS)
+        self.records = open_records(self.folder, *self.metrics, epochs=EPOCHS, seed=self.seed)
         self.searcher = make_searcher(self.records, **self.options)
         self.scheduler = RecordedAsha(self.records, stops_early=self.stops_early)
 
@@ -115,7 +115,7 @@ def test_a_dashboard_is_shown_no_best_trial_without_parameters(begun: MadeUpSear
 def test_a_reference_outside_the_space_is_run_but_not_known(tmp_path: Path):
     space = {**DEFAULT_SPACE, "alpha": Range(0.3, 0.9)}
     first = first_points(space, TrainConfig())
-    searcher = BudgetAwareSearch(open_records(tmp_path, epochs=EPOCHS), space, first=first, num_samples=9, seed=0)
+    searcher = BudgetAwareSearch(open_records(tmp_path, epochs=EPOCHS), space, first=first, num_samples=9)
     assert searcher.suggest("x")["params"]["alpha"] == 0.1
     assert searcher.make_study().trials == []
 
@@ -181,7 +181,7 @@ def test_a_choice_is_proposed_recorded_and_learnt_from(tmp_path: Path, sampler: 
     proposed = []
     for number in range(12):  # each time anew from what is on disk
         records = SearchRecords(tmp_path, parameters=[*space], metrics=("val_accuracy",), epochs=2, grace=2, seed=0)
-        options: dict[str, Any] = {"first": first, "num_samples": 12, "seed": 0, "sampler": sampler, "has_prior": True}
+        options: dict[str, Any] = {"first": first, "num_samples": 12, "sampler": sampler, "has_prior": True}
         params = BudgetAwareSearch(records, space, **options).suggest("x")["params"]
         proposed.append(params["teacher"])
         records.add_epoch(f"t{number:04d}", {"epoch": 2, "elapsed_s": 1.0, "val_accuracy": float(number)})
@@ -199,8 +199,8 @@ def test_random_proposals_lie_around_the_references_setting_or_everywhere(tmp_pa
     for has_prior in (True, False):
         places = []
         for seed in range(200):
-            records = open_records(tmp_path / f"{has_prior}-{seed}")
-            params = make_searcher(records, seed=seed, has_prior=has_prior)._draw_near()
+            records = open_records(tmp_path / f"{has_prior}-{seed}", seed=seed)
+            params = make_searcher(records, has_prior=has_prior)._draw_near()
             assert all(DEFAULT_SPACE[name].holds(value) for name, value in params.items())
             places += [DEFAULT_SPACE["temperature"].place(params["temperature"])] if params else []
         near[has_prior] = places

@@ -556,7 +556,7 @@ def test_control_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     arguments = ("--dataset", "digits", "--width", 4, "--epochs", 2, "--outputs", tmp_path, "--name", "run")
     code, _, err = call(train, *arguments)
     assert code == 130
-    assert err == f"\nstopped; go on with: {sys.executable} script --resume {tmp_path}/runs/run\n"
+    assert err == f"\nstopped; go on with: {sys.executable} {Path('script').absolute()} --resume {tmp_path}/runs/run\n"
     assert epochs_in(tmp_path / "runs" / "run") == [1]
 
 
@@ -598,28 +598,6 @@ def test_parquet_from_a_relative_folder_trains_to_a_result(
     assert "test set, 6 images" in out
     (folder,) = (tmp_path / "elsewhere" / "runs").iterdir()
     assert read_json(folder / "config.json")["data_dir"] == str(tmp_path / "my data"), "absolute: found from anywhere"
-
-
-@pytest.mark.parametrize(
-    "script",
-    [
-        "byot/train.py",
-        "byot/evaluate.py",
-        "byot/predict.py",
-        "byot/export.py",
-        "analysis/best.py",
-        "analysis/report.py",
-        "analysis/retrain.py",
-    ],
-)
-def test_help_answers_without_importing_anything_heavy(tmp_path: Path, script: str) -> None:
-    done = run_command(["--help"], cwd=tmp_path, script=script, python=("-X", "importtime"))
-    assert done.returncode == 0
-    assert "usage: " + Path(script).name in done.stdout
-    modules = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
-    assert {"argparse", "byot"} <= modules, "the list was read"
-    heavy = {"torch", "torchvision", "ray", "optuna", "numpy", "pandas", "pyarrow", "PIL", "sklearn", "rich"}
-    assert modules & heavy == set()
 
 
 # ---------------------------------------------------------------- --best

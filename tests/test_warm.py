@@ -76,6 +76,13 @@ def test_other_training_and_other_values_lend_the_best_settings(
     assert [point["alpha"] for point in warm.points] == alphas
 
 
+def test_images_of_another_folder_are_other_data(searches: Path):
+    flowers = BASE.with_settings(dataset="imagefolder", data_dir="/flowers")
+    write_json(searches / "earlier" / "search.json", search_record(flowers))
+    assert make(searches, flowers).trials
+    assert make(searches, flowers.with_settings(data_dir="/cats")).trials == []
+
+
 def test_what_was_confirmed_over_fresh_seeds_is_tried_before_the_best_single_run(searches: Path):
     arms = [ArmRecord("t0002", "sampled", {"alpha": 0.3}, [71.0], still_in=True)._asdict()]
     record = {"status": "finished", "metric": "val_accuracy", "choice": "t0002", "num_rounds": 1, "verdict": ["So."]}

@@ -138,7 +138,7 @@ def load_all(names: Iterable[str], folder: Path) -> dict[str, Curves]:
 def save_curves(path: Path, header: dict[str, Any], curves: list[Curve]) -> None:
     ordered = sorted(curves, key=lambda curve: (curve.seed, curve.number))
     lines = [json.dumps(record) + "\n" for record in (header, *(curve._asdict() for curve in ordered))]
-    write_whole(path, gzip.compress("".join(lines).encode(), mtime=0))
+    write_whole(path, [gzip.compress("".join(lines).encode(), mtime=0)])
 
 
 def configurations(family: Family) -> list[tuple[int, Role, dict[str, float]]]:

@@ -94,9 +94,7 @@ class Ours:
         self.records = RecordsInMemory(
             nowhere, parameters=parameters, metrics=(METRIC,), epochs=family.epochs, grace=family.grace, seed=seed
         )
-        self.searcher = BudgetAwareSearch(
-            self.records, family.space, first=[], num_samples=4 * NUM_WHOLE_TRIALS, seed=seed
-        )
+        self.searcher = BudgetAwareSearch(self.records, family.space, first=[], num_samples=4 * NUM_WHOLE_TRIALS)
         self.scheduler = RecordedAsha(self.records)
 
     def begin(self) -> Proposal:

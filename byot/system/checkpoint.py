@@ -27,7 +27,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     archive = buffer.getbuffer()
     assert archive[-2:] == NO_COMMENT
-    write_whole(path, archive[:-2], _comment(archive))
+    write_whole(path, [archive[:-2], _comment(archive)])
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def write_json(path: Path, record: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one piece."""
-    write_whole(path, text.encode())
+    write_whole(path, [text.encode()])
 
 
 def write_output(path: Path, text: str) -> None:
@@ -28,13 +28,8 @@ def write_output(path: Path, text: str) -> None:
         raise ValueError(describe_refusal(error, path)) from error
 
 
-def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file that is never seen half written: to a temporary name, flushed to the disk, renamed."""
-    write_parts(path, parts)
-
-
-def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write what an iterable yields as write_whole does, each part as it comes."""
+def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file that is never seen half written: to a temporary name, each part as it comes, flushed, renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

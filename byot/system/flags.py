@@ -71,7 +71,7 @@ def this_command() -> list[str]:
     """Return the words that call this program again, from any folder."""
     if sys.argv[0].startswith("byot "):
         return [sys.executable, "-m", *sys.argv[0].split()]
-    return [sys.executable, *sys.argv[:1]]
+    return [sys.executable, *map(os.path.abspath, sys.argv[:1])]
 
 
 def as_called(text: str) -> str:

@@ -207,14 +207,17 @@ class Store:
             self.check_lease()
             self.bucket.write(path.relative_to(self.folder).as_posix(), path.read_bytes())
 
-    def pull(self, folder: Path | None = None) -> None:
-        """Bring what a run has written into its folder, without checkpoints; left out, make the whole folder a copy.
+    def pull_run(self, folder: Path) -> None:
+        """Copy what a run has written, without its checkpoints, into its folder."""
+        if (place := self.place(folder)) is not None:
+            place.fetch([name for name in place.files() if not is_checkpoint(name)], folder)
+
+    def pull(self) -> None:
+        """Make the folder a copy of the bucket's.
 
         Raises ValueError for a folder that is no such copy, or whose original is gone.
         """
-        if folder is not None and (place := self.place(folder)) is not None:
-            place.fetch([name for name in place.files() if not is_checkpoint(name)], folder)
-        if folder is not None or self.bucket is None:
+        if self.bucket is None:
             return
         here = [path for path in self.folder.iterdir() if path.name != LOCK_FILE]
         if here and copied_from(self.folder) != str(self):
@@ -256,7 +259,7 @@ class Store:
 
     @contextmanager
     def lease(self) -> Iterator[str]:
-        """Become what drives; yields a sentence where another driver had not ended. Raises OSError."""
+        """Take the lease; yields a sentence if the driver before did not give it back. Raises OSError."""
         if self.bucket is None:
             yield ""
             return

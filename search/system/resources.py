@@ -22,7 +22,7 @@ from search.system.remote import Store, try_bucket
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # with Ray's 15, any other process on a busy machine would starve the trials
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # what asks for no GPU sees none
     "RAY_gcs_server_port_wait_time_s": "120",  # instead of 30, which a busy machine may take
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial keeps its own metrics.jsonl
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # search/driver.py has one for SIGINT and SIGTERM alike

@@ -71,14 +71,14 @@ def run_tasks(
 
 
 @contextmanager
-def told_if_stopped(program: str, go_on: str) -> Iterator[None]:
+def told_if_stopped(program: str, go_on: Callable[[], str]) -> Iterator[None]:
     """Say how to go on where a signal ends what is within, or Ray does not start, and exit with the code for that."""
     try:
         yield
     except (KeyboardInterrupt, StoppedError) as stopped:
-        print(f"\nstopped; go on with: {go_on}", file=sys.stderr)
+        print(f"\nstopped; go on with: {go_on()}", file=sys.stderr)
         number = stopped.signal_number if isinstance(stopped, StoppedError) else signal.SIGINT
         raise SystemExit(128 + number) from None
     except RayStartError as error:
-        tell(program, f"Ray did not start ({error}); try again with: {go_on}")
+        tell(program, f"Ray did not start ({error}); try again with: {go_on()}")
         raise SystemExit(1) from None

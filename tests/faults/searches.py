@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from byot.search_files import read_trials
 from byot.system.files import read_json, read_json_lines
-from search.settings import REDUCTION_FACTOR, grace_epochs
+from search.settings import REDUCTION_FACTOR
 from tests.helpers import command_environment, command_line, run_command
 
 EPOCHS = 18
@@ -88,7 +88,7 @@ class Search:
         assert {trial.status for trial in trials.values()} <= {"completed", "stopped"}
         assert sorted(trial.role for trial in trials.values())[:2] == ["control", "reference"]
         assert read_json(self.folder / "search.json")["status"] == "finished"
-        rungs = [grace_epochs(EPOCHS) * REDUCTION_FACTOR**k for k in range(3)]
+        rungs = [read_json(self.folder / "search.json")["grace_epochs"] * REDUCTION_FACTOR**k for k in range(3)]
         for trial_id, trial in trials.items():
             lines = read_json_lines(self.folder / "trials" / trial_id / "metrics.jsonl")
             assert [line["epoch"] for line in lines] == list(range(1, trial.epochs_done + 1))

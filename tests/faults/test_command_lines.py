@@ -162,7 +162,7 @@ LINES: dict[str, list[tuple[str, str]]] = {
     ],
     "retrain.py": [
         ("nowhere", "there is no search nowhere in"),
-        ("done --no-with-controls=no", "ignored explicit argument 'no'"),
+        ("done --no-with-baselines=no", "ignored explicit argument 'no'"),
         ("done --top 0", "--top must be at least 1, not 0"),
         ("done --seeds 4294967297", "--seeds must lie between 1 and 10000"),
         ("done --epochs 0", "--epochs must be at least 1, not 0"),

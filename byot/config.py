@@ -227,7 +227,7 @@ class TrainConfig:
         None,  # the data set's own
         "pixels a side of an imagefolder's images, a multiple of 8 [32]; other data sets have their own",
     )
-    recipe: RecipeName = setting("modern", "schedule, resolution, normalisation and augmentation")
+    recipe: RecipeName = setting("modern", "optimizer, schedule, image sizes, normalisation and augmentation")
     epochs: int = setting(None, "passes over the training images; the schedule scales with it", low=1)
     batch_size: int = setting(128, "images a step", low=2)  # batch normalisation needs two
     lr: float = setting(None, "peak learning rate", above=0)

@@ -44,7 +44,7 @@ class SearchSettings:
 
     num_samples: int = setting(32, "trials, the two that are always tried first among them", low=1)
     max_concurrent: int | None = setting(
-        None, "trials at once (default: as many as have room, at most a quarter of all)", low=1
+        None, "trials at once (default: as many as have room, at most 4 or a quarter of all, if that is more)", low=1
     )
     gpus_per_trial: str | float | None = setting(
         None,
@@ -68,7 +68,8 @@ class SearchSettings:
     )
     grace: int | None = setting(
         None,
-        "epochs before asha may stop a trial (default: a tenth; until the learning rate has dropped or images grown)",
+        "epochs before asha may stop a trial (default: a tenth, and until the learning rate has dropped, or the "
+        "warm-up is over and images have grown)",
         low=1,
     )
     prior: Prior = setting(
@@ -84,11 +85,13 @@ class SearchSettings:
     warm_start: str | None = setting(None, "name of an earlier search: its trials are known, or its best tried early")
     confirm: int = setting(
         3,
-        "then run the best so many and both baselines again over fresh seeds, until it is clear which is best; 0: no",
+        "then run so many of the best, and both baselines, again over fresh seeds until one is shown to be best; 0: no",
         low=0,
     )
     # One seed says nothing of the noise.
-    confirm_seeds: int = setting(8, "fresh seeds of each, at most", low=2, high=1000)
+    confirm_seeds: int = setting(
+        8, "fresh seeds of each, at most; with fewer than 3 nothing is compared", low=2, high=1000
+    )
     margin: float = setting(
         0.3, "settings that differ by less are equal: points, of a likelihood hundredths of a nat", low=0
     )

@@ -32,7 +32,7 @@ from tests.helpers import PROJECT, Call, FakeTerminal, picture_of, run_process
 from tests.made_up import make_trial, search_record
 
 CONFIG = TrainConfig(dataset="digits", width=4, epochs=2)
-HEAVY = ("torch", "ray", "pandas", "optuna")
+HEAVY = ("torch", "torchvision", "ray", "optuna", "numpy", "pandas", "pyarrow", "PIL", "sklearn", "rich")
 
 
 def python(*arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -241,6 +241,13 @@ def test_list_tells_the_states(call: Call, outputs: Path) -> None:
     assert [row["state"] for row in csv.DictReader(out.splitlines()) if row["name"] == "half"] == ["interrupted"]
 
 
+def test_a_run_that_is_starting_has_no_error(call: Call, outputs: Path) -> None:
+    with lock_folder(outputs / "runs" / "no-record"):  # its images are being decoded
+        out = call(byot.list_outputs, "--format", "json")[1]
+    (entry,) = (entry for entry in json.loads(out) if entry["name"] == "no-record")
+    assert (entry["state"], entry["error"]) == ("running", "")
+
+
 def test_the_list_fits_80_columns(call: Call, outputs: Path) -> None:
     big = TrainConfig(model="resnet152", dataset="cifar100", width=128, epochs=200)
     save_run(outputs / "runs" / "big", big, test_accuracy=100.0)
@@ -389,6 +396,16 @@ def test_compare_gives_the_paired_interval(call: Call, tmp_path: Path, monkeypat
     assert "C differs from A in epochs 4 (2)." in out
     assert "Epochs alone may make a difference between C and A." in out
     assert "It takes two seeds that C and A both have" in out
+
+
+def test_runs_on_other_images_are_not_compared(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BYOT_OUTPUTS", str(tmp_path))
+    for name in ("flowers", "cats"):
+        accuracies(tmp_path, name, [90.0, 91.0], dataset="imagefolder", data_dir=f"/{name}")
+    code, out, err = call(byot.cli, "compare", "flowers-s*", "cats-s*")
+    assert (code, err) == (0, "")
+    assert "B differs from A in data_dir /cats (/flowers)." in out
+    assert "B was tested on other images than A: there is nothing to compare." in out
 
 
 def test_compare_puts_searches_side_by_side(call: Call) -> None:

@@ -9,11 +9,12 @@ import pytest
 
 from byot.config import TrainConfig
 from byot.console import format_duration
-from byot.search_files import SearchRecord
+from byot.search_files import Range, SearchRecord
 from byot.system.files import write_json
+from byot.system.paths import PROJECT_ROOT
 from search.driver import go_on, most_on_a_gpu
 from search.messages import describe_confirmation, describe_time
-from search.plan import SearchPlan, check_device, resource_request
+from search.plan import SearchPlan, _check_trials, check_device, is_new, resource_request
 from search.race import Confirmation, Run
 from search.settings import SearchSettings, choose_grace
 from search.space import DEFAULT_SPACE
@@ -41,6 +42,23 @@ CPUS = Resources(max_concurrent=2, cpus=1, gpus=0, num_cpus=2, num_gpus=0)
 )
 def test_resources(asked: dict, cpus: int, gpus: int, expected: tuple):
     assert resolve(ResourceRequest(**asked), cpus, gpus, "here")[:3] == expected
+
+
+@pytest.mark.parametrize("name", ["cifar100-w16", "search-w16"])
+def test_a_table_of_an_older_version_is_of_the_same_space(name: str):
+    """It lacks the columns of later measures."""
+    folder, settings = PROJECT_ROOT / "results" / "searches" / name, SearchSettings()
+    _check_trials(folder, settings, DEFAULT_SPACE)
+    with pytest.raises(ValueError, match="of another search space"):
+        _check_trials(folder, settings, {**DEFAULT_SPACE, "lr": Range(0.01, 0.5)})
+
+
+def test_what_a_search_leaves_that_was_killed_before_it_began_is_none(tmp_path: Path):
+    for name in (".lock", "search.log", "warm_start.json", ".search.json.7.tmp"):
+        (tmp_path / name).touch()
+    assert is_new(tmp_path)
+    (tmp_path / "trials.csv").touch()
+    assert not is_new(tmp_path)
 
 
 def test_cuda_without_a_gpu_a_trial_is_refused():

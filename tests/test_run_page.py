@@ -160,9 +160,9 @@ def test_what_cannot_be_shown_is_refused_in_a_sentence(made_up: Path, call: Any)
     given = ("--outputs", outputs, "--run")
     record = made_up_exits()
     for broken, word in (
-        ({**record, "test": {}}, "has no classes: evaluate.py"),
-        ({**record, "test": 1}, "has no test: evaluate.py"),
-        ({"test": record["test"]}, "has no checkpoint: evaluate.py"),
+        ({**record, "test": {}}, "has no classes: python byot/evaluate.py"),
+        ({**record, "test": 1}, "has no test: python byot/evaluate.py"),
+        ({"test": record["test"]}, "has no checkpoint: python byot/evaluate.py"),
     ):
         write_json(made_up / "exits-test.json", broken)
         code, out, err = call(report, *given, "made-up")
@@ -223,7 +223,7 @@ def test_exits_of_another_checkpoint_are_told_and_not_refused(run: Path, call: A
     for name in ("epoch-0001.pt", "epoch-0002.pt"):
         (tmp_path / "checkpoints" / name).write_bytes((run / "checkpoints" / name).read_bytes())
     for given in ((tmp_path / "checkpoints" / "epoch-0001.pt", "--exits"), (tmp_path,)):
-        words = "fitted on epoch-0001.pt and the run's newest checkpoint is epoch-0002.pt: evaluate.py .* --exits"
+        words = "on epoch-0001.pt and the run's newest checkpoint is epoch-0002.pt: python byot/evaluate.py .* --exits"
         with pytest.warns(UserWarning, match=words):
             code, out, err = call(evaluate_command, *given)
         assert (code, err) == (0, "")

@@ -46,6 +46,12 @@ def test_what_is_fixed_is_fixed_for_all_but_the_controls():
     assert settings_of(base, *control) == {"alpha": 0.0, "temperature": 3.0, "beta": 0.0}
 
 
+def test_a_value_outside_its_range_is_placed_at_the_nearer_end():
+    bounds = Range(1e-8, 1e-3, log=True)
+    assert [bounds.place(value) for value in (0.0, 1e-8, 1e-3, 1.0)] == [0, 0, 1, 1]
+    assert bounds.place(bounds.at(0.3)) == pytest.approx(0.3)
+
+
 def test_a_setting_to_try_has_the_references_values_where_it_says_nothing():
     space = {**DEFAULT_SPACE, "lr": Range(0.01, 0.5, log=True)}
     tried = read_point("alpha=0.3,beta=1e-4", space, TrainConfig(lr=0.05))

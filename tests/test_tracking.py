@@ -11,7 +11,7 @@ import pytest
 from byot import tracking
 from byot.system.files import read_json, write_json
 from byot.system.stopping import DivergedError, StoppedError
-from byot.tracking import Tracker, Trackers, Tracking, check_trackers
+from byot.tracking import Tracker, Trackers, Tracking, check_trackers, trackers_of
 from search.callback import SearchWatch
 from search.table import LiveTable
 from tests.helpers import run_command
@@ -25,6 +25,14 @@ def open_all(folder: Path, *names: Tracker, group: str = tracking.PROJECT) -> tu
     """Open a run in trackers; whatever is told of them is in the list."""
     told: list[str] = []
     return Tracking(Trackers(names, told.append), folder, SETTINGS, group), told
+
+
+def test_a_run_without_trackers_goes_on_without(tmp_path: Path) -> None:
+    assert trackers_of(tmp_path) == ["tensorboard"], "a new run"
+    (tmp_path / "config.json").touch()
+    assert trackers_of(tmp_path) == []
+    (tmp_path / "tensorboard").mkdir()
+    assert trackers_of(tmp_path) == ["tensorboard"]
 
 
 def record(epoch: int) -> dict[str, Any]:

@@ -225,9 +225,9 @@ def test_a_run_trains_on_what_is_whole_and_lists_the_rest(
     assert read_json(run / "result.json")["num_test_images"] == 12
     for split in ("train", "test"):
         (tmp_path / "moved photos" / split / "cat").rename(tmp_path / "moved photos" / split / "zebra")
-    arguments = (run, "--exits", "--data-dir", tmp_path / "moved photos")
+    given = (run, "--exits", "--data-dir", tmp_path / "moved photos")
     with pytest.warns(UserWarning, match="left out"):
-        code, _, err = call_main(evaluate, "evaluate.py", arguments, monkeypatch, capsys)
+        code, _, err = call_main(evaluate, "evaluate.py", given, monkeypatch, capsys)
     assert code == 2
     assert "was trained on other classes" in err
     assert not (run / "exits.json").exists(), "fitted on wrong labels"

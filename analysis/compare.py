@@ -144,7 +144,8 @@ def compare_groups(first: Group, letter: str, other: Group) -> list[str]:
     if confounded := [name for name in ("epochs", "precision") if name in changed]:
         sentences.append(f"{' and '.join(confounded).capitalize()} alone may make a difference between {letter} and A.")
     if {"dataset", "data_dir"} & set(changed):
-        return [*sentences, f"{letter} was tested on other images than A: there is nothing to compare."]
+        perhaps = "" if "dataset" in changed else "perhaps "
+        return [*sentences, f"{letter} was {perhaps}tested on other images than A: there is nothing to compare."]
     if len(set(first.runs["seed"]) & set(other.runs["seed"])) < 2:
         return [*sentences, f"It takes two seeds that {letter} and A both have to say whether a difference is real."]
     for metric in COMPARED:

@@ -25,6 +25,7 @@ Arm = Literal[
 ]
 
 RESULTS = PROJECT_ROOT / "results"
+MOST_SEEDS = 100  # looked for of an arm
 ARM_NAMES: dict[Arm, str] = {
     "plain": "plain cross-entropy (an ordinary ResNet)",
     "deep-supervision": "deep supervision alone",
@@ -97,10 +98,10 @@ TABLE_PLANS = {
     ),
     "answer-w16-long": TablePlan(R18.with_settings(width=16, epochs=24), search="search-w16"),
     "answer-w32": TablePlan(R18.with_settings(width=32, epochs=8), search="search-w16", num_seeds=4),
-    # A tenth or a third of the images take as many epochs as the recipe has for a run.
-    "few-w16": TablePlan(W16, search="search-w16", num_seeds=8, images=TrainingImages(share=0.1)),
-    "third-w16": TablePlan(W16, search="search-w16", num_seeds=4, images=TrainingImages(share=0.3)),
-    "noisy-w16": TablePlan(
+    # A part of the images, with as many epochs as the recipe has for a run.
+    "images10-w16": TablePlan(W16, search="search-w16", num_seeds=8, images=TrainingImages(share=0.1)),
+    "images30-w16": TablePlan(W16, search="search-w16", num_seeds=4, images=TrainingImages(share=0.3)),
+    "noisy20-w16": TablePlan(
         W16.with_settings(epochs=8), search="search-w16", num_seeds=4, images=TrainingImages(wrong=0.2)
     ),
     "reference-r18": TablePlan(TrainConfig(recipe="reference", model="resnet18"), search="search-r18"),

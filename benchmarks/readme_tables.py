@@ -18,7 +18,9 @@ from analysis.verdict import accuracy_standard_error
 from benchmarks.common import format_difference, markdown, mean_and_sd
 from benchmarks.plans import (
     ARM_NAMES,
+    MOST_SEEDS,
     RESULTS,
+    SEARCH_PLANS,
     TABLE_PLANS,
     Arm,
     TablePlan,
@@ -41,7 +43,7 @@ EXITS_FIGURE, SHIPPED_NETWORK = PROJECT_ROOT / "docs" / "exits.svg", "resnet18-w
 EFFECTS_FIGURE, EFFECTS_SEARCH = PROJECT_ROOT / "docs" / "effects.svg", "search-w16"
 BEGIN, END = "<!-- tables: made by benchmarks/readme_tables.py from results/ -->", "<!-- end of the tables -->"
 NOTHING = "\N{EN DASH}"
-MOST_TRIALS, MOST_SEEDS = 8, 100  # listed of a search; looked for of an arm
+MOST_TRIALS = 8  # listed of a search
 CONFIRMED_SEARCH = "cifar100-w16-e6"  # shown beside those of the plans
 
 # Accuracies that others publish, percent, single runs; the reference implementation's: the best epoch on the test set.
@@ -300,8 +302,7 @@ def search_section(name: str, results: Path = RESULTS) -> str:
 
 def all_sections(results: Path = RESULTS) -> str:
     sections = [plan_section(name, plan, results) for name, plan in TABLE_PLANS.items()]
-    searches = dict.fromkeys([*(plan.search for plan in TABLE_PLANS.values() if plan.search), CONFIRMED_SEARCH])
-    sections += [search_section(name, results) for name in searches]
+    sections += [search_section(name, results) for name in (*SEARCH_PLANS, CONFIRMED_SEARCH)]
     if (drawing := effects_figure(results)) is not None:
         sections.append(f"**What the settings do**, by the trials of `{EFFECTS_SEARCH}`. {drawing[1]}")
         sections.append(f"![{drawing[1]}]({EFFECTS_FIGURE.name})")
@@ -315,30 +316,34 @@ def summary(results: Path = RESULTS) -> str:
 
 def published_network(results: Path) -> Iterator[str]:
     """Write the accuracies of the published ResNet18 beside those that others publish; nothing where it was not run."""
-    groups: dict[tuple[int, float], list[dict[str, Any]]] = {}  # epochs, share held out -> records
+    groups: dict[tuple[int, float, str], list[dict[str, Any]]] = {}  # epochs, share held out, where -> records
     for path in sorted((results / "runs").glob("*.json")):
         record = read_json(path)
         config = record["config"]
-        is_published = (config["model"], config["width"], config["recipe"]) == ("resnet18", PUBLISHED_WIDTH, "modern")
+        network = config["model"], config["dataset"], config["width"], config["recipe"]
+        is_published = network == ("resnet18", "cifar100", PUBLISHED_WIDTH, "modern")
         if is_published and record.get("arm", "reference") == "reference" and "error" not in record:
-            groups.setdefault((config["epochs"], config["val_fraction"]), []).append(record)
+            hardware = record["hardware"]
+            device = hardware["device"] if hardware["device"] != "cpu" else f"{hardware['threads']} CPU threads"
+            where = f"{device}, {record['precision']}"
+            groups.setdefault((config["epochs"], config["val_fraction"], where), []).append(record)
     if not groups:
         return
     columns = by_classifier("accuracy")
     rows = [
-        [source, "200", *(f"{v:.2f}" for v in values), *[NOTHING] * (len(columns) - len(values)), "GPUs"]
+        [source, "200", "1", *(f"{v:.2f}" for v in values), *[NOTHING] * (len(columns) - len(values)), NOTHING]
         for source, values in PUBLISHED["resnet18"].items()
     ]
-    for (epochs, held_out), records in sorted(groups.items()):
+    for (epochs, held_out, where), records in sorted(groups.items()):
         hours = statistics.median(record["elapsed_s"] for record in records) / 3600
-        cost = f"{records[0]['hardware']['threads']} CPU cores, {records[0]['precision']}, {hours:.1f} h"
-        name = "byot" + (f", {1 - held_out:.0%} of the images" if held_out else "")
-        rows.append([name, str(epochs), *(describe(records, column) for column in columns), cost])
+        name = "byot" + (f", trained on {1 - held_out:.0%} of the images" if held_out else "")
+        measured = [describe(records, column) for column in columns]
+        rows.append([name, str(epochs), str(len(records)), *measured, f"{where}, {hours:.1f} h"])
     yield (
         "The published ResNet18 (width 64) on CIFAR-100: test accuracy in percent after the last epoch; the reference "
         "implementation's are of the epoch that is best on the test set."
     )
-    yield markdown(["", "epochs", *(column.title for column in columns), "on"], rows)
+    yield markdown(["", "epochs", "n", *(column.title for column in columns), "on"], rows)
 
 
 def answer(results: Path) -> Iterator[str]:
@@ -387,7 +392,7 @@ def other_answers(results: Path) -> str:
         [
             "points that a search falls short of the best setting",
             "replayed runs on the digits, 30 seeds; the early stopping was designed on these runs",
-            f"{ours}; Ray's OptunaSearch with ASHA {stock}, without {unstopped}",
+            f"{ours} (half of a 95 % interval); Ray's OptunaSearch with ASHA {stock}, without {unstopped}",
         ],
         ["anything on a GPU", "", "never run; in the tests a CPU plays the CUDA graphs"],
     ]

@@ -7,7 +7,8 @@
 Arms: plain cross-entropy, deep supervision alone, the reference's setting (also in bf16), the searched setting; all
 train on all training images, or those that the plan names, and read the test set once, after the last epoch. Every
 finished run leaves a record in results/runs, and is not run again where its record is, on whatever machine. Unfinished
-ones go on from their checkpoints in OUTPUTS/runs, where metrics.jsonl shows how far they are; stopping costs each its
+ones go on from their checkpoints in OUTPUTS/runs (with other images OUTPUTS/harder-runs), where metrics.jsonl shows how
+far they are; stopping costs each its
 last epoch at most, or ten minutes of it. `--toy` does the same with the embedded digits in seconds and keeps nothing in
 results/. What to run in 30 minutes of one GPU: results/README.md. The tables themselves: benchmarks/readme_tables.py.
 """
@@ -24,7 +25,17 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from benchmarks import common
 from benchmarks.harder_images import ALL_IMAGES, write_harder
-from benchmarks.plans import RESULTS, SEARCH_PLANS, TABLE_PLANS, Arm, PlannedRun, TablePlan, planned_runs, read_record
+from benchmarks.plans import (
+    MOST_SEEDS,
+    RESULTS,
+    SEARCH_PLANS,
+    TABLE_PLANS,
+    Arm,
+    PlannedRun,
+    TablePlan,
+    planned_runs,
+    read_record,
+)
 from byot.config import DATASETS, TrainConfig
 from byot.system.files import describe_refusal, read_json, write_json, write_text
 from byot.system.flags import Parser, flag_name, one_sentence_errors
@@ -47,17 +58,15 @@ def without_data_dir(record: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- runs
 
 
-def prepare_images(plan: TablePlan, data_dir: str | None) -> str | None:
-    """Give the folder of a plan's images. Raises ValueError if the data set is not there, or not all of it."""
+def check_images(dataset: str, data_dir: str | None) -> None:
+    """Raise ValueError if the data set is not there, or not all of it."""
     from byot.data import check_dataset, load_images
 
-    dataset = plan.base.dataset
     check_dataset(dataset, data_dir)
     found = len(load_images(dataset, data_dir, "train").labels)
     expected = DATASETS[dataset].num_train_images
     if found != expected:
         raise ValueError(f"{data_dir} holds {found} training images of {dataset}, a table needs all {expected}")
-    return data_dir if plan.images == ALL_IMAGES else write_harder(dataset, data_dir, plan.images)
 
 
 def check_precision(runs: list[PlannedRun], results: Path) -> None:
@@ -71,7 +80,7 @@ def check_precision(runs: list[PlannedRun], results: Path) -> None:
             if record["precision"] != here:
                 raise ValueError(
                     f"the record of {run.name} was computed in {record['precision']} and this machine computes in "
-                    f"{here}: runs that are compared must not differ in that"
+                    f"{here}: runs that are compared must not differ in that, so the plan goes on on such a machine"
                 )
 
 
@@ -91,20 +100,26 @@ def run_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, ou
     from search.system.resources import running_ray
     from search.system.tasks import Task, run_tasks, told_if_stopped
 
+    folder = outputs / ("runs" if plan.images == ALL_IMAGES else "harder-runs")  # apart: their settings are the same
     with one_sentence_errors("tables.py"):
-        runs = planned_runs(name, plan, outputs, results)
+        asked = plan._replace(num_seeds=arguments.seeds or plan.num_seeds)
+        if arguments.arms:
+            asked = asked._replace(arms=tuple(arguments.arms), side_arms=())
+        runs = planned_runs(name, asked, outputs, results)
         if not runs:
             first = f"run the plan {plan.search} first" if plan.search else f"the plan {name} names no search"
             raise ValueError(f"no setting of another arm has been searched yet: {first}")
         waiting = [run for run in runs if read_record(results, run) is None]
-        if waiting:
-            check_precision(runs, results)
         data_dir = arguments.data_dir
         if waiting or data_dir:  # a named folder has to be right also where nothing is left to train
-            data_dir = prepare_images(plan, data_dir)
+            check_images(plan.base.dataset, data_dir)
+        if waiting:
+            check_precision(planned_runs(name, plan._replace(num_seeds=MOST_SEEDS), outputs, results), results)
+            if plan.images != ALL_IMAGES:
+                data_dir = write_harder(plan.base.dataset, data_dir, plan.images)
         resources = share_machine(plan.base.device, arguments.concurrent)
         waiting = [run._replace(config=run.config.with_settings(data_dir=data_dir)) for run in waiting]
-    tasks = iter([Task(run, (run.config, outputs / "runs" / run.name, resources.cpus)) for run in waiting])
+    tasks = iter([Task(run, (run.config, folder / run.name, resources.cpus)) for run in waiting])
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     go_on, num_left, num_failed = shlex.join([sys.executable, *sys.argv]), len(waiting), 0
     print(f"{name}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
@@ -117,7 +132,7 @@ def run_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, ou
         ):
 
             def on_look(running: Collection[PlannedRun]) -> None:
-                show((outputs / "runs" / run.name for run in running), len(runs) - num_left, len(runs))
+                show((folder / run.name for run in running), len(runs) - num_left, len(runs))
 
             for done in run_tasks(train_run, lambda: next(tasks, None), resources, stop_asked, deadline, on_look):
                 is_kept, told = keep_record(name, done, results)
@@ -221,11 +236,7 @@ def main() -> None:
         raise SystemExit(run_search_plan(name, arguments, outputs, results))
     plan = TABLE_PLANS[name]
     base = plan.base.with_settings(**TOY) if arguments.toy else plan.base
-    plan = plan._replace(base=base, num_seeds=arguments.seeds or plan.num_seeds)
-    if arguments.toy:
-        plan = plan._replace(images=ALL_IMAGES)
-    if arguments.arms:
-        plan = plan._replace(arms=tuple(arguments.arms), side_arms=())
+    plan = plan._replace(base=base, images=ALL_IMAGES if arguments.toy else plan.images)
     raise SystemExit(run_table_plan(name, plan, arguments, outputs, results))
 
 

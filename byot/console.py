@@ -157,6 +157,7 @@ def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple["OnBa
         task = progress.add_task(
             "train",
             total=work_after(config, num_epochs),
+            completed=work_after(config, first_epoch),  # type: ignore[arg-type]  # which takes parts of epochs
             epoch=first_epoch + 1,
             num_epochs=num_epochs,
             speed="",

@@ -98,7 +98,7 @@ def trackers_of(folder: Path) -> list[Tracker]:
     with suppress(UnreadableError):
         known = read_json(folder / IDS_FILE)
     found: list[Tracker] = [name for name in TRACKED_RUNS if name in known or (folder / name).is_dir()]
-    return found if found or (folder / "config.json").is_file() else ["tensorboard"]
+    return found if found or (folder / "checkpoints").is_dir() else ["tensorboard"]
 
 
 def check_trackers(names: Iterable[Tracker]) -> None:

@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -24,7 +25,7 @@ from byot.system.paths import default_outputs
 from byot.system.provenance import find_commit, find_versions, provenance
 from byot.system.stopping import catch_stop_signals
 from search.messages import describe_confirmation, trials_table, verdict
-from search.plan import SearchPlan, Session, check_device, resource_request
+from search.plan import SearchPlan, Session, check_gpus, resource_request
 from search.probe import find_trials_per_gpu
 from search.race import Confirmation, confirm
 from search.records import SearchRecords, now, save_search
@@ -139,7 +140,7 @@ def _complete(plan: SearchPlan) -> tuple[SearchPlan, Resources]:
     if resources is None:
         with one_sentence_errors("tune.py"):
             resources = resolve(request, *joined_cluster())
-            check_device(plan.base, resources)
+            check_gpus(plan.base, resources)
             check_nodes(plan.store, resources)
     if plan.settings.gpus_per_trial == "auto" and resources.num_gpus:
         number = find_trials_per_gpu(plan.base, plan.train, resources, most=most_on_a_gpu(plan, resources))
@@ -149,7 +150,7 @@ def _complete(plan: SearchPlan) -> tuple[SearchPlan, Resources]:
 
 
 def most_on_a_gpu(plan: SearchPlan, resources: Resources) -> int:
-    """Count the trials on each GPU where all GPUs share those that may run at once."""
+    """Count the trials that each GPU gets when those that may run at once are spread over all GPUs."""
     room = resources.num_cpus // resources.cpus
     at_once = plan.settings.at_once(min(room, plan.settings.max_concurrent or room))
     return math.ceil(at_once / resources.num_gpus)
@@ -350,9 +351,12 @@ def tell_result(plan: SearchPlan, records: SearchRecords) -> int:
 
 
 def go_on(plan: SearchPlan, *more: str) -> str:
-    """Return the command that goes on with the search, or starts it where nothing is recorded of it, in any folder."""
-    if not (plan.folder / "search.json").exists():
-        return shlex.join([*this_command(), *sys.argv[1:]])
+    """Return the command that goes on with the search, in any folder.
+
+    Where nothing is recorded of it yet, that is the command that was given, for the same folder.
+    """
+    if plan.recorded is None and not os.path.exists(plan.folder / "search.json"):
+        return shlex.join([*this_command(), *sys.argv[1:], *more])
     searches = plan.folder.parent
     place = ["--outputs", str(searches.parent)] if searches.name == "searches" else ["--storage-path", str(searches)]
     if plan.store.bucket is not None:

@@ -7,8 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import torch
-
 from byot.config import NOT_IDENTITY, RECIPES, TrainConfig
 from byot.data import LabelledImages, load_images, split_validation
 from byot.runs import StopAsked
@@ -179,7 +177,7 @@ def _is_unfinished(folder: Path, search: SearchRecord) -> bool:
 def is_new(folder: Path) -> bool:
     """Check that a folder holds nothing of a search but what one leaves that was killed before it began."""
     before = (LOCK_FILE, COPY_OF, WARM_START, "search.log")
-    return all(path.name in before or path.suffix == ".tmp" for path in folder.iterdir())
+    return all(path.name in before or path.suffix == ".tmp" or path.is_dir() for path in folder.rglob("*"))
 
 
 # ---------------------------------------------------------------- with which settings
@@ -224,8 +222,8 @@ def _decide(
     resources = None
     if arguments.address is None:
         resources = resolve(resource_request(settings), *this_machine(base.device))
-        device = check_device(base, resources)
-        records_graphs(base.acceleration, device, ALONE)
+        check_gpus(base, resources)
+        records_graphs(base.acceleration, choose_device(base.device if resources.gpus else "cpu"), ALONE)
     train, val = load_search_data(base)
     if recorded is not None:
         _check_images(folder, recorded, num_train_images=len(train.labels), num_val_images=len(val.labels))
@@ -251,12 +249,10 @@ def _decide(
     )
 
 
-def check_device(base: TrainConfig, resources: Resources) -> torch.device:
-    """Find the device of trials with these resources. Raises ValueError if they ask for CUDA and get no GPU."""
+def check_gpus(base: TrainConfig, resources: Resources) -> None:
+    """Raise ValueError if trials are to train on CUDA and get no GPU."""
     if base.device == "cuda" and not resources.gpus:
-        raise ValueError("device cuda needs a GPU for each trial: gpus_per_trial must be above 0")
-    device = choose_device(base.device)
-    return torch.device("cpu") if device.type == "cuda" and not resources.gpus else device
+        raise ValueError("device cuda needs a GPU for each trial, and they get none: see --gpus-per-trial")
 
 
 def load_search_data(base: TrainConfig) -> tuple[LabelledImages, LabelledImages]:

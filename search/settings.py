@@ -85,7 +85,7 @@ class SearchSettings:
     warm_start: str | None = setting(None, "name of an earlier search: its trials are known, or its best tried early")
     confirm: int = setting(
         3,
-        "then run so many of the best, and both baselines, again over fresh seeds until one is shown to be best; 0: no",
+        "then run so many of the best, and both baselines, again over fresh seeds until one is decided on; 0: no",
         low=0,
     )
     # One seed says nothing of the noise.
@@ -185,7 +185,7 @@ def _read_gpus(given: Any) -> str | float | None:
 
 
 def _read_list(name: str, given: Any, known: tuple[str, ...] = ()) -> tuple[Any, ...]:
-    """Return a list of texts as a tuple. Raises ValueError for one that is not known, where some are."""
+    """Return a list of texts as a tuple. Raises ValueError for one that is not in `known`, unless that is empty."""
     if not isinstance(given, tuple | list) or not all(isinstance(text, str) for text in given):
         raise ValueError(f"{name} must be a list of texts, not {given!r:.40}")
     for text in given:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the program's help should not wait for Optuna
     from optuna.distributions import BaseDistribution
 
 DEFAULT_SPACE: Space = {
-    "alpha": Range(0.0, 0.5),  # with a larger one every recorded run ended 2.5 points or more below the best
+    "alpha": Range(0.0, 0.5),  # with a larger one no recorded run ended within 2.5 points of the best
     "temperature": Range(1.0, 10.0),
     "beta": Range(1e-8, 1e-3, log=True),
 }

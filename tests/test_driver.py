@@ -1,5 +1,6 @@
 """How a machine is shared among trials, and what is said of the time before a search starts."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,12 @@ from byot.system.files import write_json
 from byot.system.paths import PROJECT_ROOT
 from search.driver import go_on, most_on_a_gpu
 from search.messages import describe_confirmation, describe_time
-from search.plan import SearchPlan, _check_trials, check_device, is_new, resource_request
+from search.plan import SearchPlan, _check_trials, check_gpus, is_new, resource_request
 from search.race import Confirmation, Run
 from search.settings import SearchSettings, choose_grace
 from search.space import DEFAULT_SPACE
 from search.system.remote import Store
-from search.system.resources import ResourceRequest, Resources, cpu_quota, resolve
+from search.system.resources import ResourceRequest, Resources, cpu_quota, resolve, running_ray
 from tests.made_up import make_trial, search_record
 
 CPUS = Resources(max_concurrent=2, cpus=1, gpus=0, num_cpus=2, num_gpus=0)
@@ -63,8 +64,18 @@ def test_what_a_search_leaves_that_was_killed_before_it_began_is_none(tmp_path: 
 
 def test_cuda_without_a_gpu_a_trial_is_refused():
     base = TrainConfig(device="cuda")
-    with pytest.raises(ValueError, match="gpus_per_trial must be above 0"):
-        check_device(base, resolve(ResourceRequest(gpus=0.0), 2, 1, "here"))
+    with pytest.raises(ValueError, match="see --gpus-per-trial"):
+        check_gpus(base, resolve(ResourceRequest(gpus=0.0), 2, 1, "here"))
+    check_gpus(base, resolve(ResourceRequest(), 2, 1, "a cluster"))  # whatever this machine has
+
+
+@pytest.mark.slow
+def test_what_asks_for_no_gpu_sees_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with running_ray(CPUS):
+        import ray
+
+        assert ray.get(ray.remote(num_cpus=1)(os.environ.get).remote("CUDA_VISIBLE_DEVICES")) == ""
 
 
 def test_the_gpus_share_what_may_run_at_once():
@@ -77,7 +88,8 @@ def test_the_gpus_share_what_may_run_at_once():
 
 
 def test_before_anything_is_recorded_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    plan: Any = SimpleNamespace(folder=tmp_path / "searches" / "s", store=Store(tmp_path), address=None)
+    folder, store = tmp_path / "searches" / "s", Store(tmp_path)
+    plan: Any = SimpleNamespace(folder=folder, store=store, address=None, recorded=None)
     monkeypatch.setattr(sys, "argv", ["tune.py", "--width", "4"])
     assert go_on(plan).endswith("tune.py --width 4")
     write_json(plan.folder / "search.json", search_record())

@@ -29,7 +29,7 @@ def open_all(folder: Path, *names: Tracker, group: str = tracking.PROJECT) -> tu
 
 def test_a_run_without_trackers_goes_on_without(tmp_path: Path) -> None:
     assert trackers_of(tmp_path) == ["tensorboard"], "a new run"
-    (tmp_path / "config.json").touch()
+    (tmp_path / "checkpoints").mkdir()
     assert trackers_of(tmp_path) == []
     (tmp_path / "tensorboard").mkdir()
     assert trackers_of(tmp_path) == ["tensorboard"]

@@ -230,7 +230,7 @@ class Store:
                 with suppress(FileNotFoundError, IsADirectoryError):
                     (self.folder / name).unlink()
             self.bucket.fetch([name for name in names if self._is_record(name)], self.folder)
-        elif any((self.folder / name).exists() for name in self.records):
+        elif (self.folder / self.records[0]).exists():
             raise ValueError(f"{self} has no {self.records[0]} any more, {self.folder} has a copy: put it back there")
 
     def _is_record(self, name: str) -> bool:

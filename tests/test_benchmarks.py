@@ -257,7 +257,7 @@ def test_levers_train_what_is_missing_on_held_out_images(
         (tables, "tiny --minutes nan", ["--minutes", "above 0"]),
         (tables, "tiny --seeds 0", ["--seeds"]),
         (tables, "tiny --arms searched --toy", ["search-tiny"]),
-        (tables, "modern-r18 --arms searched --toy", ["modern-r18", "names no search"]),
+        (tables, "modern-w16 --arms searched --toy", ["modern-w16", "names no search"]),
         (tables, "tiny --toy --data-dir .", ["--toy", "--data-dir"]),
         (tables, "search-r18 --concurrent 2", ["--concurrent"]),
     ],

@@ -336,7 +336,7 @@ def published_network(results: Path) -> Iterator[str]:
     ]
     for (epochs, held_out, where), records in sorted(groups.items()):
         hours = statistics.median(record["elapsed_s"] for record in records) / 3600
-        name = "byot" + (f", trained on {1 - held_out:.0%} of the images" if held_out else "")
+        name = "byot" + (f", trained on {100 * (1 - held_out):.0f} % of the images" if held_out else "")
         measured = [describe(records, column) for column in columns]
         rows.append([name, str(epochs), str(len(records)), *measured, f"{where}, {hours:.1f} h"])
     yield (

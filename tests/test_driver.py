@@ -75,7 +75,8 @@ def test_what_asks_for_no_gpu_sees_none(monkeypatch: pytest.MonkeyPatch):
     with running_ray(CPUS):
         import ray
 
-        assert ray.get(ray.remote(num_cpus=1)(os.environ.get).remote("CUDA_VISIBLE_DEVICES")) == ""
+        seen = ray.remote(num_cpus=1)(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+        assert ray.get(seen.remote()) == ""
 
 
 def test_the_gpus_share_what_may_run_at_once():

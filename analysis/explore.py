@@ -30,7 +30,8 @@ def make_study(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame)
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     names = [name for name in parameter_columns(trials) if name in search.space]
-    distributions = make_distributions({name: search.space[name] for name in names})
+    space = {name: search.space[name] for name in names}
+    distributions = make_distributions(space)
     known = dict(list(curves.set_index("epoch").groupby("trial_id")[search.metric]))
     study = optuna.create_study(direction="maximize" if search.mode == "max" else "minimize")
     for trial in trials.to_dict("records"):
@@ -38,7 +39,7 @@ def make_study(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame)
         is_whole = trial["status"] == "completed" and pd.notna(trial[search.metric])
         if trial["role"] == "control" or not (is_whole or trial["status"] == "stopped"):
             continue
-        if is_inside({name: search.space[name] for name in names}, params):
+        if is_inside(space, params):
             curve = known.get(trial["trial_id"])
             added = create_trial(
                 state=TrialState.COMPLETE if is_whole else TrialState.PRUNED,

@@ -320,8 +320,8 @@ def published_network(results: Path) -> Iterator[str]:
     for path in sorted((results / "runs").glob("*.json")):
         record = read_json(path)
         config = record["config"]
-        network = config["model"], config["dataset"], config["width"], config["recipe"]
-        is_published = network == ("resnet18", "cifar100", PUBLISHED_WIDTH, "modern")
+        trained = config["model"], config["dataset"], config["width"], config["recipe"]
+        is_published = trained == ("resnet18", "cifar100", PUBLISHED_WIDTH, "modern")
         if is_published and record.get("arm", "reference") == "reference" and "error" not in record:
             hardware = record["hardware"]
             device = hardware["device"] if hardware["device"] != "cpu" else f"{hardware['threads']} CPU threads"

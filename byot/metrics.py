@@ -46,14 +46,18 @@ class Evaluation:
             values = getattr(self, measure)
             classifiers, ensemble = (values, ()) if len(values) == 1 else (values[:-1], values[-1:])
             record[f"{prefix}_{measure}"] = classifiers[-1]
-            numbered = zip(exit_numbers(len(classifiers)), classifiers, strict=True)
-            record |= {f"{prefix}_{measure}_{i}": value for i, value in numbered}
+            record |= {f"{prefix}_{measure}_{i}": value for i, value in numbered(classifiers)}
             record |= {f"{prefix}_{measure}_ensemble": value for value in ensemble}
         if len(self.accuracy) > 1:
             record[f"{prefix}_accuracy_mean"] = fmean(self.accuracy[:-1])
         if self.exit_accuracy is not None:
             record[f"{prefix}_exit_accuracy"] = self.exit_accuracy
         return record
+
+
+def numbered(classifiers: tuple[float, ...]) -> Iterable[tuple[int, float]]:
+    """Number K values as the stages that their classifiers follow: the last one is always 4."""
+    return zip(exit_numbers(len(classifiers)), classifiers, strict=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +79,7 @@ class EpochMetrics:
         """Make the flat dict that metrics.jsonl, TensorBoard and a trial's report hold."""
         record: dict[str, Any] = {"epoch": self.epoch, "lr": self.lr, "train_loss": self.loss}
         for name in ("label", "accuracy"):
-            values = getattr(self, name)
-            numbered = zip(exit_numbers(len(values)), values, strict=True)
-            record |= {f"train_{name}_{i}": value for i, value in numbered}
+            record |= {f"train_{name}_{i}": value for i, value in numbered(getattr(self, name))}
         for name in ("distillation", "hint"):
             record |= {f"train_{name}_{i}": value for i, value in enumerate(getattr(self, name), start=1)}
         if self.val is not None:

@@ -355,8 +355,8 @@ def go_on(plan: SearchPlan, *more: str) -> str:
 
     Where nothing is recorded of it yet, that is the command that was given, for the same folder.
     """
-    is_there = os.path.exists(plan.folder / "search.json")  # noqa: PTH110  # Path.exists fails on storage that is gone
-    if plan.recorded is None and not is_there:
+    # Path.exists would fail where the storage is gone.
+    if plan.recorded is None and not os.path.exists(plan.folder / "search.json"):  # noqa: PTH110
         return shlex.join([*this_command(), *sys.argv[1:], *more])
     searches = plan.folder.parent
     place = ["--outputs", str(searches.parent)] if searches.name == "searches" else ["--storage-path", str(searches)]

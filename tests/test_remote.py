@@ -138,6 +138,16 @@ def test_a_store_that_refuses(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch):
         open_bucket(s3.url())
 
 
+def test_a_process_killed_within_an_upload_leaves_what_was_there(s3: ObjectStore, bucket: Bucket):
+    bucket.write("x", b"before")
+    code = f"from search.system.remote import Bucket; Bucket({s3.url()!r}).write('x', bytes(32 << 20))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env=os.environ | credentials())
+    s3.on_request = lambda method, key: process.kill() if method == "PUT" else None
+    assert process.wait(60) == -signal.SIGKILL
+    assert bucket.read("x") == b"before"
+    assert bucket.files() == ["x"]
+
+
 # ---------------------------------------------------------------- a worker's side
 
 

@@ -17,6 +17,10 @@ from byot.system.fused import AnyBatchNorm, norm_relu
 
 STAGE_CHANNELS = (64, 128, 256, 512)  # of the published network, before the width scales them
 
+# Where Conv2d multiplies matrices: pixels of a batch times those of the kernel, for each channel of the result; measured.
+MOST_PRODUCTS_BF16, MOST_PRODUCTS = 36, 27
+LEAST_WEIGHTS = 2**18  # in float32
+
 
 class BranchOutputs(NamedTuple):
     """What every classifier says of a batch, shallow to deep."""
@@ -35,7 +39,31 @@ def make_downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequ
     )
 
 
-class DownsampleConv2d(nn.Conv2d):
+class Conv2d(nn.Conv2d):
+    """A convolution, trained on a CPU as one matrix product where the feature map is small for its weights.
+
+    The weights and the result are the same but for rounding. oneDNN's convolution takes up to ten times as long there,
+    most of it in the gradient of the weights.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, out_channels, H', W']
+        if not (self.training and x.device.type == "cpu" and self.groups == 1) or torch.compiler.is_compiling():
+            return super().forward(x)
+        k, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
+        rows, columns = ((size + 2 * padding - k) // stride + 1 for size in x.shape[2:])
+        is_bf16 = x.dtype == torch.bfloat16
+        limit = self.out_channels * (MOST_PRODUCTS_BF16 if is_bf16 else MOST_PRODUCTS)
+        if len(x) * rows * columns * k * k > limit or not (is_bf16 or self.weight.numel() >= LEAST_WEIGHTS):
+            return super().forward(x)
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))  # [B, H, W, C]
+        shifted = [
+            x[:, i : i + stride * rows : stride, j : j + stride * columns : stride] for i in range(k) for j in range(k)
+        ]
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [out_channels, k * k * C]
+        return F.linear(torch.cat(shifted, dim=3), weight, self.bias).permute(0, 3, 1, 2)
+
+
+class DownsampleConv2d(Conv2d):
     """A 1x1 convolution that drops the pixels its stride skips before it, where channels are few.
 
     The weights and the result are the same. With fewer channels than a vector register holds, oneDNN's backward pass of
@@ -60,9 +88,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, groups: int, group_width: int) -> None:
         super().__init__()
         assert (groups, group_width) == (1, 64)
-        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.conv2 = Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = make_downsample(in_channels, channels, stride)
 
@@ -84,11 +112,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_channels = channels * self.expansion
         inner = max(1, channels * group_width // 64) * groups
-        self.conv1 = nn.Conv2d(in_channels, inner, kernel_size=1, bias=False)
+        self.conv1 = Conv2d(in_channels, inner, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, inner, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)
+        self.conv2 = Conv2d(inner, inner, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, out_channels, kernel_size=1, bias=False)
+        self.conv3 = Conv2d(inner, out_channels, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample = make_downsample(in_channels, out_channels, stride)
 
@@ -133,10 +161,10 @@ class ResNet(nn.Module):
         block, num_blocks, groups, group_width = ARCHITECTURES[model]
         self.maxpool: nn.Module = nn.Identity()
         if imagenet_stem:
-            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.conv1 = Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         else:
-            self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+            self.conv1 = Conv2d(3, width, kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         channels = [c * width // STAGE_CHANNELS[0] for c in STAGE_CHANNELS]
         self.stage_channels = [c * block.expansion for c in channels]  # of the feature maps that leave the stages
@@ -199,13 +227,13 @@ class Branch(nn.Module):
         self, in_channels: int, middle: int, out_channels: int, kernel_size: int, num_classes: int, *, wide: bool
     ) -> None:
         super().__init__()
-        convolutions: list[nn.Conv2d] = [nn.Conv2d(in_channels, middle, kernel_size=1)]
+        convolutions: list[nn.Conv2d] = [Conv2d(in_channels, middle, kernel_size=1)]
         if wide:
-            convolutions.append(nn.Conv2d(middle, middle, kernel_size=3, stride=2, padding=1))
+            convolutions.append(Conv2d(middle, middle, kernel_size=3, stride=2, padding=1))
             kernel_size //= 2
         if kernel_size > 1:
             convolutions.append(PatchConv2d(middle, middle, kernel_size))
-        convolutions.append(nn.Conv2d(middle, out_channels, kernel_size=1))
+        convolutions.append(Conv2d(middle, out_channels, kernel_size=1))
         layers = [(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)) for conv in convolutions]
         self.bottleneck = nn.Sequential(*chain.from_iterable(layers))
         self.fc = nn.Linear(out_channels, num_classes)

@@ -73,10 +73,12 @@ class Optimizer:
         assert weight.grad is not None
         if weight not in self._buffers:
             self._buffers[weight] = torch.zeros_like(weight)
-        momentum = self._buffers[weight].mul_(self.momentum).add_(weight.grad)
-        direction = orthogonalise(weight.grad.add(momentum, alpha=self.momentum).flatten(1), self.muon_dtype)
+        momentum = self._buffers[weight]
+        torch.add(weight.grad, momentum, alpha=self.momentum, out=momentum)
+        gradient = weight.grad.add(momentum, alpha=self.momentum).permute(0, 2, 3, 1)  # as channels-last memory has it
+        direction = orthogonalise(gradient.flatten(1), self.muon_dtype)
         weight.mul_(min(direction.shape) ** 0.5 / weight.norm())
-        weight.sub_(direction.view(weight.shape) * (FILTER_STEP * self.lr))
+        weight.addcmul_(direction.view(gradient.shape).permute(0, 3, 1, 2), self.lr, value=-FILTER_STEP)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the momentum and the settings in the format of torch's optimizers, parameters by their numbers."""

@@ -17,9 +17,10 @@ from byot.system.fused import AnyBatchNorm, norm_relu
 
 STAGE_CHANNELS = (64, 128, 256, 512)  # of the published network, before the width scales them
 
-# Where Conv2d multiplies matrices: pixels of a batch times those of the kernel, for each channel of the result; measured.
+# Up to where a matrix product trains a convolution faster, as measured: the pixels of the batch's feature maps times
+# those of the kernel, for each channel of the result.
 MOST_PRODUCTS_BF16, MOST_PRODUCTS = 36, 27
-LEAST_WEIGHTS = 2**18  # in float32
+LEAST_WEIGHTS = 2**18  # with fewer it does not in float32
 
 
 class BranchOutputs(NamedTuple):

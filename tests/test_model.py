@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from byot.config import NUM_CLASSIFIERS, BranchKind, ModelName, TrainConfig
 from byot.exits import measure_costs
 from byot.loss import self_distillation_loss
-from byot.model import BranchedResNet, PatchConv2d, fold_batch_norms
+from byot.model import BranchedResNet, Conv2d, PatchConv2d, fold_batch_norms
 from byot.system.paths import PROJECT_ROOT
 from byot.trainer import build_model
 
@@ -280,3 +280,37 @@ def test_patch_convolution_equals_the_convolution(
     (expected * weights).sum().backward()
     for a, b in zip(patches.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "height", "width"), [(3, 1, 2, 2), (3, 2, 5, 4), (3, 1, 1, 1), (1, 2, 3, 4), (1, 1, 2, 3)]
+)
+def test_a_convolution_of_small_feature_maps_is_trained_as_a_matrix_product(
+    kernel_size: int, stride: int, height: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients are the convolution's; prediction, groups, large feature maps and few weights in float32
+    are left to oneDNN."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"stride": stride, "padding": kernel_size // 2, "dtype": dtype}
+    small = Conv2d(64, 96, kernel_size, **settings).to(memory_format=torch.channels_last)
+    plain = nn.Conv2d(64, 96, kernel_size, **settings)
+    plain.load_state_dict(small.state_dict())
+    images = torch.randn(3, 64, height, width, dtype=dtype).to(memory_format=torch.channels_last)
+
+    def is_convolution(module: nn.Module, x: Tensor) -> bool:
+        return "Convolution" in module(x).grad_fn.name()
+
+    assert is_convolution(small, images) == (dtype == torch.float64)
+    monkeypatch.setattr("byot.model.LEAST_WEIGHTS", 0)
+    assert not is_convolution(small, images)
+    results = []
+    for module in (small, plain):
+        x = images.clone().requires_grad_()
+        y = module(x)
+        results.append([y, *torch.autograd.grad(y, (x, *module.parameters()), torch.ones_like(y))])
+    rtol, atol = (0.02, 0.1) if dtype == torch.bfloat16 else (1e-7, 1e-7)
+    torch.testing.assert_close(*results, rtol=rtol, atol=atol)
+    assert is_convolution(small, torch.randn(2, 64, 96, 96, dtype=dtype))
+    assert is_convolution(small.eval(), images)
+    assert is_convolution(Conv2d(64, 96, kernel_size, groups=2, **settings), images)

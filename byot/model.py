@@ -5,7 +5,7 @@ B batch, C classes, D feature width, K = 4 classifiers, ordered shallow to deep:
 
 import copy
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +57,32 @@ class Conv2d(nn.Conv2d):
         if len(x) * rows * columns * k * k > limit or not (is_bf16 or self.weight.numel() >= LEAST_WEIGHTS):
             return super().forward(x)
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))  # [B, H, W, C]
-        shifted = [
-            x[:, i : i + stride * rows : stride, j : j + stride * columns : stride] for i in range(k) for j in range(k)
-        ]
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [out_channels, k * k * C]
-        return F.linear(torch.cat(shifted, dim=3), weight, self.bias).permute(0, 3, 1, 2)
+        seen: Tensor = x[:, ::stride, ::stride] if k == 1 else SeenByKernel.apply(x, k, stride)
+        return F.linear(seen, weight, self.bias).permute(0, 3, 1, 2)
+
+
+class SeenByKernel(torch.autograd.Function):
+    """Puts beside each other the pixels that a k x k kernel sees: [B, H, W, C] -> [B, H', W', k * k * C]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int, stride: int) -> Tensor:
+        ctx.shape, ctx.k, ctx.stride = x.shape, k, stride
+        return torch.cat(SeenByKernel.shifted(x, k, stride), dim=3)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dx = gradients[0].new_zeros(ctx.shape)
+        parts = gradients[0].split(ctx.shape[3], dim=3)
+        for part, pixels in zip(parts, SeenByKernel.shifted(dx, ctx.k, ctx.stride), strict=True):
+            pixels += part
+        return dx, None, None
+
+    @staticmethod
+    def shifted(x: Tensor, k: int, stride: int) -> list[Tensor]:
+        """Return views of the pixels under each of the kernel's."""
+        rows, columns = (stride * ((size - k) // stride + 1) for size in x.shape[1:3])
+        return [x[:, i : i + rows : stride, j : j + columns : stride] for i in range(k) for j in range(k)]
 
 
 class DownsampleConv2d(Conv2d):

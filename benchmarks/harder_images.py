@@ -45,9 +45,10 @@ def make_harder(images: "LabelledImages", asked: TrainingImages, num_classes: in
 def write_harder(dataset: str, data_dir: str | None, asked: TrainingImages) -> str:
     """Write the harder data set as parquet beside the decoded images and return its folder, for `data_dir`.
 
-    A folder that is there is kept.
+    A folder that is there is kept. Raises ValueError where it cannot be written.
     """
     from byot.data import load_images
+    from byot.system.files import describe_refusal
 
     folder = cache_folder() / f"{dataset}-{asked.share:.0%}-wrong-{asked.wrong:.0%}".replace("%", "")
     if not (folder / "train.parquet").is_file():
@@ -55,7 +56,10 @@ def write_harder(dataset: str, data_dir: str | None, asked: TrainingImages) -> s
             images = load_images(dataset, data_dir, split)
             if split == "train":
                 images = make_harder(images, asked, DATASETS[dataset].num_classes)
-            write_parquet(folder / f"{split}.parquet", dataset, images)
+            try:
+                write_parquet(folder / f"{split}.parquet", dataset, images)
+            except OSError as error:
+                raise ValueError(describe_refusal(error, folder)) from error
     return str(folder)
 
 

@@ -1,5 +1,7 @@
 """The plans behind the tables: what is run, what is kept of it, and what is made of the records."""
 
+import errno
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -89,6 +91,17 @@ def test_fewer_images_of_each_class_and_wrong_labels():
     assert noisy.images is digits.images
     again = make_harder(digits, TrainingImages(wrong=0.2), 10)
     assert again.labels.tolist() == noisy.labels.tolist(), "the same for every run"
+
+
+def test_a_full_disk_is_told_in_one_sentence_where_harder_images_are_written(
+    parquet_folder: ParquetMaker, monkeypatch: pytest.MonkeyPatch
+):
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("byot.system.files.write_whole", write)
+    with pytest.raises(ValueError, match=r"wrong-50 cannot be read or written \(No space left on device\)"):
+        write_harder("cifar100", str(parquet_folder()), TrainingImages(wrong=0.5))
 
 
 def test_harder_images_are_a_data_set_that_every_program_reads(parquet_folder: ParquetMaker):

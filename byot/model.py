@@ -4,6 +4,7 @@ B batch, C classes, D feature width, K = 4 classifiers, ordered shallow to deep:
 """
 
 import copy
+import math
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -17,10 +18,10 @@ from byot.system.fused import AnyBatchNorm, norm_relu
 
 STAGE_CHANNELS = (64, 128, 256, 512)  # of the published network, before the width scales them
 
-# Up to where a matrix product trains a convolution faster, as measured: the pixels of the batch's feature maps times
-# those of the kernel, for each channel of the result.
-MOST_PRODUCTS_BF16, MOST_PRODUCTS = 36, 27
-LEAST_WEIGHTS = 2**18  # with fewer it does not in float32
+# A matrix product trains a convolution faster up to these ratios, as measured: the pixels that a batch's result has,
+# times those of the kernel, over the channels of the result.
+LARGEST_RATIO_BF16, LARGEST_RATIO = 36, 27
+LEAST_WEIGHTS = 2**18  # with fewer it is not faster in float32
 
 
 class BranchOutputs(NamedTuple):
@@ -48,18 +49,26 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, out_channels, H', W']
-        if not (self.training and x.device.type == "cpu" and self.groups == 1) or torch.compiler.is_compiling():
+        if not self._is_small(x):
             return super().forward(x)
-        k, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
-        rows, columns = ((size + 2 * padding - k) // stride + 1 for size in x.shape[2:])
-        is_bf16 = x.dtype == torch.bfloat16
-        limit = self.out_channels * (MOST_PRODUCTS_BF16 if is_bf16 else MOST_PRODUCTS)
-        if len(x) * rows * columns * k * k > limit or not (is_bf16 or self.weight.numel() >= LEAST_WEIGHTS):
-            return super().forward(x)
+        k, stride, padding = self._geometry()
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))  # [B, H, W, C]
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [out_channels, k * k * C]
         seen: Tensor = x[:, ::stride, ::stride] if k == 1 else SeenByKernel.apply(x, k, stride)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [out_channels, k * k * C]
         return F.linear(seen, weight, self.bias).permute(0, 3, 1, 2)
+
+    def _is_small(self, x: Tensor) -> bool:
+        if not (self.training and x.device.type == "cpu" and self.groups == 1) or torch.compiler.is_compiling():
+            return False
+        k, stride, padding = self._geometry()
+        pixels = len(x) * math.prod((size + 2 * padding - k) // stride + 1 for size in x.shape[2:])
+        ratio = pixels * k * k / self.out_channels
+        if x.dtype == torch.bfloat16:
+            return ratio <= LARGEST_RATIO_BF16
+        return ratio <= LARGEST_RATIO and self.weight.numel() >= LEAST_WEIGHTS
+
+    def _geometry(self) -> tuple[int, int, int]:
+        return self.kernel_size[0], self.stride[0], int(self.padding[0])
 
 
 class SeenByKernel(torch.autograd.Function):

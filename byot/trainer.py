@@ -45,6 +45,7 @@ from byot.optimizer import make_optimizer
 from byot.system.checkpoint import is_out_of_memory
 from byot.system.cuda_graph import RecordedFunction, RecordingError
 from byot.system.distributed import ALONE, Processes, synchronise_batch_norms
+from byot.system.memory import keep_freed_memory
 from byot.system.stopping import DivergedError, OutOfMemoryError
 
 EVAL_BATCH_SIZE = {"cpu": 256, "mps": 512, "cuda": 2048}
@@ -73,6 +74,8 @@ class Trainer:
         self.config = config
         self.processes = processes
         self.device = choose_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.autocast_dtype = choose_autocast_dtype(config.precision, self.device)
         self._records = records_graphs(config.acceleration, self.device, processes)
         self.normalisation = normalisation or find_normalisation(config, train.images)

@@ -4,11 +4,10 @@
   python benchmarks/speed/train_speed.py --models resnet18 --widths 16 --steps 10 --data-dir DIR
 
 Both train the same images in turns within one process, so that what else the machine does falls on both; the ratio is
-the median over the rounds. Both train by the reference's recipe, ours too at full resolution from the first step on. A
-turn's first step finds its memory given back to the system: enough steps a turn show the speed of a long run. The share
-of the peak is the arithmetic of one step, forward and backward, over what a large matrix product reaches in the same
-precision in the same round. Memory is the growth of a process of its own over a few steps: resident memory on a CPU,
-allocated memory on a GPU.
+the median over the rounds. Both train by the reference's recipe, ours too at full resolution from the first step on. On
+a CPU the process keeps freed memory, for both. The share of the peak is the arithmetic of one step, forward and
+backward, over what a large matrix product reaches in the same precision in the same round. Memory is the growth of a
+process of its own over a few steps: resident memory on a CPU, allocated memory on a GPU.
 """
 
 import time

@@ -1,6 +1,7 @@
 """Gives all tests one thread, a clean environment, the CIFAR-100 files where they are, and small parquet folders."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import PROJECT, Call, ParquetMaker, call_main, write_parquet
+from byot.system.files import write_json
+from tests.helpers import EXIT_RULE, PROJECT, Call, ParquetMaker, call_main, save_digits_run, write_parquet
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,6 +54,27 @@ def cifar100_dir() -> Path:
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Give a function that calls a module's main(): its exit code, and what it says on stdout and stderr."""
     return lambda module, *arguments: call_main(module, "script", arguments, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def exits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a run in outputs/runs/NAME that has an exits.json."""
+    folder = save_digits_run(tmp_path_factory.mktemp("place") / "outputs" / "runs" / "NAME")
+    write_json(folder / "exits.json", EXIT_RULE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a network that has the deepest classifier alone."""
+    return save_digits_run(tmp_path_factory.mktemp("plain") / "run", loss_form="plain", epochs=1)
+
+
+@pytest.fixture
+def alone(exits_run: Path, tmp_path: Path) -> Path:
+    """Copy a run's checkpoint to where no exits.json is."""
+    (checkpoint,) = (exits_run / "checkpoints").iterdir()
+    return Path(shutil.copy(checkpoint, tmp_path / "alone.pt"))
 
 
 @pytest.fixture

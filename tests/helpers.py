@@ -27,6 +27,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 Call = Callable[..., tuple[int, str, str]]
 ParquetMaker = Callable[..., Path]
 Refuse = Callable[..., None]  # of the program, its arguments as a tuple, and words its sentence must have
+# Images leave at three exits by it, and nobody asks the third.
+EXIT_RULE = {"temperatures": (0.7, 1.3, 0.9, 1.1), "thresholds": (0.4, 0.3, 2.0, 0.0)}
 TIMES = {"elapsed_s", "images_per_s"}
 SMALL_RUN: dict[str, Any] = {
     "recipe": "reference",

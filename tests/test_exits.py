@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,14 @@ from byot.system.distributed import ALONE, Processes
 from byot.system.files import read_json, read_json_lines, write_json
 from byot.trainer import choose_autocast_dtype
 from search.settings import SearchSettings
-from tests.helpers import PROJECT, assert_one_sentence, call_main
+from tests.helpers import PROJECT, Call, assert_one_sentence
 from tests.test_distributed import in_processes
 from tests.test_metrics import Answers as FixedAnswers
 from tests.test_model import stir_batch_norms
 
 PLAIN = ExitRule((1.0,) * 4, (NEVER, NEVER, NEVER, 0.0))
 COSTS = ExitCosts((30, 25, 25, 20), (5, 3, 2, 1))
+COSTS_OF_THREE = ExitCosts((40, 30, 30), (2, 2, 1))
 
 
 @pytest.fixture(scope="module")
@@ -252,9 +254,6 @@ def test_exits_that_do_not_pay_are_not_asked() -> None:
     assert fit_to_drop(answers, COSTS_OF_THREE, 1).thresholds[0] <= 1
 
 
-COSTS_OF_THREE = ExitCosts((40, 30, 30), (2, 2, 1))
-
-
 def test_a_target_below_the_cheapest_exit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least 0\.347"):
         fit_to_cost(make_up_answers(40, 4, 0), COSTS, 0.3)
@@ -318,12 +317,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def call(call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
     monkeypatch.setattr(exit_report, "TIMED_S", 0.02)
-    return lambda *given: call_main(evaluate_command, "evaluate.py", given, monkeypatch, capsys)
+    return partial(call, evaluate_command)
 
 
-def test_the_command_fits_on_held_out_images_and_tells_what_the_test_set_says(run: Path, call: Any) -> None:
+def test_the_command_fits_on_held_out_images_and_tells_what_the_test_set_says(run: Path, call: Call) -> None:
     code, out, err = call(run, "--exits", "--max-drop", 2)
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines()[1:])) <= 80, "the first line is a path"
@@ -362,7 +361,7 @@ def test_the_command_fits_on_held_out_images_and_tells_what_the_test_set_says(ru
     assert [one["batch_size"] for one in told["test"]["time"]] == [1, 128]
 
 
-def test_test_labels_do_not_matter(run: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_test_labels_do_not_matter(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     files, printed = [], []
     for seed in (None, 1):
 
@@ -385,7 +384,7 @@ def test_test_labels_do_not_matter(run: Path, call: Any, monkeypatch: pytest.Mon
     assert printed[0] != printed[1]
 
 
-def test_images_that_were_trained_on_are_called_so(tmp_path: Path, call: Any) -> None:
+def test_images_that_were_trained_on_are_called_so(tmp_path: Path, call: Call) -> None:
     train_run(TrainConfig(dataset="digits", width=4, epochs=1, device="cpu"), tmp_path / "all")
     code, out, _ = call(tmp_path / "all", "--exits", "--target-cost", 0.7)
     assert code == 0
@@ -394,22 +393,21 @@ def test_images_that_were_trained_on_are_called_so(tmp_path: Path, call: Any) ->
     assert (record["fitted_on"], record["num_images"]) == (exit_report.SEEN, 143)
 
 
-def test_what_cannot_be_asked_is_refused_in_a_sentence(run: Path, call: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_refused_in_a_sentence(run: Path, call: Call, plain_run: Path) -> None:
     (run / "exits.json").unlink(missing_ok=True)
-    train_run(TrainConfig(dataset="digits", width=4, epochs=1, loss_form="plain", device="cpu"), tmp_path / "plain")
     for given, word in (
         ((run, "--max-drop", 1), "--exits"),
         ((run, "--exits", "--max-drop", 1, "--target-cost", 0.5), "not allowed with"),
         ((run, "--exits", "--max-drop", -1), "max_drop must lie between 0 and 100"),
         ((run, "--exits", "--target-cost", 0.1), "the cheapest exit"),
         ((run, "--exits", "--target-cost", "nan"), "target_cost must be"),
-        ((tmp_path / "plain", "--exits"), "loss_form plain"),
+        ((plain_run, "--exits"), "loss_form plain"),
     ):
         code, out, err = call(*given)
         assert (code, out) == (2, ""), given
         assert_one_sentence(err, word)
     assert not (run / "exits.json").exists()
-    assert not (tmp_path / "plain" / "exits.json").exists()
+    assert not (plain_run / "exits.json").exists()
 
 
 def test_a_rule_is_read_back_or_refused(tmp_path: Path) -> None:
@@ -433,7 +431,7 @@ def test_a_rule_is_read_back_or_refused(tmp_path: Path) -> None:
         load_rule(tmp_path)
 
 
-def test_the_page_s_example_runs(run: Path, call: Any) -> None:
+def test_the_page_s_example_runs(run: Path, call: Call) -> None:
     assert call(run, "--exits")[0] == 0
     example = (PROJECT / "docs/exits.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}

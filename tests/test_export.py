@@ -17,25 +17,10 @@ from byot.data import load_images
 from byot.exits import measure_costs
 from byot.model import fold_batch_norms
 from byot.runs import load_network
-from byot.system.files import read_json, write_json
-from tests.helpers import PROJECT, assert_one_sentence, call_main, picture_of, random_pixels, save_digits_run
+from byot.system.files import read_json
+from tests.helpers import PROJECT, Call, assert_one_sentence, picture_of, random_pixels
 
-Call = Callable[..., tuple[int, str, str]]
-RULE = {"temperatures": [0.7, 1.3, 0.9, 1.1], "thresholds": [0.4, 0.3, 2.0, 0.0]}
 EXAMPLE = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "predict.md").read_text(), re.DOTALL)[-1]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run in outputs/runs/NAME, by whose rule images leave at three exits."""
-    folder = save_digits_run(tmp_path_factory.mktemp("place") / "outputs" / "runs" / "NAME")
-    write_json(folder / "exits.json", RULE)
-    return folder
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return lambda *arguments: call_main(export, "export.py", arguments, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +83,13 @@ def assert_same_logits(
 @pytest.mark.slow
 @pytest.mark.parametrize("file_format", LOAD)
 def test_one_graph_has_the_logits_of_all_exits(
-    run: Path, images: np.ndarray, call: Call, tmp_path: Path, file_format: str
+    exits_run: Path, images: np.ndarray, call: Call, tmp_path: Path, file_format: str
 ) -> None:
-    code, out, err = call(run, "--format", file_format, "--output", tmp_path / "made")
+    code, out, err = call(export, exits_run, "--format", file_format, "--output", tmp_path / "made")
     assert (code, err) == (0, "")
     (path,) = exported(tmp_path / "made", f"all-exits.{'pt2' if file_format == 'torch' else 'onnx'}")
     assert [line.split()[0] for line in out.splitlines()] == [str(path), str(path.with_name("manifest.json"))]
-    assert_same_logits(LOAD[file_format](path), images, logits_of(run, images))
+    assert_same_logits(LOAD[file_format](path), images, logits_of(exits_run, images))
     manifest = read_json(path.with_name("manifest.json"))
     assert (manifest["image_size"], manifest["class_names"]) == (8, list("0123456789"))
     assert manifest["graphs"][0]["shape"] == ["batch", 3, 8, 8]
@@ -113,13 +98,13 @@ def test_one_graph_has_the_logits_of_all_exits(
 
 @pytest.mark.parametrize("file_format", LOAD)
 def test_one_exit_alone_has_no_layer_that_it_does_not_need(
-    run: Path, images: np.ndarray, call: Call, tmp_path: Path, file_format: str
+    exits_run: Path, images: np.ndarray, call: Call, tmp_path: Path, file_format: str
 ) -> None:
-    assert call(run, "--format", file_format, "--exit", 2, "--output", tmp_path / "made")[0] == 0
+    assert call(export, exits_run, "--format", file_format, "--exit", 2, "--output", tmp_path / "made")[0] == 0
     (path,) = exported(tmp_path / "made", f"exit-2.{'pt2' if file_format == 'torch' else 'onnx'}")
     assert str(PROJECT).encode() not in path.read_bytes(), "no path of the machine that made it"
-    assert_same_logits(LOAD[file_format](path), images, logits_of(run, images)[1:2])
-    model = fold_batch_norms(load_network(run)[0])
+    assert_same_logits(LOAD[file_format](path), images, logits_of(exits_run, images)[1:2])
+    model = fold_batch_norms(load_network(exits_run)[0])
     trunk = model.trunk
     needed = sum(
         tensor.numel()
@@ -136,19 +121,19 @@ def test_one_exit_alone_has_no_layer_that_it_does_not_need(
 
 @pytest.mark.slow
 def test_the_example_stops_early_as_predicting_does(
-    run: Path, images: np.ndarray, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exits_run: Path, images: np.ndarray, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Word for word as in docs/predict.md; the exit that is not asked does not answer there either."""
     pytest.importorskip("onnxruntime")
-    monkeypatch.chdir(run.parents[2])
-    assert call("outputs/runs/NAME", "--format", "onnx", "--stages")[0] == 0
-    exported(run / "export" / "onnx-stages", *(f"stage-{number}.onnx" for number in range(1, 5)))
+    monkeypatch.chdir(exits_run.parents[2])
+    assert call(export, "outputs/runs/NAME", "--format", "onnx", "--stages")[0] == 0
+    exported(exits_run / "export" / "onnx-stages", *(f"stage-{number}.onnx" for number in range(1, 5)))
     Image.fromarray(random_pixels(1, size=8)[0]).save("photo.jpg")
     names: dict[str, Any] = {}
     exec(compile(EXAMPLE, "docs/predict.md", "exec"), names)
     ((name, probability, number),) = ast.literal_eval(capsys.readouterr().out)
 
-    predictor = byot.load(run, "cpu")
+    predictor = byot.load(exits_run, "cpu")
     (photo,) = predictor.predict(["photo.jpg"])
     assert (name, probability, number) == (photo.name, pytest.approx(photo.probability, abs=1e-5), photo.exit)
     expected = predictor.predict(load_images("digits", None, "test").images)
@@ -158,15 +143,14 @@ def test_the_example_stops_early_as_predicting_does(
     assert [share for _, share, _ in found] == pytest.approx([answer.probability for answer in expected], abs=1e-5)
 
 
-def test_a_plain_network_is_one_graph_with_the_fourth_exit(tmp_path: Path, images: np.ndarray, call: Call) -> None:
-    plain = save_digits_run(tmp_path / "plain", loss_form="plain", epochs=1)
-    assert call(plain, "--format", "torch", "--stages")[0] == 0
-    (path,) = exported(plain / "export" / "torch-stages", "stage-4.pt2")
-    assert_same_logits(load_torch(path), images, logits_of(plain, images))
+def test_a_plain_network_is_one_graph_with_the_fourth_exit(plain_run: Path, images: np.ndarray, call: Call) -> None:
+    assert call(export, plain_run, "--format", "torch", "--stages")[0] == 0
+    (path,) = exported(plain_run / "export" / "torch-stages", "stage-4.pt2")
+    assert_same_logits(load_torch(path), images, logits_of(plain_run, images))
     assert read_json(path.with_name("manifest.json"))["exits"] == [
         {"exit": 4, "temperature": 1.0, "threshold": 0.0, "cost": 1.0}
     ]
-    code, out, err = call(plain, "--format", "torch", "--exit", 2)
+    code, out, err = call(export, plain_run, "--format", "torch", "--exit", 2)
     assert (code, out) == (2, "")
     assert_one_sentence(err, "--exit must be one of 4, not 2")
 
@@ -182,18 +166,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_an_export_replaces_an_earlier_one_as_a_whole_or_not_at_all(
-    run: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exits_run: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "made"
-    assert call(run, "--format", "torch", "--stages", "--output", output)[0] == 0
+    assert call(export, exits_run, "--format", "torch", "--stages", "--output", output)[0] == 0
     before = picture_of(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(export, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        code, _, err = call(run, "--format", "torch", "--output", output)
+        code, _, err = call(export, exits_run, "--format", "torch", "--output", output)
     assert code == 2
     assert_one_sentence(err, str(output), "No space left on device")
     assert picture_of(tmp_path) == before
-    assert call(run, "--format", "torch", "--output", output)[0] == 0
+    assert call(export, exits_run, "--format", "torch", "--output", output)[0] == 0
     exported(output, "all-exits.pt2")
     assert list(tmp_path.iterdir()) == [output]
 
@@ -202,34 +186,31 @@ def test_an_export_replaces_an_earlier_one_as_a_whole_or_not_at_all(
 @pytest.mark.parametrize("with_export", [True, False])
 @pytest.mark.parametrize(("name", "text"), [("thesis.txt", "the only copy"), ("manifest.json", '{"name": "my site"}')])
 def test_a_folder_of_something_else_is_left_alone(
-    run: Path, call: Call, tmp_path: Path, with_export: bool, name: str, text: str
+    exits_run: Path, call: Call, tmp_path: Path, with_export: bool, name: str, text: str
 ) -> None:
     output = tmp_path / "mine"
     output.mkdir()
     if with_export:
-        assert call(run, "--format", "torch", "--output", output)[0] == 0
+        assert call(export, exits_run, "--format", "torch", "--output", output)[0] == 0
     (output / name).write_text(text)
     before = picture_of(output)
-    code, _, err = call(run, "--format", "torch", "--output", output)
+    code, _, err = call(export, exits_run, "--format", "torch", "--output", output)
     assert code == 2
     assert_one_sentence(err, "holds other files than an export")
     assert picture_of(output) == before
 
 
 @pytest.mark.usefixtures("quick")
-def test_stages_without_thresholds_are_told(run: Path, call: Call, tmp_path: Path) -> None:
-    (checkpoint,) = (run / "checkpoints").iterdir()
-    alone = tmp_path / "alone.pt"
-    alone.write_bytes(checkpoint.read_bytes())
-    code, _, err = call(alone, "--format", "torch", "--stages")
+def test_stages_without_thresholds_are_told(alone: Path, call: Call) -> None:
+    code, _, err = call(export, alone, "--format", "torch", "--stages")
     assert code == 0
     assert_one_sentence(err, f"`python byot/evaluate.py {alone} --exits`")
-    manifest = read_json(tmp_path / "export" / "torch-stages" / "manifest.json")
+    manifest = read_json(alone.parent / "export" / "torch-stages" / "manifest.json")
     assert [exit["threshold"] for exit in manifest["exits"]] == [2.0, 2.0, 2.0, 0.0]
 
 
-def test_a_missing_package_is_told_with_its_extra(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_told_with_its_extra(exits_run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    code, out, err = call(run, "--format", "onnx")
+    code, out, err = call(export, exits_run, "--format", "onnx")
     assert (code, out) == (2, "")
     assert_one_sentence(err, "--format onnx needs onnx and onnxscript: pip install 'byot[export]'")

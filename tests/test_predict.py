@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +19,8 @@ from byot.config import DATASETS
 from byot.data import load_images
 from byot.predictor import DEEPEST_ALONE, Predictor
 from byot.runs import load_network
-from byot.system.files import read_json, write_json
-from tests.helpers import PROJECT, call_main, random_pixels, save_digits_run
-
-TEMPERATURES = (0.7, 1.3, 0.9, 1.1)
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run by whose rule images leave at three exits, and the third is not asked."""
-    folder = save_digits_run(tmp_path_factory.mktemp("runs") / "run")
-    write_json(folder / "exits.json", {"temperatures": TEMPERATURES, "thresholds": (0.4, 0.3, 2.0, 0.0)})
-    return folder
+from byot.system.files import read_json
+from tests.helpers import EXIT_RULE, PROJECT, Call, random_pixels
 
 
 def test_the_shipped_network_is_as_good_as_its_record_says(cifar100_dir: Path):
@@ -47,13 +35,8 @@ def test_the_shipped_network_is_as_good_as_its_record_says(cifar100_dir: Path):
 
 
 @pytest.fixture(scope="module")
-def predictor(run: Path) -> Predictor:
-    return byot.load(run, "cpu")
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return lambda *arguments: call_main(predict, "predict.py", arguments, monkeypatch, capsys)
+def predictor(exits_run: Path) -> Predictor:
+    return byot.load(exits_run, "cpu")
 
 
 @pytest.fixture
@@ -74,10 +57,10 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_answers_are_those_of_the_exit_that_the_rule_finds(
-    run: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+    exits_run: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Image by image, with every exit computed."""
-    model, (mean, std) = load_network(run)
+    model, (mean, std) = load_network(exits_run)
     images = load_images("digits", None, "test").images
     monkeypatch.setattr(predictor, "batch_size", 100)
     found = predictor.predict(images, top=3)
@@ -86,7 +69,7 @@ def test_answers_are_those_of_the_exit_that_the_rule_finds(
         x = (torch.from_numpy(pixels) / 255 - torch.tensor(mean)) / torch.tensor(std)
         with torch.inference_mode():
             logits = torch.cat(model(x.permute(2, 0, 1)[None]).logits)
-        first, second, _, fourth = (logits / torch.tensor(TEMPERATURES)[:, None]).softmax(dim=1)
+        first, second, _, fourth = (logits / torch.tensor(EXIT_RULE["temperatures"])[:, None]).softmax(dim=1)
         number, chosen = (1, first) if first.max() >= 0.4 else (2, second) if second.max() >= 0.3 else (4, fourth)
         best = chosen.sort(descending=True)
         assert answer.exit == number
@@ -114,29 +97,25 @@ def test_files_pictures_and_arrays_are_one(predictor: Predictor, tmp_path: Path)
         predictor.predict(pixels / 255)
 
 
-def test_without_a_rule_the_deepest_classifier_answers(run: Path, tmp_path: Path, pictures: Path, call: Call) -> None:
-    (checkpoint,) = (run / "checkpoints").iterdir()
-    alone = tmp_path / "alone.pt"
-    alone.write_bytes(checkpoint.read_bytes())
-    code, out, err = call(alone, pictures / "a.JPG", "--format", "json")
+def test_without_a_rule_the_deepest_classifier_answers(alone: Path, pictures: Path, call: Call) -> None:
+    code, out, err = call(predict, alone, pictures / "a.JPG", "--format", "json")
     (record,) = json.loads(out)
     assert (code, record["exit"], err.count("\n")) == (0, 4, 1)
     assert f"`python byot/evaluate.py {alone} --exits`" in err
 
 
-def test_a_plain_network_has_the_fourth_exit_alone(tmp_path: Path, pictures: Path, call: Call) -> None:
-    plain = save_digits_run(tmp_path / "plain", loss_form="plain", epochs=1)
-    code, out, err = call(plain, pictures / "a.JPG", "--format", "json")
+def test_a_plain_network_has_the_fourth_exit_alone(plain_run: Path, pictures: Path, call: Call) -> None:
+    code, out, err = call(predict, plain_run, pictures / "a.JPG", "--format", "json")
     (record,) = json.loads(out)
     assert (code, record["exit"], err) == (0, 4, "")
-    assert byot.load(plain, "cpu").rule == DEEPEST_ALONE
+    assert byot.load(plain_run, "cpu").rule == DEEPEST_ALONE
 
 
 # ---------------------------------------------------------------- the command
 
 
 def test_what_is_no_image_is_named_and_the_others_go_on(
-    run: Path, predictor: Predictor, pictures: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    exits_run: Path, predictor: Predictor, pictures: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = []
     monkeypatch.setattr("byot.predictor.EVAL_BATCH_SIZE", {"cpu": 2})
@@ -147,8 +126,8 @@ def test_what_is_no_image_is_named_and_the_others_go_on(
         return list(answer(self, pixels, top))
 
     monkeypatch.setattr(Predictor, "answer", counted)
-    given = (run, pictures, pictures / "c.webp", "--device", "cpu")
-    code, out, err = call(*given, "--format", "json")
+    given = (exits_run, pictures, pictures / "c.webp", "--device", "cpu")
+    code, out, err = call(predict, *given, "--format", "json")
     records = json.loads(out)
     names = ["a.JPG", "b.png", "c.webp", "c.webp"]
     assert (code, [Path(record["file"]).name for record in records]) == (1, names)
@@ -162,7 +141,7 @@ def test_what_is_no_image_is_named_and_the_others_go_on(
         [name for name, _ in found.top] for found in expected
     ]
 
-    code, out, _ = call(*given, "--format", "csv", "--top", 2)
+    code, out, _ = call(predict, *given, "--format", "csv", "--top", 2)
     rows = list(csv.DictReader(io.StringIO(out)))
     assert (code, list(rows[0])) == (
         1,
@@ -171,7 +150,7 @@ def test_what_is_no_image_is_named_and_the_others_go_on(
     assert [(row["name_2"], float(row["probability_2"])) for row in rows] == [
         (found.top[1][0], pytest.approx(found.top[1][1], abs=1e-5)) for found in expected
     ]
-    code, out, _ = call(*given[:1], pictures / "b.png", "--top", 1)
+    code, out, _ = call(predict, *given[:1], pictures / "b.png", "--top", 1)
     header, row = out.splitlines()
     assert (code, header.split()) == (0, ["file", "exit", "1", "ms"])
     assert row.split()[:4] == [

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from byot.config import NUM_CLASSIFIERS
 from byot.model import BranchedResNet
+from byot.search_files import is_number
 from byot.system.checkpoint import list_checkpoints
 from byot.system.files import UnreadableError, errors_in, read_json
 from byot.system.flags import as_called
@@ -81,7 +82,7 @@ def warn_of_age(folder: Path) -> None:
 
 
 def _read_numbers(values: Any, name: str) -> tuple[float, ...]:
-    if not isinstance(values, list) or not values or not all(type(v) in (int, float) and v < math.inf for v in values):
+    if not isinstance(values, list) or not values or not all(map(is_number, values)):
         raise ValueError(f"{name} must be numbers, not {values!r:.40}")
     return tuple(map(float, values))
 

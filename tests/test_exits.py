@@ -420,6 +420,7 @@ def test_a_rule_is_read_back_or_refused(tmp_path: Path) -> None:
         ({"thresholds": [NEVER, 0.5, 0.5, 0.5, 0.0]}, "thresholds must be 4 numbers, one for each exit, not 5"),
         ({"temperatures": [1.0, 0.0, 1.0, 1.0]}, "above 0"),
         ({"temperatures": "1"}, "must be numbers"),
+        ({"thresholds": [10**400, 0.5, 0.5, 0.0]}, "must be numbers"),
         ({"thresholds": [0.5, 0.5, 0.5, None]}, "must be numbers"),
         ({"thresholds": [0.5] * 4}, "last threshold"),
     ):

@@ -17,8 +17,8 @@ import json
 
 from byot.config import check_range
 from byot.console import classifier_table, waiting
-from byot.system.files import write_json
-from byot.system.flags import Parser, one_sentence_errors
+from byot.system.files import describe_refusal, write_json
+from byot.system.flags import Parser, one_sentence_errors, tell
 from byot.system.paths import absolute_path
 
 DEFAULT_MAX_DROP = 0.5
@@ -85,14 +85,19 @@ def main() -> None:
         with waiting("measuring the exits on the test set"):
             measured = measure_exits(fitted, test)
         record |= fitted.record | {"test": measured}
-        write_json(saved.folder / TEST_FILE, record)
         text = format_exits(fitted.record, measured)
     if arguments.format == "json":
         print(json.dumps(record, indent=2))
-        return
-    epoch = f"after epoch {saved.state['epoch']}/{config.epochs}"
-    print(f"{saved.checkpoint}\n{config.dataset}, {len(test.labels)} test images, {epoch}")
-    print(text)
+    else:
+        epoch = f"after epoch {saved.state['epoch']}/{config.epochs}"
+        print(f"{saved.checkpoint}\n{config.dataset}, {len(test.labels)} test images, {epoch}")
+        print(text)
+    if arguments.exits:
+        try:
+            write_json(saved.folder / TEST_FILE, record)
+        except OSError as error:  # what was measured has been printed
+            tell("evaluate.py", describe_refusal(error, saved.folder))
+            raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -359,6 +360,16 @@ def test_the_command_fits_on_held_out_images_and_tells_what_the_test_set_says(ru
     assert shown is not None
     assert (float(shown[1]), float(shown[2])) == pytest.approx((row["accuracy"], row["cost"]), abs=0.006)
     assert [one["batch_size"] for one in told["test"]["time"]] == [1, 128]
+
+
+@pytest.mark.parametrize(("module", "code", "shown"), [(exit_report, 2, 0), (evaluate_command, 1, 1)])
+def test_a_full_disk_is_told_and_loses_nothing_that_was_measured(
+    run: Path, call: Call, monkeypatch: pytest.MonkeyPatch, module: Any, code: int, shown: int
+) -> None:
+    monkeypatch.setattr(module, "write_json", Mock(side_effect=OSError(28, "No space left on device")))
+    found, out, err = call(run, "--exits", "--max-drop", 2)
+    assert (found, out.count("fitted on 287 held-out training images")) == (code, shown)
+    assert_one_sentence(err, str(run), "No space left on device")
 
 
 def test_test_labels_do_not_matter(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def load_library() -> ctypes.CDLL | None:
         try:
             library = ctypes.CDLL(str(path))
         except OSError:  # damaged
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have done it
             library = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError):
         return None

@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees, but for blocks above 32 MiB, until it ends.
 
     Otherwise glibc gives the larger tensors back to the system, which fills each page of the next one with zeros: on a
-    CPU that takes a tenth of a training step. The most memory held grows by 0 to 6 %.
+    CPU that takes a tenth of a training step. The most memory held grows by up to a tenth.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -24,7 +24,7 @@ class Optimizer:
     """Moves the parameters of each group along their momentum.
 
     `param_groups` are dicts with `params`, their `weight_decay`, and whether they are `orthogonal`: convolution weights
-    [out, in, h, w] that Muon trains. Muon takes a weight as a matrix [out, in * h * w] and keeps its norm at
+    [out, in, h, w] that Muon trains. Muon takes a weight as a matrix [out, h * w * in] and keeps its norm at
     sqrt(rank). It brings all singular values of the momentum (Nesterov's) near 1 and moves the weight along that by a
     quarter of the learning rate. So every direction of a filter bank learns at the same speed, and the step is relative
     to the weight, of which batch normalisation makes only the direction matter.

@@ -48,7 +48,7 @@ def write_harder(dataset: str, data_dir: str | None, asked: TrainingImages) -> s
     A folder that is there is kept. Raises ValueError where it cannot be written.
     """
     from byot.data import load_images
-    from byot.system.files import describe_refusal
+    from byot.system.files import refusals_at
 
     folder = cache_folder() / f"{dataset}-{asked.share:.0%}-wrong-{asked.wrong:.0%}".replace("%", "")
     if not (folder / "train.parquet").is_file():
@@ -56,10 +56,8 @@ def write_harder(dataset: str, data_dir: str | None, asked: TrainingImages) -> s
             images = load_images(dataset, data_dir, split)
             if split == "train":
                 images = make_harder(images, asked, DATASETS[dataset].num_classes)
-            try:
+            with refusals_at(folder):
                 write_parquet(folder / f"{split}.parquet", dataset, images)
-            except OSError as error:
-                raise ValueError(describe_refusal(error, folder)) from error
     return str(folder)
 
 

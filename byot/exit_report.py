@@ -36,7 +36,7 @@ from byot.exits import (
 from byot.metrics import ECE_BINS
 from byot.model import BranchedResNet, fold_batch_norms
 from byot.runs import SavedRun, check_classes, load_network
-from byot.system.files import describe_refusal, write_json
+from byot.system.files import refusals_at, write_json
 from byot.system.paths import check_writable
 from byot.system.provenance import provenance
 from byot.trainer import EVAL_BATCH_SIZE, choose_autocast_dtype, choose_device
@@ -135,10 +135,8 @@ def fit_exits(saved: SavedRun, config: TrainConfig, asked: Asked) -> FittedExits
         "epoch": saved.state["epoch"],
         **provenance(device),
     }
-    try:
+    with refusals_at(saved.folder):
         write_json(saved.folder / RULE_FILE, record)
-    except OSError as error:
-        raise ValueError(describe_refusal(error, saved.folder)) from error
     return FittedExits(model, normalisation, config, rule, costs, table, curve, record)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from byot.config import exit_numbers
 from byot.console import waiting
-from byot.system.files import UnreadableError, describe_refusal, read_json, write_json, write_whole
+from byot.system.files import UnreadableError, read_json, refusals_at, write_json, write_whole
 from byot.system.flags import Parser, as_called, one_sentence_errors, tell
 from byot.system.paths import check_writable
 
@@ -106,11 +106,8 @@ def main() -> None:
         files, manifest = render(
             saved, network, rule or DEEPEST_ALONE, arguments.format, stages=arguments.stages, exit=arguments.exit
         )
-    with one_sentence_errors("export.py"):
-        try:
-            write_folder(output, files, manifest)
-        except OSError as error:
-            raise ValueError(describe_refusal(error, output)) from error
+    with one_sentence_errors("export.py"), refusals_at(output):
+        write_folder(output, files, manifest)
     for file, content in files.items():
         print(f"{output / file}  {len(content) / 1e6:.2f} MB")
     print(output / MANIFEST)

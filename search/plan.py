@@ -22,7 +22,7 @@ from byot.search_files import (
     space_to_dict,
 )
 from byot.system.distributed import ALONE
-from byot.system.files import UnreadableError, describe_refusal, errors_in, set_aside
+from byot.system.files import UnreadableError, errors_in, refusals_at, set_aside
 from byot.system.flags import flag_name, given_settings, tell
 from byot.system.lock import LOCK_FILE, is_locked, lock_folder
 from byot.system.paths import absolute_path, check_name, check_writable, outputs_folder
@@ -96,11 +96,9 @@ def make_plan(arguments: argparse.Namespace, held: ExitStack) -> SearchPlan:
     if not arguments.fresh:
         store.pull()
     plan = _decide(arguments, given, store, searches, bucket)
-    try:
+    with refusals_at(str(store)):
         if _take(plan, held, fresh=arguments.fresh):
             plan = _decide(arguments, given, store, searches, bucket)
-    except OSError as error:
-        raise ValueError(describe_refusal(error, str(store))) from error
     return plan
 
 

@@ -22,10 +22,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_output(path: Path, text: str) -> None:
     """Write what a command was asked to make. Raises ValueError, in one sentence, where the system refuses it."""
-    try:
+    with refusals_at(path):
         write_text(path, text)
-    except OSError as error:
-        raise ValueError(describe_refusal(error, path)) from error
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -57,6 +55,15 @@ def errors_in(place: Path | str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+
+
+@contextmanager
+def refusals_at(place: Path | str) -> Iterator[None]:
+    """Turn what the system refuses, as on a full disk, into a ValueError of one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(describe_refusal(error, place)) from error
 
 
 def describe_refusal(error: OSError, place: Path | str) -> str:

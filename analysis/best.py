@@ -32,7 +32,7 @@ def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("best.py"):
         check_range("--top", arguments.top, low=1)
-        outputs = outputs_folder(arguments.outputs)
+        outputs = outputs_folder(arguments.outputs, only_read=True)
         target = None if arguments.csv is None else check_writable_file(arguments.csv)
 
         from datetime import UTC, datetime

@@ -201,7 +201,7 @@ def describe_searches(folders: list[Path]) -> str:
 def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("compare.py"):
-        outputs = outputs_folder(arguments.outputs)
+        outputs = outputs_folder(arguments.outputs, only_read=True)
         results, searches = find_named(outputs, arguments.names)
         text = describe_runs(results) if results else describe_searches(searches)
     print(text)

@@ -73,7 +73,7 @@ def _without_links(items: list[Item]) -> list[Item]:
 
 
 def locked_folders(folder: Path) -> list[Path]:
-    """List the folders in this one, itself too, that have been locked at some time, whether they are or not."""
+    """List this folder and those below it that have a lock file, held or not."""
     return [path.parent for path in (folder / LOCK_FILE, *folder.glob("*/**/" + LOCK_FILE)) if path.is_file()]
 
 
@@ -115,7 +115,13 @@ def main() -> None:
         for kind, folder in list_owners(outputs):
             if any(map(is_locked, locked_folders(folder))):
                 in_use.append(folder)
-            elif items := find_removable(kind, folder, arguments.checkpoints):
+                continue
+            try:
+                items = find_removable(kind, folder, arguments.checkpoints)
+            except ValueError as error:
+                tell("byot clean", one_line(str(error)))
+                continue
+            if items:
                 plan[kind, folder] = items
         rows = [(measure(item.path)[0], item) for items in plan.values() for item in items]
         for size, item in rows:

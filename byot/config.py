@@ -326,7 +326,7 @@ class TrainConfig:
         if self.dataset == "imagefolder":  # its name says nothing of what is in it
             identity["data_dir"] = self.data_dir
         own = RECIPES[self.recipe]._asdict() | DATASETS[self.dataset]._asdict()
-        for name, default in LATER_SETTINGS.items():  # names from before them stay what they were
+        for name, default in LATER_SETTINGS.items():  # older runs keep the names that they have
             if identity[name] == (own[name] if default is None else default):
                 del identity[name]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
@@ -334,7 +334,7 @@ class TrainConfig:
 
 
 NOT_IDENTITY = ("data_dir", "device", "acceleration", "placement")
-# None: the recipe's or the data set's own.
+# Settings added since the first runs, with their defaults; None stands for the recipe's or the data set's own.
 LATER_SETTINGS = {
     "batch_norm": "global",
     "teacher": "deepest",

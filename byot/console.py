@@ -47,8 +47,14 @@ def epoch_line(metrics: "EpochMetrics", num_epochs: int) -> str:
     return f"{line}  {metrics.images_per_s:.0f} images/s  {metrics.elapsed_s:.1f} s"
 
 
+def say(text: str) -> None:
+    """Print text at once; that nobody reads it any more is no trouble of what goes on."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
 def terminal_width() -> float:
-    """Return the letters in a line of the terminal that standard output is; in a file or a pipe any number fit."""
+    """Return the width in letters of the terminal; infinite where standard output is a file or a pipe."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
 
 
@@ -186,10 +192,10 @@ def show_progress(config: TrainConfig, first_epoch: int) -> Iterator[tuple["OnBa
 def show_runs(config: TrainConfig) -> Iterator[tuple[Say, Show]]:
     """Yield what prints a line, and what shows how far several runs of so many epochs are.
 
-    On a terminal that is a bar with the time left. It moves as epochs end that are read from the runs' own files.
+    On a terminal that is a bar with the time left. It moves with each epoch in the runs' metrics.jsonl files.
     """
     if not sys.stdout.isatty():
-        yield lambda text: print(text, flush=True), lambda folders, num_ended, num_runs: None
+        yield say, lambda folders, num_ended, num_runs: None
         return
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -205,8 +211,8 @@ def show_runs(config: TrainConfig) -> Iterator[tuple[Say, Show]]:
     whole = work_after(config, config.epochs)
 
     def show(folders: Iterable[Path], num_ended: int, num_runs: int) -> None:
-        begun = [max(read_epochs(folder / "metrics.jsonl"), default=0) for folder in folders]
-        with suppress(OSError):  # of a terminal that is gone; the runs go on
+        with suppress(OSError):  # of a terminal or a folder that is gone; the runs go on
+            begun = [max(read_epochs(folder / "metrics.jsonl"), default=0) for folder in folders]
             progress.update(
                 task,
                 description=f"{num_ended}/{num_runs}",
@@ -214,14 +220,14 @@ def show_runs(config: TrainConfig) -> Iterator[tuple[Say, Show]]:
                 completed=num_ended * whole + sum(work_after(config, epochs) for epochs in begun),
             )
 
-    def say(text: str) -> None:
+    def say_above(text: str) -> None:
         with suppress(OSError):
             progress.console.print(fold(text), highlight=False, markup=False, soft_wrap=True)
 
     with suppress(OSError):
         progress.start()
     try:
-        yield say, show
+        yield say_above, show
     finally:
         with suppress(OSError):
             progress.stop()

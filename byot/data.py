@@ -456,5 +456,5 @@ def find_normalisation(config: TrainConfig, images: np.ndarray) -> Normalisation
     for of_channel in counts.reshape(3, 256):
         share = of_channel / of_channel.sum()
         mean.append(float(share @ levels))
-        std.append(float(np.sqrt(share @ (levels - mean[-1]) ** 2)))
+        std.append(float(np.sqrt(share @ (levels - mean[-1]) ** 2)) or 1.0)  # a channel may be one level everywhere
     return Normalisation(tuple(mean), tuple(std))

@@ -7,6 +7,7 @@ branches costs 1.
 
 import copy
 import math
+import shlex
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -63,21 +64,20 @@ def load_rule(folder: Path) -> ExitRule | None:
     return rule
 
 
-def describe_age(folder: Path, record: Mapping[str, Any]) -> str | None:
-    """Say so, in a sentence, where a record of a run's exits is of another checkpoint than the run's newest."""
-    newest = next(iter(list_checkpoints(folder / "checkpoints")), None)
-    if newest is None or record.get("checkpoint") in (None, newest.name):
+def describe_age(folder: Path, record: Mapping[str, Any], used: Path | None = None) -> str | None:
+    """Say so, in a sentence, where a record of a run's exits is of another checkpoint than `used`, else the newest."""
+    checkpoint = used or next(iter(list_checkpoints(folder / "checkpoints")), None)
+    if checkpoint is None or record.get("checkpoint") in (None, checkpoint.name):
         return None
-    return (
-        f"the exits were fitted on {record['checkpoint']} and the run's newest checkpoint is {newest.name}: "
-        f"{as_called(f'python byot/evaluate.py {folder} --exits')} fits them again"
-    )
+    is_this = "the network is that of" if used else "the run's newest checkpoint is"
+    command = as_called(f"python byot/evaluate.py {shlex.quote(str(used or folder))} --exits")
+    return f"the exits were fitted on {record['checkpoint']} and {is_this} {checkpoint.name}: {command} fits them again"
 
 
-def warn_of_age(folder: Path) -> None:
-    """Warn where a run's exits.json is of another checkpoint than its newest; a damaged file is ignored."""
+def warn_of_age(folder: Path, used: Path | None = None) -> None:
+    """Warn where a run's exits.json is of another checkpoint than `used`, else its newest; damaged, it is ignored."""
     with suppress(UnreadableError):
-        if age := describe_age(folder, read_json(folder / RULE_FILE)):
+        if age := describe_age(folder, read_json(folder / RULE_FILE), used):
             warnings.warn(age, stacklevel=2)
 
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 if find_spec("byot") is None:
     raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
 
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def exported_files(folder: Path) -> set[str]:
 
 
 def write_folder(folder: Path, files: dict[str, bytes], manifest: dict[str, object]) -> None:
-    """Write the files and the manifest; the folder has all of them or what it had before."""
+    """Write the files and the manifest; the folder never has a part of them, or of those it had before."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new = Path(temporary) / "new"
@@ -88,7 +89,7 @@ def main() -> None:
         from byot.runs import find_run, load_network
 
         saved = find_run(arguments.run)
-        warn_of_age(saved.folder)
+        warn_of_age(saved.folder, saved.checkpoint)
         numbers = exit_numbers(saved.config.num_classifiers)
         if arguments.exit is not None and arguments.exit not in numbers:
             raise ValueError(f"--exit must be one of {', '.join(map(str, numbers))}, not {arguments.exit}")
@@ -97,7 +98,7 @@ def main() -> None:
         output = check_output(default if arguments.output is None else arguments.output)
         rule, network = load_rule(saved.folder), load_network(saved)
     if arguments.stages and rule is None and len(numbers) > 1:
-        command = as_called(f"python byot/evaluate.py {arguments.run} --exits")
+        command = as_called(f"python byot/evaluate.py {shlex.quote(arguments.run)} --exits")
         tell(
             "export.py",
             f"only the last exit will answer; after `{command}` an export has the thresholds to stop early",

@@ -30,6 +30,8 @@ def list_classes(folder: Path) -> ImageFiles:
     if len(class_names) < 2:
         found = f"only the class {class_names[0]!r}" if class_names else "no folder in it"
         raise ValueError(f"{folder} has {found}: two classes are the least, each a folder of images")
+    if odd := [name for name in class_names if not name.isprintable()]:
+        raise ValueError(f"{folder} has a class folder whose name cannot be printed, {odd[0]!r}; give it another")
     files = [list_files(folder / name) for name in class_names]
     for name, inside in zip(class_names, files, strict=True):
         if not inside:
@@ -39,7 +41,7 @@ def list_classes(folder: Path) -> ImageFiles:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """List the files in a folder and in those below it, also where links lead, which may be round in circles."""
+    """List the files in a folder, in those below it and where links lead; a folder met again is left out."""
     seen = {_identity(path) for path in folder.parents}
     found = []
     for place, folders, files in os.walk(folder, followlinks=True):

@@ -10,6 +10,7 @@ that of a run its test accuracy. Reads files only.
 
 import csv
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -32,11 +33,10 @@ from byot.search_files import (
 from byot.system.files import errors_in, read_json
 from byot.system.flags import Parser, one_line, one_sentence_errors
 from byot.system.lock import LOCK_FILE, is_locked
-from byot.system.paths import outputs_folder
+from byot.system.paths import REPLACED, outputs_folder
 
 Kind = Literal["search", "run"]
 FOLDERS: dict[Kind, str] = {"search": "searches", "run": "runs"}
-REPLACED = "replaced"  # where set_aside moves folders
 LOSS_WEIGHTS = tuple(ROLE_SETTINGS["reference"])
 WIDTH = 80  # characters of a line
 
@@ -131,11 +131,10 @@ def _take_number(path: Path, name: str) -> float:
 def measure(path: Path) -> tuple[int, float]:
     """Add up the bytes of a file or folder, and find when one was last written, in seconds since 1970."""
     size, written = 0, 0.0
-    for file in (path, *path.rglob("*")):
+    inside = [Path(place, name) for place, _, names in os.walk(path) for name in names]
+    for file in inside if path.is_dir() else [path]:
         with suppress(OSError):  # removed meanwhile
             found = file.lstat()
-            if file.is_dir():
-                continue
             size += found.st_size
             if file.name != LOCK_FILE:
                 written = max(written, found.st_mtime)
@@ -174,7 +173,7 @@ def to_table(entries: list[Entry]) -> str:
 def main() -> None:
     arguments = build_parser().parse_args()
     with one_sentence_errors("byot list"):
-        outputs = outputs_folder(arguments.outputs)
+        outputs = outputs_folder(arguments.outputs, only_read=True)
         entries = [read_entry(kind, folder) for kind, folder in kept_folders(outputs)]
     entries.sort(key=lambda one: one.modified, reverse=True)
     if arguments.format == "json":

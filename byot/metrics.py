@@ -19,7 +19,7 @@ from byot.model import BranchedResNet
 from byot.system.distributed import ALONE, Processes
 
 ECE_BINS = 15
-EXIT_COST = 0.5  # of the plain deepest network's, at which early exit is measured
+EXIT_COST = 0.5  # mean cost at which early exit is measured; the plain deepest network costs 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class TrainingSums:
         self._sizes = [1, num_classifiers, num_students, num_classifiers - 1, num_classifiers]
         self._sums = torch.zeros(sum(self._sizes), dtype=_sum_dtype(device), device=device)
         self._processes = processes
-        self.num_images = 0  # over all processes; kept by who calls `add`, which may be recorded
+        self.num_images = 0  # over all processes; whoever calls `add` counts them: a replayed graph runs no Python
 
     def reset(self) -> None:
         self._sums.zero_()

@@ -14,6 +14,7 @@ if find_spec("byot") is None:
 
 import csv
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -122,11 +123,11 @@ def main() -> None:
         from byot.runs import find_run
 
         saved = find_run(arguments.run)
-        warn_of_age(saved.folder)
+        warn_of_age(saved.folder, saved.checkpoint)
         predictor = Predictor(saved, arguments.device)
         check_range("--top", arguments.top, low=1, high=len(predictor.class_names))
     if not predictor.stops_early and saved.config.num_classifiers > 1:
-        command = as_called(f"python byot/evaluate.py {arguments.run} --exits")
+        command = as_called(f"python byot/evaluate.py {shlex.quote(arguments.run)} --exits")
         tell("predict.py", f"the deepest classifier answers; after `{command}` the network stops early")
     answers = list(predict_files(predictor, files, arguments.top))
     {"table": print_table, "json": print_json, "csv": print_csv}[arguments.format](answers, arguments.top)

@@ -56,8 +56,10 @@ class Predictor:
     def predict(self, images: Picture | Sequence[Picture] | np.ndarray, top: int = 5) -> list[Prediction]:
         """Classify image files, PIL images, or an array uint8 [N, H, W, 3].
 
-        Raises ValueError for a file that is no image, and for an array of other numbers.
+        Raises ValueError for a file that is no image, for an array of other numbers, and for a `top` below 1.
         """
+        if top < 1:
+            raise ValueError(f"top must be at least 1, not {top}")
         if isinstance(images, Picture):
             images = [images]
         if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):

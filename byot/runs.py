@@ -113,15 +113,11 @@ def open_run(
     what a user can put right.
     """
     if not processes.is_first:
-        processes.barrier()  # the first refuses, downloads and decodes for all
+        checkpoint = processes.broadcast(None)  # once the first has refused, downloaded and decoded for all
     read_result(config, folder)
     check_dataset(config.dataset, config.data_dir, config.image_size)
     images = load_images(config.dataset, config.data_dir, "train", config.image_size)
-    if processes.is_first:
-        processes.barrier()
     train, val = split_validation(images, fraction=config.val_fraction, seed=config.split_seed)
-    if not processes.is_first:
-        checkpoint = processes.broadcast(None)
     trainer, resumed_from = restore_trainer(config, train, val, folder, checkpoint, processes)
     if processes.is_first:
         write_json(folder / "config.json", config.to_dict())
@@ -206,8 +202,8 @@ def train_saving(
 ) -> Iterator[EpochMetrics]:
     """Train to the last epoch; each one is saved, then added to metrics.jsonl, then yielded.
 
-    On a GPU, where an epoch may take no longer than saving does, those are left out that would make saving take more
-    than its share. Raises StoppedError, the step at hand done and saved, once `stop_asked` says so, in any process.
+    On a GPU an epoch may be as short as a save: saves that would take more than a twentieth of the time are skipped.
+    Raises StoppedError, the step at hand done and saved, once `stop_asked` says so, in any process.
     """
     processes = trainer.processes
     saved_at, took_s = time.monotonic(), 0.0

@@ -611,8 +611,8 @@ class SearchedChoice(NamedTuple):
 def find_best(outputs: Path, search: str, model: str | None = None, dataset: str | None = None) -> SearchedChoice:
     """Find the configuration that the named search confirmed, else its best.
 
-    With an empty name the newest finished search counts, of this model and data set where they are given; without one,
-    what is shipped in results/best. Raises ValueError where there is nothing.
+    An empty name stands for the newest finished search, of this model and data set where they are given; where no
+    search has finished, for what is shipped in results/best. Raises ValueError where there is nothing.
     """
     searches = outputs / "searches"
     if search:

@@ -21,11 +21,7 @@ from byot.system.stopping import TrainingError
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "none"]
 PROJECT = "byot"  # at Weights & Biases; MLflow's experiment of runs that belong to no search
-PACKAGES: dict[Tracker, str] = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow-skinny",
-}  # pip's names
+PIP_NAMES = {"mlflow": "mlflow-skinny"}  # of a tracker whose package has another name
 # MLflow's own would try a server that does not answer for four minutes and more.
 MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 IDS_FILE = "tracking.json"  # in the folder of a run or trial: under which id each tracker knows it
@@ -105,7 +101,7 @@ def check_trackers(names: Iterable[Tracker]) -> None:
     """Raise ValueError where a tracker cannot be used: its package is missing, or a login, or its server."""
     for name in (name for name in names if name != "none"):
         if find_spec(name) is None:
-            raise ValueError(f"{name} is not installed: pip install {PACKAGES[name]}")
+            raise ValueError(f"{name} is not installed: pip install {PIP_NAMES.get(name, name)}")
         try:
             if name == "wandb":
                 check_wandb()

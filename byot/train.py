@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from byot.config import TrainConfig, check_range, recipe_defaults
+from byot.config import RECIPES_OWN, TrainConfig, check_range, recipe_defaults
 from byot.console import classifier_table, fold, show_progress, waiting
 from byot.search_files import find_best
 from byot.system.cores import OtherWork, advise_threads
@@ -96,8 +96,11 @@ def plan_run(arguments: argparse.Namespace) -> tuple[TrainConfig, Path, Path | N
         choice = find_best(outputs, arguments.best, given.get("model"), given.get("dataset"))
         if given.get("dataset") not in (None, choice.settings.get("dataset")):
             given.setdefault("image_size", None)  # the other data set's own
-        config = TrainConfig.from_dict({**choice.settings, **given})
-        as_searched = "epochs" in choice.settings and "epochs" not in given
+        settings = choice.settings
+        if given.get("recipe") not in (None, settings.get("recipe")):
+            settings = {name: value for name, value in settings.items() if name not in RECIPES_OWN}  # the other's own
+        config = TrainConfig.from_dict({**settings, **given})
+        as_searched = "epochs" in settings and "epochs" not in given
         told = f"alpha {config.alpha:.4g}, temperature {config.temperature:.4g}, beta {config.beta:.4g} "
         told += f"from {choice.source}; {config.epochs} epochs"
         print(fold(f"{told}{', as in the search: --epochs gives the run others' if as_searched else ''}"), flush=True)
@@ -110,7 +113,12 @@ def train(
     config: TrainConfig, folder: Path, checkpoint: Path | None, fresh: bool, trackers: list[Tracker] | None
 ) -> dict[str, Any]:
     """Do the run, or the rest of it, and return its result. Ends the program where that cannot be."""
-    go_on = f"go on with: {shlex.join([*this_command(), '--resume', str(folder)])}"
+
+    def go_on() -> str:
+        if any((folder / "checkpoints").glob("epoch-*.pt")):
+            return f"go on with: {shlex.join([*this_command(), '--resume', str(folder)])}"
+        return "give the same command again: no checkpoint has been saved yet"
+
     other_work = OtherWork()
     with ExitStack() as held:
         try:
@@ -154,15 +162,17 @@ def train(
             with show_progress(config, run.trainer.epoch) as (on_batch, on_epoch):
                 return train_and_test(run, on_batch, on_epoch, stop_asked)
         except StoppedError as stopped:
-            print(f"\nstopped and saved; {go_on}", file=sys.stderr)
+            print(f"\nstopped and saved; {go_on()}", file=sys.stderr)
             raise SystemExit(128 + stopped.signal_number) from None
         except KeyboardInterrupt:
-            print(f"\nstopped; {go_on}", file=sys.stderr)
+            print(f"\nstopped; {go_on()}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
         except TrainingError as error:
             tell("train.py", str(error))
+        except BrokenPipeError:  # nobody reads what is printed any more: see one_sentence_errors
+            raise
         except OSError as error:  # a full disk, most often; what was saved before is whole
-            tell("train.py", f"{describe_refusal(error, folder)}; once it can, {go_on}")
+            tell("train.py", f"{describe_refusal(error, folder)}; once it can, {go_on()}")
     raise SystemExit(1)
 
 

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from byot.config import work_after
-from byot.console import fold, format_duration, waiting
+from byot.console import fold, format_duration, say, waiting
 from byot.search_files import SearchRecord, load_confirmation, space_to_dict
 from byot.system.files import describe_refusal, remove_leftovers
 from byot.system.flags import one_sentence_errors, tell, this_command
 from byot.system.paths import default_outputs
-from byot.system.provenance import find_commit, find_versions, provenance
+from byot.system.provenance import provenance
 from byot.system.stopping import catch_stop_signals
+from byot.trainer import choose_device
 from search.messages import describe_confirmation, trials_table, verdict
 from search.plan import SearchPlan, Session, check_gpus, resource_request
 from search.probe import find_trials_per_gpu
@@ -63,7 +64,7 @@ def run_search(plan: SearchPlan) -> int:
 
 def _run_on_ray(plan: SearchPlan, records: SearchRecords) -> int:
     """Run what is left of the trials, then of the confirmation; returns the exit code."""
-    plan, resources = _complete(plan)
+    resources = _find_resources(plan)
     _log_to_file(plan.folder / "search.log")
     budget_s, trials_s = plan.settings.time_budget_s(), plan.settings.trials_budget_s()
     deadline, trials_end = (None if s is None else time.monotonic() + s for s in (budget_s, trials_s))
@@ -134,19 +135,19 @@ def find_confirmation(plan: SearchPlan, records: SearchRecords) -> Confirmation 
     return Confirmation(plan.store, trials, plan.space, plan.base, plan.settings, len(plan.val.labels))
 
 
-def _complete(plan: SearchPlan) -> tuple[SearchPlan, Resources]:
+def _find_resources(plan: SearchPlan) -> Resources:
     """Find what is known only once Ray runs: a cluster's resources, how many trials are quickest together on a GPU."""
     resources, request = plan.resources, resource_request(plan.settings)
     if resources is None:
         with one_sentence_errors("tune.py"):
-            resources = resolve(request, *joined_cluster())
+            resources = resolve(request, *joined_cluster(plan.base.device))
             check_gpus(plan.base, resources)
             check_nodes(plan.store, resources)
     if plan.settings.gpus_per_trial == "auto" and resources.num_gpus:
         number = find_trials_per_gpu(plan.base, plan.train, resources, most=most_on_a_gpu(plan, resources))
         request = request._replace(gpus=1 / number)
         resources = resolve(request, resources.num_cpus, resources.num_gpus, "the machine")
-    return plan, resources
+    return resources
 
 
 def most_on_a_gpu(plan: SearchPlan, resources: Resources) -> int:
@@ -178,10 +179,7 @@ def _begin(session: Session) -> dict[str, Any]:
     """Write search.json and tell what is to be done; returns what is written."""
     plan, resources, records, *_ = session
     settings, recorded = plan.settings, plan.recorded
-    if recorded is None:
-        record = {"started_at": now(), **_origin(session)}
-    else:
-        record = {"started_at": now(), **recorded.fields, "commit": find_commit(), "versions": find_versions()}
+    record: dict[str, Any] = {"started_at": now(), **({} if recorded is None else recorded.fields), **_origin(session)}
     record |= {
         "name": plan.folder.name,  # it may have been moved
         "status": "running",
@@ -214,14 +212,16 @@ def _begin(session: Session) -> dict[str, Any]:
     save_search(plan.folder, record, plan.store)
     records.search = SearchRecord.from_dict(record)
     records.write_tables()
-    print(fold("\n".join(told)), flush=True)
+    say(fold("\n".join(told)))
     return record
 
 
 def _origin(session: Session) -> dict[str, Any]:
     """Return commit, versions and hardware for a record."""
     resources = session.resources
-    record = provenance(torch.device("cuda" if resources.gpus and torch.cuda.is_available() else "cpu"))
+    has_gpu = resources.gpus and torch.cuda.is_available()
+    device = choose_device(session.plan.base.device)  # mps, where the workers find that
+    record = provenance(device if has_gpu or device.type != "cuda" else torch.device("cpu"))
     if session.plan.address is not None:  # the driver's machine may have no GPU
         record["hardware"] |= describe_nodes(resources)
     return record
@@ -293,7 +293,7 @@ def _end(session: Session, watch: "SearchWatch", record: dict[str, Any]) -> int:
     with suppress(OSError) if watch.trouble else nullcontext():
         save_search(plan.folder, record | {"status": status, "finished_at": now()}, plan.store)
     if watch.trouble or not in_time:
-        print(f"\n{trials_table(records)}\n", flush=True)
+        say(f"\n{trials_table(records)}\n")
     if watch.trouble:
         crashed = any(trial.status == "failed" and not trial.diverged for trial in records.ended)
         retry = ["--retry-failed"] if crashed else []
@@ -301,11 +301,11 @@ def _end(session: Session, watch: "SearchWatch", record: dict[str, Any]) -> int:
         return 1
     ended = f"{len(records.ended)} of {plan.settings.num_samples} trials have ended"
     if not in_time:
-        print(f"stopped: {ended}; go on with: {go_on(plan)}", flush=True)
+        say(f"stopped: {ended}; go on with: {go_on(plan)}")
         return 128 + number if number else 1
     if missing > 0:
         spent = format_duration(plan.settings.trials_budget_s() or 0.0)
-        print(f"{spent} are over, and {ended}; go on with: {go_on(plan)}", flush=True)
+        say(f"{spent} are over, and {ended}; go on with: {go_on(plan)}")
     return 0
 
 
@@ -320,14 +320,14 @@ def _confirm(session: Session) -> int:
         return 0
     confirmation.drop_checkpoints()
     confirmation.origin = _origin(session)
-    print(f"\n{fold(describe_confirmation(confirmation, list(records.trials.values()), resources))}", flush=True)
+    say(f"\n{fold(describe_confirmation(confirmation, list(records.trials.values()), resources))}")
     is_over, trouble = confirm(confirmation, resources, stop_asked, deadline)
     if trouble:
         tell("tune.py", f"{trouble}; when that is mended, go on with: {go_on(plan)}")
         return 1
     if not is_over:
         spent = format_duration(plan.settings.time_budget_s() or 0.0)
-        print(f"{spent} are over; go on with: {go_on(plan)}", flush=True)
+        say(f"{spent} are over; go on with: {go_on(plan)}")
         return 0
 
     from search.study import OptunaMirror
@@ -340,13 +340,13 @@ def _confirm(session: Session) -> int:
 
 def tell_result(plan: SearchPlan, records: SearchRecords) -> int:
     """Print what a finished search found; returns the exit code, 1 if no trial reached its last epoch."""
-    print(f"\n{trials_table(records)}\n")
+    say(f"\n{trials_table(records)}\n")
     if not (plan.folder / "best.json").is_file():
-        print(f"no trial reached its last epoch; what went wrong is in {plan.folder}", flush=True)
+        say(f"no trial has reached its last epoch; what was recorded is in {plan.folder}")
         return 1
     searches = plan.folder.parent
     outputs = searches.parent if searches.name == "searches" else default_outputs()
-    print(verdict(plan.folder, outputs, go_on(plan, "--confirm", "3")))
+    say(verdict(plan.folder, outputs, go_on(plan, "--confirm", "3")))
     return 0
 
 

@@ -13,7 +13,6 @@ from byot.search_files import (
     format_parameter,
     format_value,
     load_confirmation,
-    metric_mode,
     next_commands,
 )
 from byot.system.files import read_json
@@ -95,7 +94,7 @@ def describe_confirmation(confirmation: Confirmation, trials: list[TrialRecord],
 def trials_table(records: SearchRecords) -> str:
     """Lay out the trials as text, those that reached their last epoch first and best first."""
     metric, order = records.metric, ("completed", "stopped", "running", "failed")
-    sign = -1 if metric_mode(metric) == "max" else 1
+    sign = -1 if records.mode == "max" else 1
 
     def rank(trial: TrialRecord) -> tuple[int, float, float]:
         value = trial.measures[metric]

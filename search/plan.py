@@ -76,7 +76,8 @@ class Session(NamedTuple):
 def make_plan(arguments: argparse.Namespace, held: ExitStack) -> SearchPlan:
     """Decide on the search that the command line means; its lock, and its lease in an object store, go to `held`.
 
-    Raises ValueError for what cannot be done here, and has then changed nothing and ended nobody's search.
+    Raises ValueError for what cannot be done here. Nothing is set aside and no lease is taken until the plan is whole;
+    it is made again only where another driver changed the search meanwhile.
     """
     if arguments.address is not None and not arguments.address.strip():
         raise ValueError("--address must be auto or the address of a Ray cluster, such as 10.0.0.1:6379")
@@ -95,10 +96,10 @@ def make_plan(arguments: argparse.Namespace, held: ExitStack) -> SearchPlan:
         tell("tune.py", f"also running here: {', '.join(running)}; the searches share the machine")
     if not arguments.fresh:
         store.pull()
-    plan = _decide(arguments, given, store, searches, bucket)
+    plan = _decide(arguments, given, store, bucket)
     with refusals_at(str(store)):
         if _take(plan, held, fresh=arguments.fresh):
-            plan = _decide(arguments, given, store, searches, bucket)
+            plan = _decide(arguments, given, store, bucket)
     return plan
 
 
@@ -135,7 +136,7 @@ def _choose_name(arguments: argparse.Namespace, given: dict[str, Any], searches:
         return f"{base.model}-w{base.width}-{base.dataset}-e{base.epochs}"
     if bucket is None:
         return newest_unfinished(searches, given, str(searches))
-    wanted = ("search.json", "state/search.json", CONFIRMATION)
+    wanted = ("search.json", "state/search.json", "best.json", CONFIRMATION)
     records = [name for name in bucket.files() if name.partition("/")[2] in wanted]
     with TemporaryDirectory() as looked_at:
         bucket.fetch(records, Path(looked_at))
@@ -145,7 +146,7 @@ def _choose_name(arguments: argparse.Namespace, given: dict[str, Any], searches:
 def newest_unfinished(searches: Path, given: dict[str, Any], where: str) -> str:
     """Return the name of the unfinished search of this model and data set that was started last.
 
-    A copy of a search in an object store is none: it goes on with its URL alone.
+    A copy of a search that is kept in an object store does not count: it goes on with --storage-path and its URL.
     """
     found = [
         (str(search.fields.get("started_at")), folder.name)
@@ -163,7 +164,7 @@ def _is_unfinished(folder: Path, search: SearchRecord) -> bool:
     """Check whether trials, or runs over fresh seeds that were asked for, are still to be done."""
     if search.status != "finished":
         return True
-    if not search.settings["confirm"]:
+    if not search.settings["confirm"] or not (folder / "best.json").is_file():  # no trial reached its last epoch
         return False
     try:
         confirmation = load_confirmation(folder)
@@ -173,7 +174,7 @@ def _is_unfinished(folder: Path, search: SearchRecord) -> bool:
 
 
 def is_new(folder: Path) -> bool:
-    """Check that a folder holds nothing of a search but what one leaves that was killed before it began."""
+    """Check that a folder holds no search: nothing, or only what a search leaves that was killed before it began."""
     before = (LOCK_FILE, COPY_OF, WARM_START, "search.log")
     return all(path.name in before or path.suffix == ".tmp" or path.is_dir() for path in folder.rglob("*"))
 
@@ -187,11 +188,9 @@ def trial_settings(given: dict[str, Any]) -> TrainConfig:
     return base if "epochs" in given else base.with_settings(epochs=RECIPES[base.recipe].trial_epochs)
 
 
-def _decide(
-    arguments: argparse.Namespace, given: dict[str, Any], store: Store, searches: Path, bucket: Bucket | None
-) -> SearchPlan:
+def _decide(arguments: argparse.Namespace, given: dict[str, Any], store: Store, bucket: Bucket | None) -> SearchPlan:
     """Decide on all but the lease. Raises ValueError for what cannot be done."""
-    folder = store.folder
+    folder, searches = store.folder, store.folder.parent
     base = trial_settings(given)
     if base.loss_form == "plain":
         raise ValueError("loss_form plain has no weights to search: it is one run of byot/train.py")
@@ -291,8 +290,11 @@ def _as_recorded(
     before = {**recorded.config.to_dict(), **settings.to_dict(), "space": space_to_dict(recorded.space)}
     changed = [name for name, value in asked.items() if name not in MAY_CHANGE and value != before[name]]
     if changed:
-        typed = {name: " ".join(before[name]) if name == "metric" else before[name] for name in changed}
-        said = ", ".join(f"{flag_name(name)} {value}" for name, value in typed.items())
+        values = {name: " ".join(v) if isinstance(v := before[name], list) else v for name in changed}
+        said = ", ".join(
+            f"no {flag_name(name)}" if value in (None, "") else f"{flag_name(name)} {value}"
+            for name, value in values.items()
+        )
         raise ValueError(
             f"the search {folder.name} was started with {said} and can only go on so: "
             "another --name or --fresh starts another search"

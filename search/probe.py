@@ -20,6 +20,7 @@ from search.system.resources import Resources, round_down
 
 MOST_TRIALS_PER_GPU = 16
 WARMUP_S, MEASURED_S = 3.0, 4.0
+ANSWER_TIMEOUT_S = 600.0  # of a trial that finds no room on the node
 GAIN = 1.05  # in images a second, at least
 PROBED_STEPS = 60  # steps an epoch of the images that are trained on, over and over
 HARMLESS_LR = 1e-6  # so that a search whose lr makes trials diverge can still be timed
@@ -74,9 +75,12 @@ def probing(base: TrainConfig, data: LabelledImages, *, cpus: int, gpus: float) 
     It returns the images a second of all together, None for want of memory.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     few = ray.put(few_images(data, base.batch_size))
-    remote = ray.remote(num_cpus=cpus, num_gpus=round_down(gpus))(Probe)
+    node = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= gpus)
+    here = NodeAffinitySchedulingStrategy(node, soft=False)  # else Ray may spread them over the nodes
+    remote = ray.remote(num_cpus=cpus, num_gpus=round_down(gpus), scheduling_strategy=here)(Probe)
     actors: list[Any] = []
 
     def measure(trials: int) -> float | None:
@@ -84,8 +88,9 @@ def probing(base: TrainConfig, data: LabelledImages, *, cpus: int, gpus: float) 
             actors.append(remote.remote(base, few, cpus))
         try:
             for seconds in (WARMUP_S, MEASURED_S):
-                found = ray.get([actor.images_in.remote(seconds) for actor in actors[:trials]])
-        except ray.exceptions.RayError:  # an actor died, of memory most likely
+                answers = [actor.images_in.remote(seconds) for actor in actors[:trials]]
+                found = ray.get(answers, timeout=ANSWER_TIMEOUT_S)
+        except ray.exceptions.RayError:  # an actor died, of memory most likely, or found no room
             return None
         return None if None in found else sum(found)
 
@@ -114,5 +119,5 @@ def find_trials_per_gpu(base: TrainConfig, data: LabelledImages, resources: Reso
     with probing(base, data, cpus=resources.cpus, gpus=1 / MOST_TRIALS_PER_GPU) as measure:
         best, speeds = fewest_that_gain(measure, min(most, MOST_TRIALS_PER_GPU))
     told = ", ".join(f"{speed:.0f} with {trials}" for trials, speed in enumerate(speeds, start=1))
-    print(f"{best} trials a GPU (images/s in all: {told})", flush=True)
+    print(f"trials a GPU: {best} (images/s in all: {told or 'nothing could be measured'})", flush=True)
     return best

@@ -90,7 +90,7 @@ def choose_arms(
 ) -> list[Arm]:
     """Choose the best different configurations, those in `first` before all, then the baselines not among them.
 
-    Trials that were still in when fewer had been searched stay: a luckier single run does not put them out.
+    Trials in `in_before`, still in before more were searched, stay: a luckier single run does not put them out.
     """
     arms = list(first)
     for trial in ranked(trials, metric):
@@ -152,9 +152,10 @@ class Confirmation:
         ]
         arms = choose_arms(trials, base, self.metric, settings.confirm, baselines, in_before)
         self.arms = {arm.trial_id: arm for arm in arms}
-        origin = written.fields if written else {}  # of the runs, until more are done
-        kept = (name for name in ("commit", "versions", "hardware") if name in origin)
-        self.origin: dict[str, Any] = {name: origin[name] for name in kept}
+        before = written.fields if written else {}
+        self.origin = {
+            name: before[name] for name in ("commit", "versions", "hardware") if name in before
+        }  # of the runs, until more are done
         self.runs = [Run(arm, number) for number in range(self.max_rounds) for arm in self.arms]
         self.results = {run: result for run in self.runs if (result := self._read_result(run)) is not None}
         self._given: set[Run] = set()
@@ -273,9 +274,7 @@ class Confirmation:
         leader, chosen = self.arms[judgement.leader], self.arms[judgement.chosen]
         name = f"{leader.describe()} ({leader.settings()})"
         seeds = f"{judgement.rounds} fresh seed{'s' * (judgement.rounds != 1)}"
-        if judgement.rounds == 0:
-            sentences = ["Not resolved: no fresh seed has been run by all yet."]
-        elif judgement.resolved:
+        if judgement.resolved:
             sentences = [f"Resolved after {seeds}: {name} is best."]
         elif judgement.equivalent:
             names = ", ".join(self.arms[arm].describe() for arm in judgement.equivalent)
@@ -285,13 +284,16 @@ class Confirmation:
                 f"Equal within {margin} after {seeds}: {names}.",
                 f"Chosen: {chosen.describe()} ({chosen.settings()}), which {why}.",
             ]
-        elif len(judgement.remaining) > 1:
-            sentences = [f"Not resolved after {seeds}: {name} leads, and is chosen."]
-        else:
+        elif len(judgement.remaining) == 1:
             sentences = [f"Not resolved: {name} is the only one of which no run diverged."]
+        elif judgement.rounds == 0:
+            sentences = ["Not resolved: no fresh seed has been run by all yet."]
+        else:
+            how = ", and is chosen" if judgement.is_over else " so far"
+            sentences = [f"Not resolved after {seeds}: {name} leads{how}."]
         if chosen.role == "control" and (judgement.resolved or judgement.equivalent):
             sentences.append("Self distillation showed nothing here that deep supervision alone does not give.")
-        for other, arm in self.arms.items() if judgement.rounds else ():
+        for other, arm in self.arms.items() if judgement.rounds or judgement.diverged else ():
             against, told = "", f"not compared: that takes {FIRST_LOOK} seeds"
             if other in judgement.diverged:
                 told = "left out, a run of it diverged"
@@ -308,7 +310,7 @@ class Confirmation:
 def confirm(
     confirmation: Confirmation, resources: Resources, stop_asked: StopAsked, deadline: float | None
 ) -> tuple[bool, str]:
-    """Run what is worth running, on a Ray that is started; returns whether it is over and else what went wrong.
+    """Run what is worth running, on a Ray that is started; return whether it is over, and what went wrong, if anything.
 
     Raises StoppedError when asked to stop, OSError where another driver goes on with it; what was begun goes on from
     its checkpoints another time.

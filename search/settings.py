@@ -93,7 +93,7 @@ class SearchSettings:
         8, "fresh seeds of each, at most; with fewer than 3 nothing is compared", low=2, high=1000
     )
     margin: float = setting(
-        0.3, "settings that differ by less are equal: points, of a likelihood hundredths of a nat", low=0
+        0.3, "differences below this count as equal: percentage points; for val_nll, hundredths of a nat", low=0
     )
     track: tuple[Tracker, ...] = setting(
         (), "where each trial's figures go, epoch by epoch: tensorboard, wandb, mlflow or none"
@@ -117,7 +117,7 @@ class SearchSettings:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Build from what a search recorded, also an older one: it knew one metric, patience, cmaes, trials_per_gpu."""
+        """Build from a search's record. Older ones have one metric as a text, patience, cmaes or trials_per_gpu."""
         if isinstance(values, dict):
             values = dict(values)
             if isinstance(metric := values.get("metric"), str):
@@ -143,7 +143,7 @@ class SearchSettings:
         return self.scheduler == "asha" or (self.scheduler is None and len(self.metric) == 1)
 
     def at_once(self, room: int) -> int:
-        """Say how many trials to run at once where `room` have it: a sampler learns from those that have ended."""
+        """Return how many trials to run at once, of the `room` there is: few enough that the sampler can learn."""
         if self.max_concurrent is not None or self.sampler == "random":
             return room
         return min(room, max(LEAST_AT_ONCE, self.num_samples // LEARNING_STEPS))

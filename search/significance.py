@@ -51,8 +51,7 @@ class Comparison(NamedTuple):
 
     def half_width(self, error: float = ERROR) -> float:
         """Half of the confidence interval of the difference at this look, which misses it in this share of cases."""
-        looks = look_levels(error, self.max_rounds) if self.max_rounds else ()
-        level = looks[self.rounds - FIRST_LOOK] if looks else error
+        level = look_levels(error, self.max_rounds)[self.rounds - FIRST_LOOK] if self.max_rounds else error
         return self.sd * float(t.isf(level / 2, self.rounds - 1)) / math.sqrt(self.rounds)
 
     @property
@@ -60,7 +59,7 @@ class Comparison(NamedTuple):
         return self.difference > self.half_width()
 
     def reversed(self) -> "Comparison":
-        """Give the same of the other arm against this one."""
+        """Return this comparison as seen from the other arm."""
         return self._replace(arm=self.other, other=self.arm, difference=-self.difference)
 
     @property

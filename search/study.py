@@ -14,7 +14,6 @@ import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler
@@ -32,8 +31,8 @@ PRIOR_SHARE = 2 / 3  # of the random proposals lie around the reference's settin
 PRIOR_SD = 0.2  # of the range
 
 
-def study_directions(metrics: tuple[str, ...]) -> list[StudyDirection]:
-    return [StudyDirection.MAXIMIZE if metric_mode(name) == "max" else StudyDirection.MINIMIZE for name in metrics]
+def study_directions(metrics: tuple[str, ...]) -> list[str]:
+    return ["maximize" if metric_mode(name) == "max" else "minimize" for name in metrics]
 
 
 def is_known_to_sampler(trial: TrialRecord, space: Space) -> bool:
@@ -45,9 +44,9 @@ def is_known_to_sampler(trial: TrialRecord, space: Space) -> bool:
 
 
 def to_optuna(trial: TrialRecord, records: SearchRecords, space: Space) -> FrozenTrial:
-    """Make the trial that Optuna is to know; one outside the space has no parameters there, only attributes.
+    """Convert a trial to Optuna's form; one outside the space gets no parameters and no value there, only attributes.
 
-    Nor has it a value: optuna-dashboard would call it the best without saying what it is.
+    With a value, optuna-dashboard would call it the best, without its settings.
 
     Ray would call a trial stopped early complete, with the value it had then, so that low-epoch values compete with
     final ones. Here it is pruned, with its epochs: TPE then ranks by epochs first. A diverged one is pruned without
@@ -176,10 +175,6 @@ class BudgetAwareSearch(Searcher):
         """Return what the next proposal is drawn from."""
         return np.random.SeedSequence((self._records.seed, self._records.next_number))
 
-    def _ask(self) -> dict[str, Any]:
-        """Return what the sampler proposes."""
-        return self.make_study().ask(make_distributions(self._space)).params
-
     def _draw_near(self) -> dict[str, Any]:
         """Draw a random proposal around the prior; nothing where the sampler is to propose.
 
@@ -203,7 +198,8 @@ class BudgetAwareSearch(Searcher):
         elif self._first:
             trial = self._records.begin(*self._first.pop(0))
         else:
-            trial = self._records.begin("sampled", self._draw_near() or self._ask())
+            params = self._draw_near() or self.make_study().ask(make_distributions(self._space)).params
+            trial = self._records.begin("sampled", params)
         return {"trial_id": trial.trial_id, "role": trial.role, "params": trial.params}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

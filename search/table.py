@@ -90,7 +90,7 @@ def _pairs(values: Mapping[str, object]) -> Text:
 
 
 class Terminal(Console):
-    """A console that leaves it to its user what a broken pipe means; rich would end the program."""
+    """A rich console that raises OSError on a broken pipe, where rich would end the program."""
 
     def on_broken_pipe(self) -> None:
         raise OSError("the terminal is gone")

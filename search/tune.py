@@ -1,7 +1,7 @@
 """Search alpha, temperature and beta of self distillation with Optuna on Ray Tune.
 
   python search/tune.py --model resnet18                    on CIFAR-100, on every GPU there is
-  python search/tune.py --model resnet18 --dataset digits --width 16 --epochs 20
+  python search/tune.py --dataset digits --width 16 --epochs 20
   python search/tune.py --model resnet18 --resume           go on after a stop or a crash, or with more --num-samples
 
 The search sees the training images only: a tenth of them, stratified, is held out to compare trials. The setting of
@@ -38,8 +38,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--space",
         metavar="FILE",
-        help="TOML file: a table with low, high and log, or with choices, for each of alpha, temperature, beta, lr, "
-        "weight_decay, label_smoothing, teacher",
+        help="TOML file: a table with low, high and perhaps log, or with choices, for any of alpha, temperature, beta, "
+        "lr, weight_decay, label_smoothing, teacher",
     )
     parser.add_argument("--address", help="address of a running Ray cluster, or auto (default: this machine alone)")
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
@@ -67,8 +67,7 @@ def main() -> None:
                 plan = make_plan(arguments, held)
             raise SystemExit(run_search(plan))
     except OSError as error:  # a full disk, most often
-        reason = describe_refusal(error, "the search's folder")
-        tell("tune.py", reason)
+        tell("tune.py", describe_refusal(error, "the search's folder"))
         raise SystemExit(1) from None
 
 

@@ -41,7 +41,7 @@ class WarmTrial(NamedTuple):
 
 
 class WarmStart(NamedTuple):
-    """Of the two lists one is empty."""
+    """What an earlier search lends; one of the two lists is empty."""
 
     search: str
     points: list[dict[str, Any]]  # tried early

@@ -3,14 +3,16 @@
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from byot.system.files import write_json
-from tests.helpers import EXIT_RULE, PROJECT, Call, ParquetMaker, call_main, save_digits_run, write_parquet
+from tests.helpers import EXIT_RULE, PROJECT, Call, ParquetMaker, save_digits_run, write_parquet
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,8 +54,23 @@ def cifar100_dir() -> Path:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Give a function that calls a module's main(): its exit code, and what it says on stdout and stderr."""
-    return lambda module, *arguments: call_main(module, "script", arguments, monkeypatch, capsys)
+    """Give a function that calls a module's main() in this process: (exit code, stdout, stderr).
+
+    Any other exception than SystemExit is a defect.
+    """
+
+    def call(module: ModuleType, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__.split('.')[-1]}.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import pytest
 import torch
 from PIL import Image
 
@@ -89,25 +88,6 @@ class FakeTerminal(io.StringIO):
         if self.error is not None:
             raise self.error
         return super().write(text)
-
-
-def call_main(
-    module: Any,
-    program: str,
-    arguments: Sequence[object],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> tuple[int, str, str]:
-    """Call an entry point's main() in this process: (exit code, stdout, stderr). Any other exception is a defect."""
-    monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
-    capsys.readouterr()
-    code = 0
-    try:
-        module.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 def text_of(page: str) -> str:

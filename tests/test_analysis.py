@@ -55,7 +55,6 @@ from search.tune import build_parser
 from tests.helpers import (
     PROJECT,
     assert_one_sentence,
-    call_main,
     command_environment,
     command_line,
     run_command,
@@ -158,14 +157,9 @@ def judge(folder):
 
 
 @pytest.fixture
-def call(outputs, monkeypatch, capsys):
+def call(call, outputs):
     """Call main() of a module of analysis: (exit code, stdout, stderr)."""
-
-    def call(module, *arguments):
-        program = f"{module.__name__.split('.')[-1]}.py"
-        return call_main(module, program, (*arguments, "--outputs", outputs), monkeypatch, capsys)
-
-    return call
+    return lambda module, *arguments: call(module, *arguments, "--outputs", outputs)
 
 
 def rows_of(path):

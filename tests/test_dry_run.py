@@ -9,12 +9,12 @@ from byot import data, dry_run, train
 from byot.config import DATASETS, TrainConfig
 from byot.runs import train_run
 from byot.trainer import build_model
-from tests.helpers import call_main
+from tests.helpers import Call
 
 
 @pytest.mark.parametrize("loss_form", ["reference", "plain"])
 def test_a_dry_run_says_what_the_run_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loss_form: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call, loss_form: str
 ) -> None:
     monkeypatch.setattr(dry_run, "MEASURED_S", 0.2)
     config = TrainConfig.from_dict(
@@ -22,7 +22,7 @@ def test_a_dry_run_says_what_the_run_is(
     )
     arguments = ["--dataset", "digits", "--width", "16", "--epochs", "1", "--batch-size", "256", "--device", "cpu"]
     arguments += ["--loss-form", loss_form, "--outputs", str(tmp_path)]
-    code, out, err = call_main(train, "train.py", (*arguments, "--dry-run"), monkeypatch, capsys)
+    code, out, err = call(train, *arguments, "--dry-run")
     assert (code, err) == (0, "")
     assert not list(tmp_path.iterdir()), "nothing is written"
     assert max(map(len, out.splitlines())) <= 80
@@ -41,11 +41,11 @@ def test_a_dry_run_says_what_the_run_is(
     assert int(images_per_s) > 0
 
 
-def test_a_dry_run_downloads_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_downloads_nothing(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     monkeypatch.setattr(dry_run, "MEASURED_S", 0.2)
     monkeypatch.delattr(data, "_load_archive")
     arguments = ("--dataset", "cifar100", "--width", "2", "--val-fraction", "0.1", "--dry-run")
-    code, out, err = call_main(train, "train.py", arguments, monkeypatch, capsys)
+    code, out, err = call(train, *arguments)
     assert (code, err) == (0, "")
     assert "45,000 training images of 32 pixels" in out
     assert re.search(r"^exit 4/4 +100 ", out, re.MULTILINE), "classes"
@@ -55,10 +55,8 @@ def test_the_digits_are_as_many_as_is_known() -> None:
     assert len(data.load_images("digits", None, "train").labels) == DATASETS["digits"].num_train_images
 
 
-def test_a_dry_run_is_refused_as_the_run_would_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_is_refused_as_the_run_would_be(tmp_path: Path, call: Call) -> None:
     arguments = ("--data-dir", tmp_path / "nowhere", "--outputs", tmp_path, "--dry-run")
-    code, _, err = call_main(train, "train.py", arguments, monkeypatch, capsys)
+    code, _, err = call(train, *arguments)
     assert code == 2
     assert "does not exist" in err

@@ -1,7 +1,6 @@
 """Holds fused.py and its C source to PyTorch's operations in float64, whatever the shape and the threads."""
 
 import copy
-import ctypes
 import os
 import subprocess
 import sys
@@ -185,22 +184,6 @@ def test_it_is_compiled_once_and_again_where_it_is_damaged(tmp_path: Path) -> No
     made.write_bytes(b"not a library")
     assert load_elsewhere(tmp_path).stdout == "True\n"
     assert made.stat().st_size > 1000
-
-
-@needs_compiler
-def test_a_damaged_library_that_another_process_removes_is_compiled_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BYOT_CACHE", str(tmp_path))
-    load = ctypes.CDLL
-
-    def load_damaged(name: str) -> ctypes.CDLL:
-        monkeypatch.setattr(ctypes, "CDLL", load)
-        Path(name).unlink()
-        raise OSError("file too short")
-
-    monkeypatch.setattr(ctypes, "CDLL", load_damaged)
-    assert fused.load_library.__wrapped__() is not None
 
 
 @pytest.mark.parametrize("without", ["compiler", "place", "wish"])

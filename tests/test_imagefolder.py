@@ -23,7 +23,7 @@ from byot.predictor import Predictor
 from byot.runs import check_classes, class_names, find_run, load_network, open_run, read_result, train_run
 from byot.system.files import read_json
 from byot.trainer import Trainer
-from tests.helpers import call_main, encode_png, random_pixels, run_command
+from tests.helpers import Call, encode_png, random_pixels, run_command
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(dataset="imagefolder", width=2, epochs=1, batch_size=16, device="cpu")
@@ -194,9 +194,7 @@ def make_damage(folder: Path) -> list[str]:
     return ["dangling.png", "empty.png", "huge.png", "photo.bmp", "pipe.png", "text.png", "truncated.jpg"]
 
 
-def test_a_run_trains_on_what_is_whole_and_lists_the_rest(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_trains_on_what_is_whole_and_lists_the_rest(tmp_path: Path, cache: Path, call: Call) -> None:
     """From the command line; evaluated again once the run and its images have been moved."""
     folder = make_folder(tmp_path / "photos", train=10, test=6)
     unreadable = make_damage(folder / "train" / "dog")
@@ -217,9 +215,7 @@ def test_a_run_trains_on_what_is_whole_and_lists_the_rest(
         exported = AllExits(cut_sections(network, normalisation))(x)
         expected = network(Normalise(normalisation)(x)).logits
     torch.testing.assert_close(exported, expected)
-    code, out, err = call_main(
-        evaluate, "evaluate.py", (run, "--data-dir", tmp_path / "moved photos"), monkeypatch, capsys
-    )
+    code, out, err = call(evaluate, run, "--data-dir", tmp_path / "moved photos")
     assert (code, err) == (0, "")
     assert out[out.index("classifier ") :] in done.stdout
     assert read_json(run / "result.json")["num_test_images"] == 12
@@ -227,7 +223,7 @@ def test_a_run_trains_on_what_is_whole_and_lists_the_rest(
         (tmp_path / "moved photos" / split / "cat").rename(tmp_path / "moved photos" / split / "zebra")
     given = (run, "--exits", "--data-dir", tmp_path / "moved photos")
     with pytest.warns(UserWarning, match="left out"):
-        code, _, err = call_main(evaluate, "evaluate.py", given, monkeypatch, capsys)
+        code, _, err = call(evaluate, *given)
     assert code == 2
     assert "was trained on other classes" in err
     assert not (run / "exits.json").exists(), "fitted on wrong labels"

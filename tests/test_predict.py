@@ -93,6 +93,8 @@ def test_files_pictures_and_arrays_are_one(predictor: Predictor, tmp_path: Path)
     (alone,) = predictor.predict(str(paths[1]))
     assert alone.name == answers[0][1][1][0][0]
     assert predictor.predict([]) == []
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        predictor.predict(paths, top=0)
     with pytest.raises(ValueError, match=r"must be uint8 \[N, H, W, 3\], not float64 \[3, 8, 8, 3\]"):
         predictor.predict(pixels / 255)
 

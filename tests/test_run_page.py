@@ -19,7 +19,7 @@ from byot.exit_report import judge_ensembles
 from byot.runs import train_run
 from byot.search_files import read_epochs
 from byot.system.files import read_json, write_json
-from tests.helpers import assert_one_sentence, call_main, text_of
+from tests.helpers import Call, assert_one_sentence, text_of
 
 SETTINGS = TrainConfig(dataset="digits", width=4, epochs=2, lr=0.05, val_fraction=0.2, device="cpu")
 NAMES = ("1/4", "2/4", "3/4", "4/4")
@@ -91,10 +91,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def call(call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Call an entry point, in whose time each rule has a time of its own: its thresholds' sum in ms an image."""
     monkeypatch.setattr(exit_report, "_time_one", lambda _, batch, rule: len(batch) * sum(rule.thresholds) / 1000)
-    return lambda module, *given: call_main(module, f"{module.__name__}.py", given, monkeypatch, capsys)
+    return call
 
 
 # ---------------------------------------------------------------- the page

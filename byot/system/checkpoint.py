@@ -90,9 +90,9 @@ def set_aside_newer(folder: Path, epoch: int, step: int) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Tell whether torch or Python ran out of memory, on whatever device."""
-    said = str(error)
+    words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "not enough memory" in said)
+        isinstance(error, RuntimeError) and any(said in str(error) for said in words)
     )
 
 

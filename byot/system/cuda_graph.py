@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
+from byot.system.stopping import TrainingError
+
 WARMUP_CALLS = 5  # before a function is recorded: libraries choose their algorithms in them
 
 
-class RecordingError(RuntimeError):
+class RecordingError(TrainingError):
     """A function could not be recorded; nothing of that call was done."""
 
 

@@ -86,7 +86,7 @@ ALONE = Processes()
 def joined_processes(device: str = "auto") -> Iterator[Processes]:
     """Meet the other processes that torchrun started, if it did.
 
-    Within, a process ends without a word once the first is gone, which has said why or was told to end. Raises
+    A process that loses the first one ends silently: the first has said why, or was told to end. Raises
     ValueError if the device is, or may be, a GPU and there is none for each.
     """
     count, rank, local_rank = (

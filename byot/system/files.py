@@ -4,10 +4,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from byot.system.paths import REPLACED
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -43,7 +45,7 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Move a folder that is to be made anew to replaced/NAME-TIME beside it, and return that. Nothing is deleted."""
-    aside = folder.parent / "replaced" / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    aside = folder.parent / REPLACED / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     aside.parent.mkdir(exist_ok=True)
     return folder.rename(aside)
 
@@ -68,7 +70,7 @@ def refusals_at(place: Path | str) -> Iterator[None]:
 
 def describe_refusal(error: OSError, place: Path | str) -> str:
     """Say what the system refused: the file that the error names, else `place`, and why."""
-    return f"{error.filename or place} cannot be read or written ({error.strerror})"
+    return f"{error.filename or place} cannot be read or written ({error.strerror or error})"
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -86,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UnreadableError(f"{path} cannot be read ({error.strerror})") from error
+        raise UnreadableError(f"{path} cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:  # too deeply nested
         raise UnreadableError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(record, dict):
@@ -115,10 +117,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     records = []
     for line in lines:
-        try:
+        with suppress(ValueError, RecursionError):  # torn by a crash in the middle of writing
             records.append(json.loads(line))
-        except (ValueError, RecursionError):  # torn by a crash in the middle of writing
-            continue
     return [record for record in records if isinstance(record, dict)]
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType, NoneType, TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -27,13 +28,17 @@ REFUSED = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryE
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of a description, but for those that are longer than the terminal's."""
+    """Fills the paragraphs of a description. Examples keep their lines: two spaces, a command, what it does."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        lines = (indent + line for line in text.splitlines())
-        return "\n".join(
-            textwrap.fill(line, width, subsequent_indent=indent + "  ") if len(line) > width else line for line in lines
-        )
+        def lay_out(part: str) -> str:
+            if not part.startswith(" "):
+                return textwrap.fill(" ".join(part.split()), width)
+            if max(map(len, part.splitlines())) <= width:
+                return part
+            return re.sub(r"(?<=\S) {2,}", "\n      ", part)  # what each does goes below it
+
+        return "\n\n".join(map(lay_out, text.strip("\n").split("\n\n")))
 
 
 class Parser(argparse.ArgumentParser):
@@ -147,10 +152,10 @@ def one_sentence_errors(program: str) -> Iterator[None]:
     That is a ValueError, or what the system refuses: a folder that may not be read, a file where a folder is to be.
     Wrap it around the reading of arguments and inputs only: a later ValueError is a defect and keeps its traceback.
     Ctrl-C ends the program at once, as nothing has begun. Warnings are printed as one line each. From here on, the
-    program also ends quietly once the reader of its output, such as `head`, has gone.
+    program also ends quietly at Ctrl-C, and once the reader of its output, such as `head`, has gone.
     """
     program = program_name(program)
-    _end_quietly_without_reader()
+    _end_quietly()
 
     def as_one_line(message: Warning | str, *_: Any, **__: Any) -> str:
         return f"{program}: {one_line(str(message))}\n"
@@ -174,8 +179,8 @@ def one_sentence_errors(program: str) -> Iterator[None]:
 
 
 @cache
-def _end_quietly_without_reader() -> None:
-    """Let neither a print nor the interpreter's last flush complain of a pipe that nobody reads any more."""
+def _end_quietly() -> None:
+    """Let neither Ctrl-C nor a pipe that nobody reads any more, at a print or at the last flush, give a traceback."""
 
     def reader_is_gone(text: str = "") -> bool:
         try:
@@ -186,7 +191,9 @@ def _end_quietly_without_reader() -> None:
         return False
 
     def on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not (kind is BrokenPipeError and reader_is_gone("\n")):  # any text will do
+        if kind is KeyboardInterrupt:
+            tell(Path(sys.argv[0]).name, "stopped")
+        elif not (kind is BrokenPipeError and reader_is_gone("\n")):  # any text will do
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = on_error

@@ -66,7 +66,7 @@ def _can_fuse(norm: AnyBatchNorm | nn.Identity, x: Tensor, residual: Tensor | No
 
 
 class FusedNormRelu(torch.autograd.Function):
-    """The operation with its gradient; keeps its input and output alone. Updates the running statistics."""
+    """The operation with its gradient; keeps only its input and output for it. Updates the running statistics."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, norm: Any) -> Tensor:
@@ -119,12 +119,10 @@ def load_library() -> ctypes.CDLL | None:
     if os.environ.get("BYOT_FUSED") == "0":
         return None
     try:
-        path = _compiled()
         try:
-            library = ctypes.CDLL(str(path))
-        except OSError:  # damaged
-            path.unlink(missing_ok=True)  # another process may have done it
             library = ctypes.CDLL(str(_compiled()))
+        except OSError:  # damaged
+            library = ctypes.CDLL(str(_compiled(again=True)))
     except (OSError, subprocess.SubprocessError):
         return None
     library.norm_relu_forward.argtypes = [*[POINTER] * 9, COUNT, COUNT, DOUBLE, INT]
@@ -133,8 +131,8 @@ def load_library() -> ctypes.CDLL | None:
     return library
 
 
-def _compiled() -> Path:
-    """Find the library for this source, these flags and this processor, or compile it.
+def _compiled(again: bool = False) -> Path:
+    """Find the library for this source, these flags and this processor, or compile it; `again` puts it in its place.
 
     Raises OSError or SubprocessError where that does not work.
     """
@@ -143,7 +141,7 @@ def _compiled() -> Path:
         raise FileNotFoundError("no C compiler")
     identity = (SOURCE.read_text(), *FLAGS, compiler, _processor())
     path = cache_folder() / f"norm_relu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.so"
-    if path.is_file():
+    if path.is_file() and not again:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -1,6 +1,7 @@
 """A folder's lock, for one process at a time. It is the operating system's and ends with the process that holds it."""
 
 import errno
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOCK_FILE = ".lock"
+LOOK_S = 0.5  # longer than another process holds a lock only to see whether it is free
 WORKER_WAIT_S = 120.0  # until a worker of a killed search has noticed and ended
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # some network file systems have none
 
@@ -18,7 +20,7 @@ class LockedError(ValueError):
 
 
 @contextmanager
-def lock_folder(folder: Path, wait_s: float = 0, *, has_to_lock: bool = False) -> Iterator[None]:
+def lock_folder(folder: Path, wait_s: float = LOOK_S, *, has_to_lock: bool = False) -> Iterator[None]:
     """Hold the lock of a folder, which is made if it is missing. An unused new folder is removed.
 
     Raises LockedError if another process still holds the lock after `wait_s` seconds. On a file system without locks
@@ -48,10 +50,10 @@ def lock_folder(folder: Path, wait_s: float = 0, *, has_to_lock: bool = False) -
 
 def is_locked(folder: Path) -> bool:
     """Check whether a process holds the lock of a folder. Nothing is written; where it cannot be found out, False."""
-    if not (folder / LOCK_FILE).is_file():
+    if not os.path.isfile(folder / LOCK_FILE):  # noqa: PTH113 (Path.is_file raises where it may not look)
         return False
     try:
-        with lock_folder(folder, has_to_lock=True):
+        with lock_folder(folder, wait_s=0, has_to_lock=True):
             return False
     except LockedError:
         return True

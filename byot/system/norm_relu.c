@@ -28,7 +28,7 @@ static inline bf16 narrow(float f) { /* to nearest, ties to even */
     return (bf16)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-/* All ones where ReLU let its input pass, else 0: positive numbers are those whose bits are, as a whole number. */
+/* All ones where ReLU let its input pass, else 0: a bfloat16 is above 0 where its bits, read as int16, are. */
 static inline bf16 active(bf16 out) { return (bf16)-((int16_t)out > 0); }
 
 /* Whether the threads work at once: without OpenMP one does the parts of all. */

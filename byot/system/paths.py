@@ -8,6 +8,7 @@ _CODE = Path(__file__).resolve().parents[2]  # a checkout, or where packages are
 IS_CHECKOUT = (_CODE / "pyproject.toml").is_file()
 # Installed, the folder that the command was started in: the environment tells it to Ray's workers, which run in others.
 PROJECT_ROOT = _CODE if IS_CHECKOUT else Path(os.environ.setdefault("BYOT_PROJECT_ROOT", str(Path.cwd())))
+REPLACED = "replaced"  # beside runs and searches: where --fresh moves them
 SHIPPED_NETWORKS = _CODE / "results" / "networks"  # of a checkout
 SHIPPED_FOLDER = _CODE / ("results/best" if IS_CHECKOUT else "byot/shipped")
 
@@ -19,6 +20,8 @@ def check_name(name: str) -> str:
             f"a name is made of at most 128 letters, digits, '.', '_' and '-', and begins with one of the first two, "
             f"not {name!r}"
         )
+    if name == REPLACED:
+        raise ValueError(f"the folder {REPLACED} is for what --fresh moves away; give another name")
     return name
 
 
@@ -44,12 +47,13 @@ def absolute_path(given: str | Path) -> Path:
     return path
 
 
-def outputs_folder(given: str | None) -> Path:
+def outputs_folder(given: str | None, *, only_read: bool = False) -> Path:
     """Find where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in PROJECT_ROOT.
 
-    Raises ValueError where nothing can be written.
+    Raises ValueError where nothing can be written, unless it is only read.
     """
-    return check_writable(default_outputs() if given is None else given)
+    folder = default_outputs() if given is None else absolute_path(given)
+    return folder if only_read else check_writable(folder)
 
 
 def default_outputs() -> Path:

@@ -6,8 +6,8 @@ it is written, before anything that depends on it is done, and pulls a run's fol
 in a temporary folder of its node: it fetches what the store has of its run and puts each checkpoint, then the other
 files, there before it reports an epoch. An object appears whole, under its last name, or not at all.
 
-No object can be locked: whoever wrote the lease last drives. Any other driver ends within half a minute, or when it is
-about to write.
+No object can be locked: whoever wrote the lease last drives. A driver that has lost it ends within half a minute, or
+before its next write.
 """
 
 import errno
@@ -93,7 +93,7 @@ class Bucket(NamedTuple):
         with self._opened() as (files, root):
             found = files.get_file_info(FileSelector(root, allow_not_found=True, recursive=True))
         names = [info.path.removeprefix(f"{root}/") for info in found if info.is_file]
-        return [name for name in names if ".." not in PurePosixPath(name).parts]  # a key may be any text
+        return [name for name in names if not {"..", "/"} & set(PurePosixPath(name).parts)]  # a key may be any text
 
     def read(self, name: str) -> bytes:
         with self._opened(name) as (files, path), files.open_input_file(path) as stream:
@@ -181,7 +181,7 @@ def is_checkpoint(name: str) -> bool:
 
 
 class Store:
-    """Where a folder's records are kept: in a bucket, or without one in the folder itself, so that little is to do."""
+    """Where a folder's records are kept: in a bucket, or in the folder itself; then most methods do nothing."""
 
     def __init__(self, folder: Path, bucket: Bucket | None = None, records: tuple[str, ...] = ()) -> None:
         """`records` names what the bucket keeps of the folder: files and folders in it. Without the first it is empty.
@@ -281,7 +281,7 @@ class Store:
             raise TakenOverError(errno.EBUSY, f"the driver on {host} goes on with it", str(self))
 
     def watch_lease(self) -> None:
-        """Check the lease now and then, however often this is called; an outage of the store is no news of it."""
+        """Check the lease, at most once in LOOK_EVERY_S seconds; a store that does not answer says nothing about it."""
         if time.monotonic() >= self._next_look_at:
             self._next_look_at = time.monotonic() + LOOK_EVERY_S
             try:
@@ -302,8 +302,8 @@ class Store:
     def set_aside(self, *, leftovers: bool = False) -> str:
         """Move what the bucket has to replaced/NAME-TIME beside it; returns that place, nothing if nothing was there.
 
-        The first record goes first: what a kill leaves is then no search, and set aside by the next that starts one.
-        With `leftovers` only such remains are.
+        The first record is moved first: what a kill leaves behind is then no search, and the next start sets it aside.
+        With `leftovers` only such a rest is moved.
         """
         if self.bucket is None:
             return ""

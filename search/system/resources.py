@@ -100,12 +100,12 @@ def cpu_quota(cgroup: Path) -> int:
     return sys.maxsize
 
 
-def joined_cluster() -> tuple[int, int, str]:
-    """Count the CPUs and GPUs of the cluster that has been joined, as `resolve` takes them."""
+def joined_cluster(device: str) -> tuple[int, int, str]:
+    """Count the CPUs of the cluster that has been joined and, unless `device` is cpu, its GPUs: see `resolve`."""
     import ray
 
     found = ray.cluster_resources()
-    return int(found.get("CPU", 0)), int(found.get("GPU", 0)), "the cluster"
+    return int(found.get("CPU", 0)), 0 if device == "cpu" else int(found.get("GPU", 0)), "the cluster"
 
 
 @contextmanager
@@ -210,8 +210,8 @@ def nodes_with_room(resources: Resources) -> list[dict[str, Any]]:
 def check_nodes(store: Store, resources: Resources) -> None:
     """Raise ValueError unless every node on which a trial can run can write where the search is kept.
 
-    That is its bucket; without one its folder, in which a node must see what the driver has written there. So too for a
-    node that cannot run the code, or if there is no node with room.
+    That is its bucket; without one its folder, in which a node must see what the driver has written there. Raises it
+    also where a node cannot run the code, or none has room.
     """
     import ray
     from ray.exceptions import RayError

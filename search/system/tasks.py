@@ -19,7 +19,7 @@ Key = TypeVar("Key")
 
 
 class Task(NamedTuple, Generic[Key]):
-    """With what a piece is to be done, and what its caller knows it by."""
+    """The arguments of one call, and the key by which its caller knows it."""
 
     key: Key
     arguments: tuple[Any, ...]

@@ -61,7 +61,7 @@ GPU_SPEED = $(TRAIN_SPEED) --steps 100 --seconds 15 --threads 8 --workers 8 --ou
 bench-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA GPU here"; exit 2; }
 	@test -n "$(DATA_DIR)" || { echo "DATA_DIR must name CIFAR-100's folder"; exit 2; }
-	$(BIN)/python -m pytest tests/test_devices.py tests/test_step.py
+	$(BIN)/python -m pytest tests/test_step.py
 	$(MAKE) --keep-going $(foreach name,r18-graph r50-graph r18-compile r18-eager concurrent-trials,$(GPU)/$(name).json)
 
 $(GPU)/r18-graph.json:

@@ -102,7 +102,9 @@ class SearchWatch(tune.Callback, tune.Stopper):
         if "OutOfMemoryError" in text or "running low on memory" in text:
             reason = f"out of memory, as Ray's memory monitor saw it; fewer trials at once would help ({reason})"
         path = self.records.trial_folder(trial_id) / "error.txt"
-        self._write(lambda: (write_text(path, text + "\n"), self.records.store.push(path)))
+        self._write(lambda: write_text(path, text + "\n"))
+        if path.is_file():
+            self._write(lambda: self.records.store.push(path))
         self._end(trial_id, "failed", reason)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:

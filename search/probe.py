@@ -80,12 +80,12 @@ def probing(base: TrainConfig, data: LabelledImages, *, cpus: int, gpus: float) 
     few = ray.put(few_images(data, base.batch_size))
     node = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= gpus)
     here = NodeAffinitySchedulingStrategy(node, soft=False)  # else Ray may spread them over the nodes
-    remote = ray.remote(num_cpus=cpus, num_gpus=round_down(gpus), scheduling_strategy=here)(Probe)
+    probe = ray.remote(Probe).options(num_cpus=cpus, num_gpus=round_down(gpus), scheduling_strategy=here)
     actors: list[Any] = []
 
     def measure(trials: int) -> float | None:
         while len(actors) < trials:
-            actors.append(remote.remote(base, few, cpus))
+            actors.append(probe.remote(base, few, cpus))
         try:
             for seconds in (WARMUP_S, MEASURED_S):
                 answers = [actor.images_in.remote(seconds) for actor in actors[:trials]]

@@ -152,10 +152,9 @@ class Confirmation:
         ]
         arms = choose_arms(trials, base, self.metric, settings.confirm, baselines, in_before)
         self.arms = {arm.trial_id: arm for arm in arms}
-        before = written.fields if written else {}
-        self.origin = {
-            name: before[name] for name in ("commit", "versions", "hardware") if name in before
-        }  # of the runs, until more are done
+        before = written.fields if written else {}  # where the runs were made, until more are
+        origin = ("commit", "versions", "hardware")
+        self.origin: dict[str, Any] = {name: before[name] for name in origin if name in before}
         self.runs = [Run(arm, number) for number in range(self.max_rounds) for arm in self.arms]
         self.results = {run: result for run in self.runs if (result := self._read_result(run)) is not None}
         self._given: set[Run] = set()

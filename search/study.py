@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -31,7 +31,7 @@ PRIOR_SHARE = 2 / 3  # of the random proposals lie around the reference's settin
 PRIOR_SD = 0.2  # of the range
 
 
-def study_directions(metrics: tuple[str, ...]) -> list[str]:
+def study_directions(metrics: tuple[str, ...]) -> list[Literal["minimize", "maximize"]]:
     return ["maximize" if metric_mode(name) == "max" else "minimize" for name in metrics]
 
 

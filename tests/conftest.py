@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from byot.system.files import write_json
-from tests.helpers import EXIT_RULE, PROJECT, Call, ParquetMaker, save_digits_run, write_parquet
+from tests.helpers import (
+    EXIT_RULE,
+    PROJECT,
+    Call,
+    ParquetMaker,
+    Refused,
+    Works,
+    assert_one_sentence,
+    save_digits_run,
+    write_parquet,
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,6 +44,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BYOT_CACHE", str(tmp_path_factory.mktemp("decoded")))
         yield
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep decoded images in a folder of the test's own."""
+    monkeypatch.setenv("BYOT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +88,30 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return code, said.out, said.err
 
     return call
+
+
+@pytest.fixture
+def works(call: Call) -> Works:
+    """Give a function that calls as `call` does what must end well and silently: what it says on stdout."""
+
+    def check(*given: object) -> str:
+        code, out, err = call(*given)
+        assert (code, err) == (0, ""), given
+        return out
+
+    return check
+
+
+@pytest.fixture
+def refused(call: Call) -> Refused:
+    """Give a function that calls as `call` does what must be refused, in one sentence that has these words."""
+
+    def check(*given: object, words: tuple[str, ...]) -> None:
+        code, out, err = call(*given)
+        assert (code, out) == (2, ""), given
+        assert_one_sentence(err, *words)
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -24,19 +24,13 @@ from byot.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[1]
 Call = Callable[..., tuple[int, str, str]]
+Works = Callable[..., str]
 ParquetMaker = Callable[..., Path]
 Refuse = Callable[..., None]  # of the program, its arguments as a tuple, and words its sentence must have
+Refused = Callable[..., None]
 # Images leave at three exits by it, and nobody asks the third.
 EXIT_RULE = {"temperatures": (0.7, 1.3, 0.9, 1.1), "thresholds": (0.4, 0.3, 2.0, 0.0)}
 TIMES = {"elapsed_s", "images_per_s"}
-SMALL_RUN: dict[str, Any] = {
-    "recipe": "reference",
-    "dataset": "digits",
-    "width": 4,
-    "epochs": 2,
-    "batch_size": 32,
-    "device": "cpu",
-}
 
 
 def command_environment(**variables: str) -> dict[str, str]:
@@ -55,13 +49,31 @@ def run_command(
     script: str = "byot/train.py",
     python: Sequence[str] = (),
     before: Sequence[str] = (),
+    code: int = 0,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run an entry script in a process of its own from another folder, as a user would.
+    """Run an entry script in a process of its own from another folder, as a user would, and check its exit code.
 
     `python` are options of the interpreter, `before` is a command that is to run it.
     """
-    return run_process([*before, *command_line(script, *arguments, python=python)], cwd, variables)
+    done = run_process([*before, *command_line(script, *arguments, python=python)], cwd, variables)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def start_command(
+    arguments: Sequence[object],
+    *,
+    cwd: Path,
+    script: str,
+    before: Sequence[str] = (),
+    output: Any = subprocess.PIPE,
+    **variables: str,
+) -> subprocess.Popen[str]:
+    """Start an entry script as `run_command` runs it, in a process group of its own, as from a terminal."""
+    command, environment = [*before, *command_line(script, *arguments)], command_environment(**variables)
+    streams: dict[str, Any] = {"stdout": output, "stderr": output, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
 
 
 def run_process(
@@ -166,10 +178,8 @@ def assert_same_state(found: Any, expected: Any, where: str = "state") -> None:
 
 def save_digits_run(folder: Path, **settings: Any) -> Path:
     """Train a small network on some of the digits and save it as a run's last checkpoint."""
-    config = TrainConfig(**{**SMALL_RUN, **settings})
-    digits = load_images("digits", None, "train")
-    trainer = Trainer(config, LabelledImages(digits.images[:640], digits.labels[:640]))
-    for _ in trainer:
-        pass
+    settings = {"recipe": "reference", "width": 4, "epochs": 2, "batch_size": 32, **settings}
+    trainer = Trainer(TrainConfig(dataset="digits", device="cpu", **settings), few_digits(640))
+    list(trainer)
     save_checkpoint(checkpoint_path(folder / "checkpoints", trainer.epoch), trainer.state_dict())
     return folder

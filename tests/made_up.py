@@ -26,37 +26,20 @@ def make_trial(
     **params: float,
 ) -> TrialRecord:
     """A trial with this value of all measures but those that are given."""
-    return TrialRecord(
-        trial_id=trial_id,
-        role=role,
-        status=status,
-        epochs_done=epochs_done,
-        params={"alpha": 0.1, "temperature": 3.0, "beta": 1e-6, **params},
-        measures={**dict.fromkeys(MEASURES, value), **(measures or {})},
-        seconds=seconds,
-        seed=0,
-        error=error,
-    )
+    fields: dict[str, Any] = {"epochs_done": epochs_done, "seconds": seconds, "seed": 0, "error": error}
+    fields |= {"params": {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6, **params}}
+    fields |= {"measures": {**dict.fromkeys(MEASURES, value), **(measures or {})}}
+    return TrialRecord(trial_id=trial_id, role=role, status=status, **fields)
 
 
 def search_record(config: TrainConfig = BASE, **fields: Any) -> dict[str, Any]:
     """What search.json holds."""
     record = {
-        "name": "s",
-        "status": "finished",
-        "started_at": "2026-11-20T10:00:00+00:00",
-        "finished_at": "2026-11-20T12:30:00+00:00",
-        "config": config.to_dict(),
-        "settings": SearchSettings(confirm=0).to_dict(),
-        "space": space_to_dict(DEFAULT_SPACE),
-        "metric": "val_accuracy",
-        "mode": "max",
-        "num_samples": 32,
-        "num_train_images": 1150,
-        "num_val_images": 287,
-        "commit": None,
-        "versions": {},
-        "hardware": {},
+        **{"name": "s", "status": "finished", "metric": "val_accuracy", "mode": "max", "num_samples": 32},
+        **{"started_at": "2026-11-20T10:00:00+00:00", "finished_at": "2026-11-20T12:30:00+00:00"},
+        **{"config": config.to_dict(), "settings": SearchSettings(confirm=0).to_dict()},
+        **{"space": space_to_dict(DEFAULT_SPACE), "num_train_images": 1150, "num_val_images": 287},
+        **{"commit": None, "versions": {}, "hardware": {}},
     }
     return record | fields
 
@@ -69,16 +52,10 @@ def open_records(
     seed: int = 0,
 ) -> SearchRecords:
     """The records of a search in this folder, by default of the validation accuracy."""
-    return SearchRecords(
-        folder,
-        parameters=list(parameters),
-        metrics=metrics or ("val_accuracy",),
-        epochs=epochs,
-        grace=grace_epochs(epochs),
-        seed=seed,
-    )
+    metrics, grace = metrics or ("val_accuracy",), grace_epochs(epochs)
+    return SearchRecords(folder, parameters=[*parameters], metrics=metrics, epochs=epochs, grace=grace, seed=seed)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a trials.csv."""
-    return [trial.to_row() for trial in read_trials(path)]
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a search's trials.csv."""
+    return [trial.to_row() for trial in read_trials(folder / "trials.csv")]

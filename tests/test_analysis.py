@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -29,12 +28,7 @@ from analysis.explore import draw_interactive, packed_plotly
 from analysis.figures import draw_pictures, to_svg
 from analysis.listing import ranking_table, summary_table, trials_table
 from analysis.trials import load_curves, load_runs, load_trials, retrained_runs, summarise_runs, trial_config
-from analysis.verdict import (
-    accuracy_standard_error,
-    judge_retrained,
-    judge_search,
-    noise_margin,
-)
+from analysis.verdict import accuracy_standard_error, judge_retrained, judge_search, noise_margin
 from byot.config import CLASSIFIERS, TrainConfig
 from byot.search_files import (
     MEASURES,
@@ -52,14 +46,7 @@ from search.plan import make_plan
 from search.settings import SearchSettings
 from search.space import DEFAULT_SPACE, read_space
 from search.tune import build_parser
-from tests.helpers import (
-    PROJECT,
-    assert_one_sentence,
-    command_environment,
-    command_line,
-    run_command,
-    text_of,
-)
+from tests.helpers import PROJECT, assert_one_sentence, run_command, start_command, text_of
 from tests.made_up import make_trial, search_record
 
 EPOCHS = 9
@@ -71,8 +58,6 @@ REFERENCE = "the reference's setting"
 
 
 # ---------------------------------------------------------------- searches made by hand
-
-
 def measures(accuracy, prefix="val"):
     record = {}
     for suffix, offset in zip(CLASSIFIERS, OFFSETS, strict=True):
@@ -158,7 +143,6 @@ def judge(folder):
 
 @pytest.fixture
 def call(call, outputs):
-    """Call main() of a module of analysis: (exit code, stdout, stderr)."""
     return lambda module, *arguments: call(module, *arguments, "--outputs", outputs)
 
 
@@ -168,8 +152,6 @@ def rows_of(path):
 
 
 # ---------------------------------------------------------------- trials
-
-
 def test_trials_are_read_as_they_were_written(outputs, folder):
     trials = load_trials(str(folder))  # as docs/analyse.md has it
     # Ids that look like numbers or like nothing, and the exact parameters.
@@ -205,8 +187,6 @@ def test_a_running_trial_is_brought_up_to_date_from_its_own_file(outputs):
 
 
 # ---------------------------------------------------------------- runs
-
-
 def test_retrained_runs_are_those_with_a_trials_settings(outputs, folder):
     search, trials = load_search(folder), load_trials(folder)
     assert retrained_runs(load_runs(outputs), search, trials).empty
@@ -235,8 +215,6 @@ def test_retrained_runs_are_those_with_a_trials_settings(outputs, folder):
 
 
 # ---------------------------------------------------------------- what the noise allows to say
-
-
 def test_standard_errors():
     assert accuracy_standard_error(75.0, 5000) == pytest.approx(100 * math.sqrt(0.75 * 0.25 / 5000))
     assert noise_margin(75.0, 75.0, 5000) == pytest.approx(2 * math.sqrt(2) * accuracy_standard_error(75.0, 5000))
@@ -317,8 +295,6 @@ def test_retrained_differences_are_resolved_or_not(outputs, folder, accuracies, 
 
 
 # ---------------------------------------------------------------- tables and figures
-
-
 def test_ranking_table_has_the_reference_and_the_control_below(folder):
     table = ranking_table(load_search(folder), load_trials(folder), top=1)
     assert [row[0] for row in table.rows] == ["1", "2", DASH]
@@ -362,10 +338,7 @@ def confirmation(folder):
     arms = {"1234e567": ("sampled", [78.0, 78.4, 78.2]), "d9c2825f": ("reference", [77.9, 78.5, None])}
     arms["a30febcf"] = ("control", [70.0, 70.5])
     record = {
-        "status": "finished",
-        "num_rounds": 3,
-        "metric": "val_accuracy",
-        "choice": "1234e567",
+        **{"status": "finished", "num_rounds": 3, "metric": "val_accuracy", "choice": "1234e567"},
         "verdict": ["Not resolved after 3 fresh seeds: trial 1234e567 leads.", "Deep supervision alone: resolved."],
         "arms": [{"trial_id": i, "role": role, "params": {}, "values": v} for i, (role, v) in arms.items()],
     }
@@ -374,24 +347,20 @@ def confirmation(folder):
 
 
 @pytest.mark.usefixtures("confirmation")
-def test_a_confirmation_is_shown_first(outputs, folder, call):
+def test_a_confirmation_is_shown_first(outputs, folder, works):
     page = report.render_page(folder, outputs)
     verdict = page[page.index('class="verdict"') :]
     assert verdict.index("Not resolved after 3 fresh seeds") < verdict.index("Best of")
     _, words = draw(outputs, folder)["confirmation"]
     assert "deep supervision alone -7.95" in words, "of the seeds that both had"
     assert f"{REFERENCE} +0.00" in words
-    code, out, _ = call(best)
-    assert code == 0
-    assert "- Not resolved after 3 fresh seeds: trial 1234e567 leads." in out
+    assert "- Not resolved after 3 fresh seeds: trial 1234e567 leads." in works(best)
 
 
 @pytest.mark.parametrize("changes", [{"verdict": [1]}, {"arms": {}}, {"choice": []}, {"num_rounds": "3"}])
-def test_a_damaged_confirmation_is_told_in_one_sentence(outputs, folder, confirmation, call, changes):
+def test_a_damaged_confirmation_is_told_in_one_sentence(folder, confirmation, refused, changes):
     write_json(folder / "confirmation.json", confirmation | changes)
-    code, _, err = call(best)
-    assert code == 2
-    assert_one_sentence(err, "confirmation.json", *changes)
+    refused(best, words=("confirmation.json", *changes))
 
 
 def test_pareto_front_of_two_metrics(outputs):
@@ -478,8 +447,6 @@ def test_the_bands_of_effects_hold_the_truth(outputs):
 
 
 # ---------------------------------------------------------------- the page
-
-
 def test_the_page_holds_verdict_tables_figures_and_commands(outputs, folder):
     retrain_by_hand(outputs, folder, {"1234e567": [78.0, 78.2], "a30febcf": [76.0]})
     page = report.render_page(folder, outputs)
@@ -545,12 +512,10 @@ def test_a_page_needs_no_optional_part_of_the_record(outputs, folder):
 
 
 # ---------------------------------------------------------------- command lines
-
-
 def test_best_and_report_from_another_folder(tmp_path, outputs, folder):
     table = tmp_path / "ranking.csv"
     done = run_command(["--outputs", outputs, "--top", 2, "--csv", table], cwd=tmp_path, script="analysis/best.py")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert (lines[0], lines[2]) == ("search search-1: finished", "8 trials: 5 completed, 1 stopped, 2 failed")
     assert [line.split()[1] for line in lines[5:8]] == ["1234e567", "d9c2825f", "a30febcf"]
@@ -561,13 +526,11 @@ def test_best_and_report_from_another_folder(tmp_path, outputs, folder):
     assert float(rows[0]["alpha"]) == 0.2832109876543211
     done = run_command([folder, "--outputs", outputs], cwd=tmp_path, script="analysis/report.py")
     page = outputs / "reports" / "search-1.html"
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{page}\n", "")
+    assert (done.stdout, done.stderr) == (f"{page}\n", "")
     assert "<table>" in page.read_text()
 
 
 # ---------------------------------------------------------------- retraining
-
-
 def test_configurations_to_retrain(outputs, folder):
     search, trials = load_search(folder), read_trials(folder / "trials.csv")
     assert list(retrain.choose_configurations(search, trials, 1, with_baselines=False)) == ["1234e567"]
@@ -586,17 +549,15 @@ def test_configurations_to_retrain(outputs, folder):
     assert retrain.plan_jobs(chosen, outputs / "runs", 1)[0].config.run_name() == of_best.run_name()
 
 
-def test_retraining_needs_a_completed_trial(outputs, call):
+def test_retraining_needs_a_completed_trial(outputs, refused):
     make_search(outputs, [trial("a", 50.0, status="stopped", epochs=2)], name="none")
-    code, _, err = call(retrain, "none")
-    assert (code, err) == (2, f"retrain.py: no trial of the search none has reached its last epoch ({EPOCHS}) yet\n")
+    refused(retrain, "none", words=(f"retrain.py: no trial of the search none has reached its last epoch ({EPOCHS})",))
 
 
-def test_finished_runs_are_told_without_starting_ray(outputs, folder, monkeypatch, call):
+def test_finished_runs_are_told_without_starting_ray(outputs, folder, monkeypatch, works):
     monkeypatch.setattr(ray, "init", None)
     retrain_by_hand(outputs, folder, {"1234e567": [78.0, 78.2], "d9c2825f": [77.0, 77.1], "a30febcf": [76.0, 76.1]})
-    code, out, _ = call(retrain, "--top", 1, "--seeds", 2)
-    assert code == 0
+    out = works(retrain, "--top", 1, "--seeds", 2)
     assert "6 of 6 runs finished before" in out
     assert "1/6  trial 1234e567  seed 0  test accuracy 78.00 %  30 s  (finished before)" in out
     assert "78.10 ± 0.14" in out
@@ -629,15 +590,7 @@ def test_retraining_survives_a_stop_and_a_failure(outputs, tmp_path):
     blocked.mkdir(parents=True)  # a folder where the run wants a file
     arguments = ["--top", 1, "--seeds", 2, "--epochs", 2, "--outputs", outputs]
 
-    with subprocess.Popen(
-        command_line("analysis/retrain.py", *arguments, "--max-concurrent", 1),
-        cwd=tmp_path,
-        env=command_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a terminal's Ctrl-C goes to the whole group
-    ) as process:
+    with start_command([*arguments, "--max-concurrent", 1], cwd=tmp_path, script="analysis/retrain.py") as process:
         assert process.stdout is not None
         lines = [process.stdout.readline(), process.stdout.readline()]
         os.killpg(process.pid, signal.SIGINT)
@@ -649,8 +602,7 @@ def test_retraining_survives_a_stop_and_a_failure(outputs, tmp_path):
     assert err.endswith(f" search-1 --top 1 --seeds 2 --epochs 2 --outputs {outputs} --max-concurrent 1\n")
     first = (jobs[0].folder / "result.json").stat().st_mtime_ns
 
-    again = run_command(arguments, cwd=tmp_path, script="analysis/retrain.py")
-    assert again.returncode == 1, again.stderr
+    again = run_command(arguments, cwd=tmp_path, script="analysis/retrain.py", code=1)
     assert re.search(r"trial a30febcf  seed 1  failed: IsADirectoryError: .*metrics\.jsonl", again.stdout)
     assert "1 of 4 runs failed" in again.stderr
     runs = [row["run"] for row in rows_of(folder / "retrained.csv")]

@@ -25,7 +25,7 @@ from byot.batches import (
     place_images,
     shuffled,
 )
-from byot.config import DATASETS, Placement, TrainConfig, crop_padding, cutout_size
+from byot.config import DATASETS, TrainConfig, crop_padding, cutout_size
 from byot.data import LabelledImages, Normalisation
 from byot.system.distributed import Processes
 from tests.helpers import random_pixels
@@ -50,8 +50,6 @@ def numbered_images(num_images: int, size: int = 8) -> LabelledImages:
 
 
 # ---------------------------------------------------------------- augmentation
-
-
 def slow_crop_and_flip(pixels: np.ndarray, offset: list[int], flip: bool, padding: int) -> np.ndarray:
     """One image through Pillow: black border, crop at (row, column), mirror."""
     size = pixels.shape[0]
@@ -71,15 +69,13 @@ def slow_cut_out(image: torch.Tensor, centre: list[int], size: int) -> torch.Ten
 
 
 # ---------------------------------------------------------------- an epoch's draws
-
-
 def same_plan(a: EpochPlan, b: EpochPlan) -> bool:
     pairs: list[tuple[Any, Any]] = list(zip(a, b, strict=True))
     return all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
 @each_config
-def test_epoch_is_drawn_from_seed_and_number_alone(config: TrainConfig) -> None:
+def test_epoch_is_drawn_from_seed_and_number_alone(config):
     torch.manual_seed(1)
     first = draw_epoch(config, 2000, epoch=5)
     torch.manual_seed(2)
@@ -92,7 +88,7 @@ def test_epoch_is_drawn_from_seed_and_number_alone(config: TrainConfig) -> None:
 
 
 @each_config
-def test_draws_cover_what_they_should(config: TrainConfig) -> None:
+def test_draws_cover_what_they_should(config):
     plan = draw_epoch(config, 2000, epoch=0)
     assert sorted(plan.order.tolist()) == list(range(2000))
     assert plan.order.tolist() != list(range(2000))
@@ -116,7 +112,7 @@ def test_draws_cover_what_they_should(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize("placement", ["device", "streamed"])
 @each_config
-def test_batches_are_the_plan_image_by_image(config: TrainConfig, placement: Placement) -> None:
+def test_batches_are_the_plan_image_by_image(config, placement):
     info = DATASETS[config.dataset]
     data = numbered_images(70, info.image_size)
     plan = draw_epoch(config, 70, epoch=1)
@@ -140,7 +136,7 @@ def test_batches_are_the_plan_image_by_image(config: TrainConfig, placement: Pla
     ("num_images", "batch_size", "sizes"),
     [(8, 4, [4, 4]), (9, 4, [4, 4]), (10, 4, [4, 4, 2]), (3, 4, [3]), (2, 2, [2]), (1, 4, []), (129, 128, [128])],
 )
-def test_a_last_batch_of_one_image_is_left_out(num_images: int, batch_size: int, sizes: list[int]) -> None:
+def test_a_last_batch_of_one_image_is_left_out(num_images, batch_size, sizes):
     source = DeviceImages(numbered_images(num_images), CPU)
     plan = draw_epoch(CONFIGS["digits"], num_images, epoch=0)
     batches = list(shuffled(source, plan, batch_size))
@@ -151,7 +147,7 @@ def test_a_last_batch_of_one_image_is_left_out(num_images: int, batch_size: int,
 
 
 @pytest.mark.parametrize(("num_processes", "batch_size"), [(2, 16), (3, 16), (4, 70), (5, 7)])
-def test_processes_share_every_batch_without_loss(num_processes: int, batch_size: int) -> None:
+def test_processes_share_every_batch_without_loss(num_processes, batch_size):
     source = DeviceImages(numbered_images(70), CPU)
     plan = draw_epoch(CONFIGS["long"], 70, epoch=0)
     shares = [list(shuffled(source, plan, batch_size, 1, Processes(r, num_processes))) for r in range(num_processes)]
@@ -173,7 +169,7 @@ def test_processes_share_every_batch_without_loss(num_processes: int, batch_size
 
 @pytest.mark.parametrize("placement", ["device", "streamed"])
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 50])
-def test_in_order_gives_every_image_once_and_unaltered(batch_size: int, placement: Placement) -> None:
+def test_in_order_gives_every_image_once_and_unaltered(batch_size, placement):
     data = numbered_images(10)
     batches = list(in_order(place_images(data, CPU, placement), batch_size, PLAIN))
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(10))
@@ -182,7 +178,7 @@ def test_in_order_gives_every_image_once_and_unaltered(batch_size: int, placemen
 
 
 @pytest.mark.parametrize(("free_bytes", "kind"), [(24_000, DeviceImages), (23_999, StreamedImages)])
-def test_what_would_crowd_a_gpu_is_streamed(free_bytes: int, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_would_crowd_a_gpu_is_streamed(free_bytes, kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 80_000))
     monkeypatch.setattr(batches, "DeviceImages", lambda data, device: DeviceImages(data, CPU))
     data = LabelledImages(np.zeros((1, 20, 200, 3), dtype=np.uint8), np.zeros(1))

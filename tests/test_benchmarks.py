@@ -20,14 +20,12 @@ from byot.model import Branch, BranchedResNet
 from byot.search_files import MEASURES, space_to_dict
 from byot.system.files import append_json_line, read_json
 from search.space import DEFAULT_SPACE
-from tests.helpers import Call, assert_one_sentence, picture_of, run_command
+from tests.helpers import assert_one_sentence, picture_of, run_command
 
 BATCH_SIZE = 128  # at which the reference quotes its hint loss
 
 
 # ---------------------------------------------------------------- what all use
-
-
 def test_means_differences_and_tables():
     assert common.mean_and_sd([1.0, 2.0]) == "1.50 ± 0.71"
     assert common.mean_and_sd([1.0]) == "1.00"
@@ -41,9 +39,7 @@ def test_means_differences_and_tables():
 
 
 # ---------------------------------------------------------------- speed
-
-
-def test_the_plain_network_has_the_references_parameters() -> None:
+def test_the_plain_network_has_the_references_parameters():
     for model, used, unused in (("resnet18", 13_011_152, 232_448), ("resnet50", 50_430_928, 3_682_304)):
         with torch.device("meta"):
             network = ReferenceNet(model, width=64, num_classes=100)
@@ -51,7 +47,7 @@ def test_the_plain_network_has_the_references_parameters() -> None:
         assert sum(p.numel() for p in network.unused.parameters()) == unused
 
 
-def test_one_step_of_the_plain_loop_is_one_of_ours() -> None:
+def test_one_step_of_the_plain_loop_is_one_of_ours():
     """The same weights and images give the same gradients, whatever the form of the losses.
 
     In float64: rounding in float32 takes some activations to the other side of a ReLU, which shows in the gradients.
@@ -85,11 +81,10 @@ def test_one_step_of_the_plain_loop_is_one_of_ours() -> None:
 
 
 @pytest.mark.slow
-def test_the_speed_is_measured(tmp_path: Path) -> None:
+def test_the_speed_is_measured(tmp_path):
     sizes = ["--models", "resnet18", "--widths", 4, "--steps", 1, "--rounds", 1, "--seconds", 0]
     arguments = [*sizes, "--output", tmp_path / "speed.json"]
     done = run_command(arguments, cwd=tmp_path, script="benchmarks/speed/train_speed.py")
-    assert done.returncode == 0, done.stderr
     (row,) = read_json(tmp_path / "speed.json")["rows"]
     assert row["ratio"] == pytest.approx(row["images_per_s"] / row["reference_images_per_s"])
     assert 0 < row["share_of_matmul_peak"] < 1
@@ -98,11 +93,10 @@ def test_the_speed_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_searches_are_measured(tmp_path: Path) -> None:
+def test_searches_are_measured(tmp_path):
     def measure(line: str) -> dict[str, Any]:
         command = [*line.split(), "--output", tmp_path / "record.json"]
-        done = run_command(command, cwd=tmp_path, script="benchmarks/speed/searches.py")
-        assert done.returncode == 0, done.stderr
+        run_command(command, cwd=tmp_path, script="benchmarks/speed/searches.py")
         return read_json(tmp_path / "record.json")
 
     found = measure("overhead --width 2 --epochs 1 --num-samples 3")["searches"]["real"]
@@ -120,8 +114,6 @@ def test_searches_are_measured(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- recorded curves
-
-
 def write_curves(folder: Path, family: str, ends: dict[tuple[int, int], float]) -> None:
     """Curves by (number, seed), which until their last epoch rank the configurations by falling number."""
     config = FAMILIES[family].base
@@ -134,7 +126,7 @@ def write_curves(folder: Path, family: str, ends: dict[tuple[int, int], float]) 
     save_curves(curves_path(family, folder), header, curves)
 
 
-def test_curves_are_recorded_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+def test_curves_are_recorded_and_gone_on_with(tmp_path, monkeypatch, call):
     family = FAMILIES["digits"]
     small = family._replace(base=family.base.with_settings(epochs=2), num_configurations=1, num_seeds=1)
     path = curves_path("digits", tmp_path)
@@ -160,15 +152,14 @@ def test_curves_are_recorded_and_gone_on_with(tmp_path: Path, monkeypatch: pytes
     assert_one_sentence(err, str(path), "other settings")
 
 
-def test_a_short_run_ranks_as_the_long_one_as_far_as_was_planted(tmp_path: Path, call: Call) -> None:
+def test_a_short_run_ranks_as_the_long_one_as_far_as_was_planted(tmp_path, works):
     """Eight configurations; the short run has two of the better half in the wrong order, the cut one all of them."""
     order = range(8)
     swapped = [0, 1, 2, 3, 4, 5, 7, 6]
     write_curves(tmp_path, "modern-e24", {(n, s): 50.0 + n + 0.2 * s for n in order for s in (0, 1)})
     write_curves(tmp_path, "modern-e4", {(n, 0): 30.0 + swapped[n] for n in order} | {(99, 0): 1.0})
     output = tmp_path / "transfer.json"
-    code, out, _ = call(transfer, "--curves", tmp_path, "--output", output)
-    assert code == 0
+    out = works(transfer, "--curves", tmp_path, "--output", output)
     found = read_json(output)["families"]["modern-e24"]
     short, cut = found["rows"]
     assert (short["ended"], short["configurations"], found["configurations"]) == ("modern-e4", 8, 8)
@@ -184,17 +175,15 @@ def test_a_short_run_ranks_as_the_long_one_as_far_as_was_planted(tmp_path: Path,
     assert "8 configurations" in out
 
 
-def test_accuracy_against_time(tmp_path: Path, call: Call) -> None:
+def test_accuracy_against_time(tmp_path, works):
     write_curves(tmp_path, "time-reference-e2", {(-2, 0): 50.0})
     write_curves(tmp_path, "time-modern-e4", {(-2, 0): 60.0, (-2, 1): 61.0})
-    _, out, _ = call(time_to_accuracy, "--curves", tmp_path)
+    out = works(time_to_accuracy, "--curves", tmp_path)
     assert "| `reference` | 2 | 2.0 | 1 | 50.00 | 50.00 | 1 |" in out
     assert "| 2 | 60.50 ± 0.71 | 60.50 ± 0.71 | 3 |" in out
 
 
 # ---------------------------------------------------------------- levers of the recipe
-
-
 def test_levers_are_compared_at_equal_arithmetic_and_by_seed():
     assert BASE.mean_cost() == pytest.approx(0.4 / 4 + 0.35 * 9 / 16 + 0.25)
     assert [BASE.size(progress) for progress in (0.0, 0.39, 0.4, 0.74, 0.75)] == [16, 16, 24, 24, 32]
@@ -215,9 +204,7 @@ def test_levers_are_compared_at_equal_arithmetic_and_by_seed():
     assert "| 99.00 | 0.00 |  | 60 |" in of_test_images, "older records share no row with new ones"
 
 
-def test_levers_train_what_is_missing_on_held_out_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
-) -> None:
+def test_levers_train_what_is_missing_on_held_out_images(tmp_path, monkeypatch, works):
     """Every lever at once, on few images: one run is recorded, and the same command trains none again."""
     monkeypatch.setattr(recipe_levers, "load_images", lambda *given: train_speed.some_images(None, 2000))
     levers: dict[str, Any] = {"cutout": 8, "padding": 4, "batch_size": 450, "cosine": True, "optimizer": "sgd"}
@@ -225,13 +212,11 @@ def test_levers_train_what_is_missing_on_held_out_images(
     output = tmp_path / "levers.jsonl"
     append_json_line(output, {"row": "all", "budget": 1.0, "width": 4, "seed": 1, "accuracy": [1.0] * 5, "cpu_s": 9})
     arguments = ["--rows", "all", "--seeds", 1, "--budget", 1, "--width", 4, "--output", output]
-    code, out, _ = call(recipe_levers, *arguments)
-    assert code == 0
-    assert "all, seed 1" in out
+    assert "all, seed 1" in works(recipe_levers, *arguments)
     record = recipe_levers.read_json_lines(output)[-1]
     assert record["num_steps"] == round(4 / BASE.mean_cost())
     assert len(record["val_accuracy"]) == 5
-    _, again, _ = call(recipe_levers, *arguments)
+    again = works(recipe_levers, *arguments)
     assert "all, seed 1" not in again
     assert again.strip() in (tmp_path / "levers.md").read_text()
 
@@ -262,12 +247,8 @@ def test_levers_train_what_is_missing_on_held_out_images(
         (tables, "search-r18 --concurrent 2", ["--concurrent"]),
     ],
 )
-def test_bad_command_lines(
-    module: Any, line: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
-) -> None:
+def test_bad_command_lines(module, line, words, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BYOT_OUTPUTS", str(tmp_path / "outputs"))
-    code, out, err = call(module, *line.split())
-    assert (code, out) == (2, "")
-    assert_one_sentence(err, *words)
+    refused(module, *line.split(), words=words)
     assert picture_of(tmp_path) == {}, "nothing is written"

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -48,14 +49,9 @@ class Driver:
         return self.complete(trial)
 
     def start(self) -> Any:
-        return SimpleNamespace(
-            trial_id="of Ray",
-            status="RUNNING",
-            config=self.searcher.suggest("of Ray"),
-            last_result={},
-            error_file=None,
-            run_metadata=SimpleNamespace(num_failures=0, metric_analysis={}, metric_n_steps={}),
-        )
+        known: dict[str, Any] = {"trial_id": "of Ray", "status": "RUNNING", "last_result": {}, "error_file": None}
+        counts = SimpleNamespace(num_failures=0, metric_analysis={}, metric_n_steps={})
+        return SimpleNamespace(config=self.searcher.suggest("of Ray"), run_metadata=counts, **known)
 
     def report(self, trial: Any, **result: Any) -> None:
         trial.last_result = {"epoch": 0, "val_accuracy": math.nan, **result}
@@ -79,7 +75,7 @@ class Driver:
     def status(self, trial: Any) -> str:
         row = read_json(self.folder / "trials" / trial.config["trial_id"] / "trial.json")
         row = {name: cell for name, cell in row.items() if name not in ("judged", "curve")}
-        assert row in read_rows(self.folder / "trials.csv")
+        assert row in read_rows(self.folder)
         return f"{row['status']} {row['error']}".strip()
 
 
@@ -88,19 +84,17 @@ def driver(tmp_path: Path) -> Driver:
     return Driver(tmp_path)
 
 
-def test_a_driver_that_no_longer_drives_stops_the_search(driver: Driver):
-    def look() -> None:
-        raise TakenOverError(errno.EBUSY, "the driver elsewhere goes on with this search", "s3://bucket/s")
-
+def test_a_driver_that_no_longer_drives_stops_the_search(driver):
     driver.watch.on_step_end(0, [])
     assert not driver.watch.stop_all()
-    driver.records.store.watch_lease = look  # type: ignore[method-assign]
+    error = TakenOverError(errno.EBUSY, "the driver elsewhere goes on with this search", "s3://bucket/s")
+    driver.records.store.watch_lease = Mock(side_effect=error)
     driver.watch.on_step_end(1, [])
     assert driver.watch.stop_all()
     assert "the driver elsewhere goes on" in driver.watch.trouble
 
 
-def test_how_trials_end(driver: Driver):
+def test_how_trials_end(driver):
     completed, control, stopped, diverged, cut_off = (driver.start() for _ in range(5))
     driver.epoch(completed, EPOCHS)
     assert driver.complete(completed) == "completed"
@@ -125,7 +119,7 @@ def test_how_trials_end(driver: Driver):
     assert "fewer trials at once" in said
 
 
-def test_a_worker_that_dies_before_its_trial_begins_costs_no_trial(driver: Driver):
+def test_a_worker_that_dies_before_its_trial_begins_costs_no_trial(driver):
     """Ray calls this an error and tries it no more; the search goes on with it in its next round."""
     trial = driver.start()
     assert driver.crash(trial, "ActorDiedError", failures=2) == "running"
@@ -133,7 +127,7 @@ def test_a_worker_that_dies_before_its_trial_begins_costs_no_trial(driver: Drive
     assert Driver(driver.folder).start().config == trial.config
 
 
-def test_only_deaths_without_an_epoch_between_count(driver: Driver):
+def test_only_deaths_without_an_epoch_between_count(driver):
     trial = driver.start()
     driver.epoch(trial, 1)
     trial.run_metadata.num_failures = MAX_RETRIES
@@ -143,7 +137,7 @@ def test_only_deaths_without_an_epoch_between_count(driver: Driver):
     assert trial.run_metadata.num_failures == 0
 
 
-def test_it_gives_up_when_nothing_works(driver: Driver):
+def test_it_gives_up_when_nothing_works(driver):
     for number in range(1, MAX_FAILURES + 1):
         assert not driver.watch.stop_all()
         driver.diverge(driver.start(), f"nan number {number}")
@@ -151,7 +145,7 @@ def test_it_gives_up_when_nothing_works(driver: Driver):
     assert "nan number 5" in driver.watch.trouble
 
 
-def test_it_gives_up_when_all_begins_to_crash_but_not_over_a_hard_space(driver: Driver):
+def test_it_gives_up_when_all_begins_to_crash_but_not_over_a_hard_space(driver):
     works = driver.start()
     driver.epoch(works, EPOCHS)
     driver.complete(works)
@@ -168,7 +162,7 @@ def test_it_gives_up_when_all_begins_to_crash_but_not_over_a_hard_space(driver: 
     assert all(t.user_attrs["error"] != "cuda error" for t in load_mirror(driver.folder))
 
 
-def test_a_disk_that_cannot_be_written_loses_nothing(driver: Driver, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_cannot_be_written_loses_nothing(driver, monkeypatch):
     by_trial, by_driver = driver.start(), driver.start()
     driver.report(by_trial, **{UNWRITABLE: "trials/t0000 cannot be written (No space left on device)"})
     assert driver.watch.stop_all()
@@ -177,11 +171,8 @@ def test_a_disk_that_cannot_be_written_loses_nothing(driver: Driver, monkeypatch
     other = Driver(driver.folder)
     again = other.start(), other.start()
     other.epoch(again[1], EPOCHS)
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device", "trial.json")
-
-    monkeypatch.setattr(records_module, "write_json", full)
+    full = OSError(28, "No space left on device", "trial.json")
+    monkeypatch.setattr(records_module, "write_json", Mock(side_effect=full))
     other.watch.on_trial_complete(0, [], again[1])
     assert other.watch.trouble == "trial.json cannot be read or written (No space left on device)"
     monkeypatch.undo()
@@ -189,7 +180,7 @@ def test_a_disk_that_cannot_be_written_loses_nothing(driver: Driver, monkeypatch
     assert again[1].config["trial_id"] == by_driver.config["trial_id"]
 
 
-def test_it_stops_when_asked_and_when_time_is_over(tmp_path: Path):
+def test_it_stops_when_asked_and_when_time_is_over(tmp_path):
     driver = Driver(tmp_path, time_budget_s=1000)
     assert not driver.watch.stop_all()
     driver.asked_to_stop = 15

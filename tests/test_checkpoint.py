@@ -3,7 +3,9 @@
 import json
 import math
 import os
-from pathlib import Path
+import signal
+import subprocess
+import sys
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,7 +21,9 @@ from byot.system.checkpoint import (
     save_checkpoint,
 )
 from byot.system.files import append_json_line, write_json
-from tests.helpers import assert_same_state
+from byot.system.lock import lock_folder
+from byot.system.stopping import catch_stop_signals
+from tests.helpers import PROJECT, assert_same_state
 
 STATE: dict[str, Any] = {
     "epoch": 3,
@@ -37,7 +41,7 @@ STATE: dict[str, Any] = {
 }
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_round_trip(tmp_path):
     path = tmp_path / "new" / "folder" / "epoch-0003.pt"
     save_checkpoint(path, STATE)
     assert_same_state(load_checkpoint(path), STATE)
@@ -46,7 +50,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["epoch-0003.pt"], "no temporary file is left"
 
 
-def test_an_exception_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "epoch-0001.pt"
     save_checkpoint(path, STATE)
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
@@ -56,7 +60,7 @@ def test_an_exception_while_writing_leaves_the_old_file(tmp_path: Path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["epoch-0001.pt"]
 
 
-def test_the_disk_has_the_new_file_before_the_old_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_has_the_new_file_before_the_old_one_goes(tmp_path, monkeypatch):
     """A rename that reaches the disk before the data would leave an empty checkpoint after a power cut."""
     order = Mock()
     order.replace.side_effect = os.replace
@@ -66,7 +70,7 @@ def test_the_disk_has_the_new_file_before_the_old_one_goes(tmp_path: Path, monke
     assert [call[0] for call in order.mock_calls] == ["fsync", "replace"]
 
 
-def test_a_flipped_bit_and_a_cut_anywhere_are_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_and_a_cut_anywhere_are_found(tmp_path):
     """Also in the archive's directory, where torch.load alone would read another record in silence."""
     path = tmp_path / "epoch-0001.pt"
     save_checkpoint(path, {"epoch": 3, "model": {"w": torch.arange(10.0)}, "config": {"lr": 0.1, "name": "x"}})
@@ -78,7 +82,7 @@ def test_a_flipped_bit_and_a_cut_anywhere_are_found(tmp_path: Path) -> None:
             load_checkpoint(path)
 
 
-def test_the_latest_is_the_one_of_the_highest_epoch_that_is_whole(tmp_path: Path) -> None:
+def test_the_latest_is_the_one_of_the_highest_epoch_that_is_whole(tmp_path):
     assert load_latest(tmp_path / "nowhere") is None
     for epoch in (10, 9, 100):  # not in the order they were written
         save_checkpoint(checkpoint_path(tmp_path, epoch), {"epoch": epoch})
@@ -90,7 +94,7 @@ def test_the_latest_is_the_one_of_the_highest_epoch_that_is_whole(tmp_path: Path
     assert len(caught) == 2
 
 
-def test_two_checkpoints_are_kept_and_no_half_written_ones(tmp_path: Path) -> None:
+def test_two_checkpoints_are_kept_and_no_half_written_ones(tmp_path):
     """Half-written checkpoints of killed runs are as large as whole ones."""
     (tmp_path / ".epoch-0002.pt.999999999.tmp").write_bytes(b"half")  # no process has this number
     for epoch in range(1, 6):
@@ -101,16 +105,69 @@ def test_two_checkpoints_are_kept_and_no_half_written_ones(tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------- JSON files
-
-
-def test_json_has_no_name_for_nan(tmp_path: Path) -> None:
+def test_json_has_no_name_for_nan(tmp_path):
     record = {"a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}, "e": (2, "x", None, True)}
     write_json(tmp_path / "a.json", record)
     append_json_line(tmp_path / "a.jsonl", record)
-
-    def refuse(name: str) -> None:
-        raise AssertionError(name)
-
     for name in ("a.json", "a.jsonl"):
-        found = json.loads((tmp_path / name).read_text(), parse_constant=refuse)
+        found = json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
         assert found == {"a": None, "b": [1.0, None], "c": {"d": None}, "e": [2, "x", None, True]}
+
+
+# ---------------------------------------------------------------- one process at a time, and signals to stop
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from byot.system.lock import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        for wait_s in (0, 0.2):
+            with pytest.raises(ValueError, match="another process is writing to"), lock_folder(tmp_path, wait_s):
+                pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_an_unused_new_folder_is_removed(tmp_path):
+    folder = tmp_path / "made" / "for" / "it"
+    with pytest.raises(KeyError), lock_folder(folder):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with lock_folder(folder):
+        (folder / "file").touch()
+    with lock_folder(folder):
+        pass
+    assert (folder / "file").exists()
+    empty = tmp_path / "was there"
+    empty.mkdir()
+    with lock_folder(empty):
+        pass
+    assert empty.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts(number):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with catch_stop_signals() as stop_asked:
+        assert stop_asked() == 0
+        os.kill(os.getpid(), number)
+        assert stop_asked() == number
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with catch_stop_signals() as stop_asked:
+        assert stop_asked() == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

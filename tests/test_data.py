@@ -3,13 +3,12 @@ file to one helpful sentence."""
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from byot import data
-from byot.config import TrainConfig
+from byot.config import DATASETS, TrainConfig
 from byot.data import (
     LabelledImages,
     Split,
@@ -20,7 +19,7 @@ from byot.data import (
     split_validation,
     stratified_split,
 )
-from tests.helpers import ParquetMaker, encode_png, random_pixels, write_parquet
+from tests.helpers import encode_png, random_pixels, write_parquet
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -35,14 +34,12 @@ def same(a: LabelledImages, b: LabelledImages) -> bool:
 
 
 # ---------------------------------------------------------------- splits and normalisation
-
-
 def uneven_labels() -> np.ndarray:
     return np.random.default_rng(0).permutation(np.repeat(np.arange(7), [100, 50, 10, 200, 33, 4, 60]))
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
-def test_split_is_disjoint_complete_and_stratified(fraction: float) -> None:
+def test_split_is_disjoint_complete_and_stratified(fraction):
     labels = uneven_labels()
     rest, held_out = stratified_split(labels, fraction=fraction, seed=0)
     assert sorted([*rest, *held_out]) == list(range(len(labels)))
@@ -53,7 +50,7 @@ def test_split_is_disjoint_complete_and_stratified(fraction: float) -> None:
         assert abs(int((labels[held_out] == label).sum()) - members * fraction) <= 0.5
 
 
-def test_split_depends_on_labels_fraction_and_seed_alone() -> None:
+def test_split_depends_on_labels_fraction_and_seed_alone():
     labels = uneven_labels()
     first = stratified_split(labels, fraction=0.2, seed=0)
     np.random.seed(99)
@@ -62,7 +59,7 @@ def test_split_depends_on_labels_fraction_and_seed_alone() -> None:
     assert not np.array_equal(first[1], stratified_split(labels, fraction=0.2, seed=1)[1])
 
 
-def test_split_validation_cuts_images_with_their_labels() -> None:
+def test_split_validation_cuts_images_with_their_labels():
     labels = uneven_labels()
     pixels = np.repeat(np.arange(len(labels), dtype=np.uint32), 12).view(np.uint8).reshape(len(labels), 4, 4, 3)
     whole = LabelledImages(pixels, labels)
@@ -78,7 +75,7 @@ def test_split_validation_cuts_images_with_their_labels() -> None:
 
 @pytest.mark.parametrize("recipe", ["reference", "modern"])
 @pytest.mark.parametrize("dataset", ["cifar100", "digits"])
-def test_normalisation_is_the_references_or_numpys(recipe: Any, dataset: Any) -> None:
+def test_normalisation_is_the_references_or_numpys(recipe, dataset):
     pixels = (random_pixels(100) ** np.array([1.0, 0.9, 0.7])).astype(np.uint8)
     mean, std = (pixels / 255).mean(axis=(0, 1, 2)), (pixels / 255).std(axis=(0, 1, 2))
     if (recipe, dataset) == ("reference", "cifar100"):
@@ -89,9 +86,7 @@ def test_normalisation_is_the_references_or_numpys(recipe: Any, dataset: Any) ->
 
 
 # ---------------------------------------------------------------- data sets
-
-
-def test_digits_are_scikit_learns() -> None:
+def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     def as_rows(levels: np.ndarray, labels: np.ndarray) -> Counter[bytes]:
@@ -107,9 +102,10 @@ def test_digits_are_scikit_learns() -> None:
         assert (np.abs(np.bincount(labels) - np.bincount(bunch.target) * share) <= 0.5).all()
         found += as_rows(np.rint(images[..., 0] * (16 / 255)), labels)
     assert found == as_rows(bunch.images, bunch.target), "images lost, doubled or changed"
+    assert len(load_images("digits", None, "train").labels) == DATASETS["digits"].num_train_images
 
 
-def test_cifar100_is_whole(cifar100_dir: Path) -> None:
+def test_cifar100_is_whole(cifar100_dir):
     """Its counts, its published mean and deviation, and the split of 45,000 and 5,000."""
     check_dataset("cifar100", str(cifar100_dir))
     train, test = (load_images("cifar100", str(cifar100_dir), split) for split in SPLITS)
@@ -125,10 +121,8 @@ def test_cifar100_is_whole(cifar100_dir: Path) -> None:
 
 
 # ---------------------------------------------------------------- parquet
-
-
 @pytest.mark.parametrize("dataset", ["cifar100", "cifar10"])
-def test_parquet_images_come_out_as_they_went_in(tmp_path: Path, dataset: str) -> None:
+def test_parquet_images_come_out_as_they_went_in(tmp_path, dataset):
     """From two files; a grey image is spread over three channels."""
     pixels = random_pixels(7)
     pixels[2] = pixels[2, ..., :1]
@@ -142,14 +136,14 @@ def test_parquet_images_come_out_as_they_went_in(tmp_path: Path, dataset: str) -
 
 
 @pytest.mark.parametrize("subfolder", ["", "cifar100", "data", "plain_text"])
-def test_parquet_is_found_where_the_hub_puts_it(tmp_path: Path, subfolder: str) -> None:
+def test_parquet_is_found_where_the_hub_puts_it(tmp_path, subfolder):
     for split in SPLITS:
         write_parquet(tmp_path / subfolder / f"{split}-00000-of-00001.parquet", 3)
     check_dataset("cifar100", str(tmp_path))
     assert len(load_images("cifar100", str(tmp_path), "test").labels) == 3
 
 
-def test_a_missing_test_set_is_told_before_training(parquet_folder: ParquetMaker) -> None:
+def test_a_missing_test_set_is_told_before_training(parquet_folder):
     """It is read at the run's end only: nobody wants to hear of it then."""
     folder = parquet_folder()
     next(folder.glob("test*.parquet")).unlink()
@@ -158,17 +152,7 @@ def test_a_missing_test_set_is_told_before_training(parquet_folder: ParquetMaker
 
 
 # ---------------------------------------------------------------- the cache of decoded images
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BYOT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_the_second_time_nothing_is_decoded(
-    cache: Path, parquet_folder: ParquetMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_time_nothing_is_decoded(cache, parquet_folder, monkeypatch):
     folder = str(parquet_folder(12, 6))
     first = {split: load_images("cifar100", folder, split) for split in SPLITS}
     assert [len(images.labels) for images in first.values()] == [12, 6]
@@ -181,7 +165,7 @@ def test_the_second_time_nothing_is_decoded(
         assert not found.images.flags.owndata, "mapped, not copied"
 
 
-def test_other_files_are_other_data(cache: Path, parquet_folder: ParquetMaker) -> None:
+def test_other_files_are_other_data(cache, parquet_folder):
     folder = parquet_folder(12, 6)
     before = load_train(folder)
     (file,) = folder.glob("train*")
@@ -195,7 +179,7 @@ def test_other_files_are_other_data(cache: Path, parquet_folder: ParquetMaker) -
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "folder", "longer"])
-def test_a_damaged_cache_file_is_made_again(cache: Path, parquet_folder: ParquetMaker, damage: str) -> None:
+def test_a_damaged_cache_file_is_made_again(cache, parquet_folder, damage):
     folder = parquet_folder(12, 6)
     expected = load_train(folder)
     (file,) = cache.iterdir()
@@ -211,6 +195,6 @@ def test_a_damaged_cache_file_is_made_again(cache: Path, parquet_folder: Parquet
     assert damage == "folder" or file.read_bytes() == whole
 
 
-def test_without_a_place_for_the_cache_everything_goes_on(cache: Path, parquet_folder: ParquetMaker) -> None:
+def test_without_a_place_for_the_cache_everything_goes_on(cache, parquet_folder):
     cache.write_text("a file, not a folder")
     assert len(load_train(parquet_folder(12, 6)).labels) == 12

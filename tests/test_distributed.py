@@ -28,9 +28,8 @@ from tests.helpers import PROJECT, random_pixels
 SETTINGS = TrainConfig(recipe="reference", width=4, epochs=3, batch_size=64, lr=0.1, device="cpu", precision="fp32")
 STEPS = 20
 
+
 # ---------------------------------------------------------------- processes of our own
-
-
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -81,7 +80,7 @@ def losses_of_first_steps(cases: list[tuple[TrainConfig, bool]], processes: Proc
 
 
 @pytest.mark.slow
-def test_the_first_steps_losses_are_those_of_one_process() -> None:
+def test_the_first_steps_losses_are_those_of_one_process():
     """In float64 with the recipe's learning rate; in fp32 with one at which rounding does not grow: with the recipe's
     the last bit of a weight is a hundredth of the loss twenty steps later. Three shards of a batch are uneven.
 
@@ -106,7 +105,7 @@ def leave_the_others_alone(processes: Processes) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_whose_first_is_gone_ends_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_process_whose_first_is_gone_ends_without_a_word(capfd):
     with pytest.raises(multiprocessing.ProcessExitedException) as ended:
         in_processes(2, leave_the_others_alone)
     assert (ended.value.error_index, ended.value.exit_code) == (1, 1)
@@ -114,8 +113,6 @@ def test_a_process_whose_first_is_gone_ends_without_a_word(capfd: pytest.Capture
 
 
 # ---------------------------------------------------------------- torchrun
-
-
 def torchrun(count: int, *arguments: Any, cwd: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, "--master-port", free_port()]
     words = [str(word) for word in (*command, PROJECT / "byot" / "train.py", *arguments)]
@@ -133,7 +130,7 @@ FLAGS = (
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_two_processes_to_one(tmp_path: Path) -> None:
+def test_a_run_moves_from_two_processes_to_one(tmp_path):
     """Started by torchrun, interrupted, finished by one process, it ends where one alone would have ended."""
     together = torchrun(2, *FLAGS, "--outputs", tmp_path, cwd=tmp_path)
     folder = tmp_path / "runs" / "r"
@@ -159,7 +156,7 @@ def test_a_run_moves_from_two_processes_to_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_one_process_to_two(tmp_path: Path) -> None:
+def test_a_run_moves_from_one_process_to_two(tmp_path):
     config = TrainConfig(dataset="digits", width=4, epochs=3, device="cpu", precision="fp32", lr=0.001)
     straight = train_run(config, tmp_path / "alone")
     folder = tmp_path / "runs" / "r"
@@ -173,7 +170,7 @@ def test_a_run_moves_from_one_process_to_two(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_refuse_in_one_sentence(tmp_path: Path) -> None:
+def test_two_processes_refuse_in_one_sentence(tmp_path):
     process = torchrun(2, "--data-dir", "nowhere", "--outputs", tmp_path / "o", cwd=tmp_path)
     _, complaint = process.communicate(timeout=300)
     assert process.returncode != 0
@@ -182,9 +179,7 @@ def test_two_processes_refuse_in_one_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "o" / "runs").exists()
 
 
-def test_a_further_process_leaves_refusing_to_the_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_further_process_leaves_refusing_to_the_first(monkeypatch, capsys):
     """It ends only after the first has had time to: torchrun ends them all as soon as one has ended."""
     waited: list[tuple[float, str]] = []
     monkeypatch.setattr("time.sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
@@ -197,7 +192,7 @@ def test_a_further_process_leaves_refusing_to_the_first(
         assert capsys.readouterr().err == "train.py: alpha must lie between 0 and 1, not 2\n"
 
 
-def test_batches_too_small_to_share_are_refused() -> None:
+def test_batches_too_small_to_share_are_refused():
     local = SETTINGS.with_settings(batch_norm="local")
     for config, num_images, most in ((SETTINGS, 640, 64), (SETTINGS, 642, 2), (SETTINGS, 641, 64), (local, 640, 32)):
         check_shards(config, num_images, Processes(0, most))  # of 641 images the last one is left out

@@ -2,20 +2,24 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from byot.config import TrainConfig
 from byot.console import format_duration
+from byot.data import load_images
 from byot.search_files import Range, SearchRecord
 from byot.system.files import write_json
 from byot.system.paths import PROJECT_ROOT
 from search.driver import go_on, most_on_a_gpu
 from search.messages import describe_confirmation, describe_time
 from search.plan import SearchPlan, _check_trials, check_gpus, is_new, resource_request
+from search.probe import Probe, few_images, fewest_that_gain, find_trials_per_gpu
 from search.race import Confirmation, Run
 from search.settings import SearchSettings, choose_grace
 from search.space import DEFAULT_SPACE
@@ -41,12 +45,12 @@ CPUS = Resources(max_concurrent=2, cpus=1, gpus=0, num_cpus=2, num_gpus=0)
         ({"gpus": 0.1, "cpus": 4}, 16, 1, (4, 4, 0.1)),
     ],
 )
-def test_resources(asked: dict, cpus: int, gpus: int, expected: tuple):
+def test_resources(asked, cpus, gpus, expected):
     assert resolve(ResourceRequest(**asked), cpus, gpus, "here")[:3] == expected
 
 
 @pytest.mark.parametrize("name", ["cifar100-w16", "search-w16"])
-def test_a_table_of_an_older_version_is_of_the_same_space(name: str):
+def test_a_table_of_an_older_version_is_of_the_same_space(name):
     """It lacks the columns of later measures."""
     folder, settings = PROJECT_ROOT / "results" / "searches" / name, SearchSettings()
     _check_trials(folder, settings, DEFAULT_SPACE)
@@ -54,7 +58,7 @@ def test_a_table_of_an_older_version_is_of_the_same_space(name: str):
         _check_trials(folder, settings, {**DEFAULT_SPACE, "lr": Range(0.01, 0.5)})
 
 
-def test_what_a_search_leaves_that_was_killed_before_it_began_is_none(tmp_path: Path):
+def test_what_a_search_leaves_that_was_killed_before_it_began_is_none(tmp_path):
     for name in (".lock", "search.log", "warm_start.json", ".search.json.7.tmp"):
         (tmp_path / name).touch()
     assert is_new(tmp_path)
@@ -70,7 +74,7 @@ def test_cuda_without_a_gpu_a_trial_is_refused():
 
 
 @pytest.mark.slow
-def test_what_asks_for_no_gpu_sees_none(monkeypatch: pytest.MonkeyPatch):
+def test_what_asks_for_no_gpu_sees_none(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with running_ray(CPUS):
         import ray
@@ -88,19 +92,13 @@ def test_the_gpus_share_what_may_run_at_once():
     assert most_on_a_gpu(plan, resolve(ResourceRequest(), 16, 1, "here")) == 3
 
 
-def test_before_anything_is_recorded_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_before_anything_is_recorded_the_same_command_goes_on(tmp_path, monkeypatch):
     folder, store = tmp_path / "searches" / "s", Store(tmp_path)
     plan: Any = SimpleNamespace(folder=folder, store=store, address=None, recorded=None)
     monkeypatch.setattr(sys, "argv", ["tune.py", "--width", "4"])
     assert go_on(plan).endswith("tune.py --width 4")
     write_json(plan.folder / "search.json", search_record())
     assert go_on(plan).endswith(f"tune.py --name s --outputs {tmp_path} --resume")
-
-
-@pytest.mark.parametrize("asked", [{"gpus": 0.5}, {"cpus": 3}])
-def test_more_than_there_is(asked: dict):
-    with pytest.raises(ValueError, match="here has"):
-        resolve(ResourceRequest(**asked), 2, 0, "here")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +112,7 @@ def test_more_than_there_is(asked: dict):
         ("cpu/cpu.cfs_quota_us", "-1", sys.maxsize),
     ],
 )
-def test_a_container_allows_so_many_cpus(tmp_path: Path, file: str, content: str, expected: int):
+def test_a_container_allows_so_many_cpus(tmp_path, file, content, expected):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000")
     (tmp_path / file).write_text(content)
@@ -129,7 +127,7 @@ def test_so_many_trials_run_at_once_that_the_sampler_learns():
 
 
 @pytest.mark.parametrize(("num_samples", "slots", "waves"), [(2, 16, 1), (5, 4, 2), (32, 2, 16)])
-def test_trials_are_whole_and_end_when_the_last_one_does(num_samples: int, slots: int, waves: int):
+def test_trials_are_whole_and_end_when_the_last_one_does(num_samples, slots, waves):
     trial_s = (45_000 + 5_000 / 3) * 8 / 400
     config = TrainConfig(recipe="reference", epochs=8)
     told = told_time(
@@ -149,7 +147,7 @@ def test_so_many_trials_get_a_gpu():
     ("recorded", "gpus"),
     [({}, None), ({"gpus_per_trial": 0.5}, 0.5), ({"trials_per_gpu": "4"}, 0.25), ({"trials_per_gpu": "auto"}, None)],
 )
-def test_gpus_as_searches_record_them(recorded: dict, gpus: float | None):
+def test_gpus_as_searches_record_them(recorded, gpus):
     """Older ones recorded the trials a GPU; with auto they begin with a whole one."""
     settings = SearchSettings.from_dict({"num_samples": 9, "patience": None, **recorded})
     assert resource_request(settings).gpus == gpus
@@ -166,7 +164,7 @@ def test_gpus_as_searches_record_them(recorded: dict, gpus: float | None):
         ({"surprise": 1}, "unknown setting surprise"),
     ],
 )
-def test_settings_that_no_search_has(wrong: dict, words: str):
+def test_settings_that_no_search_has(wrong, words):
     with pytest.raises(ValueError, match=words):
         SearchSettings.from_dict(wrong)
 
@@ -201,7 +199,7 @@ def test_days_come_with_advice_and_hours_do_not():
     assert raced == "400 images/s a trial, 2 at a time: about 9.9 h, 8.8 h of it over fresh seeds, at most 10.5 h"
 
 
-def test_the_time_of_a_confirmation_is_told_by_the_pace_of_the_trials(tmp_path: Path):
+def test_the_time_of_a_confirmation_is_told_by_the_pace_of_the_trials(tmp_path):
     """Trials of two runs each, 10 s an epoch of both: a run of 6 epochs takes 30 s. Two at a time."""
     settings = SearchSettings(confirm=1, seeds_per_trial=2)
     trials = [
@@ -229,3 +227,51 @@ def test_grace_is_that_of_the_schedule_or_what_the_search_was_started_with():
     assert choose_grace(base, SearchSettings(), recorded) == 33
     older = SearchRecord.from_dict(search_record())
     assert choose_grace(base, SearchSettings(), older) == 20, "of a version that recorded none"
+
+
+# ---------------------------------------------------------------- how many trials share a GPU
+
+BASE = TrainConfig(dataset="digits", width=2, device="cpu", precision="fp32", batch_size=64)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "best", "measured"),
+    [
+        ([100, 180, 240, 250, 260], 3, 4),
+        ([100, 90, 300], 1, 2),
+        ([100, 180, None], 2, 2),
+        ([None], 1, 0),
+        ([100, 200, 300], 3, 3),
+    ],
+)
+def test_trials_are_added_as_long_as_it_gains(speeds, best, measured):
+    found, told = fewest_that_gain(lambda trials: speeds[trials - 1], most=len(speeds))
+    assert found == best
+    assert told == speeds[:measured]
+
+
+def test_a_probe_trains_for_the_time_given():
+    probe = Probe(BASE, few_images(load_images("digits", None, "train"), BASE.batch_size), threads=1)
+    before = probe._trainer.model.trunk.conv1.weight.clone()
+    images_per_s = probe.images_in(0.5)
+    assert images_per_s is not None
+    assert images_per_s > 0
+    assert probe._trainer.step > 0
+    assert not before.equal(probe._trainer.model.trunk.conv1.weight)
+
+
+@pytest.mark.slow
+def test_a_number_is_found_on_a_gpu_that_ray_counts(monkeypatch, capsys):
+    """Ray is told of a GPU; the trials train on the CPU, two at once at most."""
+    monkeypatch.setattr("search.probe.WARMUP_S", 0.2)
+    monkeypatch.setattr("search.probe.MEASURED_S", 0.5)
+    resources = Resources(1, 1, 1.0, num_cpus=2, num_gpus=1)
+    with running_ray(resources):
+        assert find_trials_per_gpu(BASE, load_images("digits", None, "train"), resources, most=2) in (1, 2)
+        told = capsys.readouterr().out
+        assert " with 1, " in told
+        assert " with 2)" in told
+        deadline = time.monotonic() + 30
+        while ray.available_resources().get("GPU", 0) < 1:  # the trials will need all of it
+            assert time.monotonic() < deadline, "the probes still hold the GPU"
+            time.sleep(0.1)

@@ -80,9 +80,7 @@ def quantile_rule(network: BranchedResNet, images: Tensor, shares: tuple[float, 
 
 
 # ---------------------------------------------------------------- prediction
-
-
-def test_when_nobody_is_asked_the_deepest_answers_to_the_last_bit(network: BranchedResNet, images: Tensor) -> None:
+def test_when_nobody_is_asked_the_deepest_answers_to_the_last_bit(network, images):
     """And no branch is run."""
     with torch.inference_mode():
         expected = network(images).logits[-1]
@@ -97,9 +95,7 @@ def test_when_nobody_is_asked_the_deepest_answers_to_the_last_bit(network: Branc
 
 
 @pytest.mark.parametrize("shares", [(0.3, 0.4, 0.5), (0.0, 0.5, 0.0), (0.5, 0.0, 0.9), (0.0, 0.0, 0.2)])
-def test_each_image_leaves_at_the_first_exit_that_is_sure(
-    network: BranchedResNet, images: Tensor, shares: tuple[float, ...]
-) -> None:
+def test_each_image_leaves_at_the_first_exit_that_is_sure(network, images, shares):
     """As one by one with all exits computed; a stage sees those alone that have not left before it."""
     rule = quantile_rule(network, images, shares)
     expected: list[tuple[int, Tensor]] = []
@@ -124,24 +120,22 @@ def test_each_image_leaves_at_the_first_exit_that_is_sure(
     assert seen == [int((exits >= i).sum()) for i in range(4)]
 
 
-def test_once_all_have_left_no_later_stage_runs(network: BranchedResNet, images: Tensor) -> None:
+def test_once_all_have_left_no_later_stage_runs(network, images):
     refusal = network.trunk.layer3.register_forward_pre_hook(lambda *_: pytest.fail("stage 3 was run"))
     _, exits = predict_early(network, images, ExitRule((1.0,) * 4, (NEVER, 0.0, 0.5, 0.0)))
     refusal.remove()
     assert exits.tolist() == [1] * len(images)
 
 
-def test_a_broken_network_gets_an_answer_too(network: BranchedResNet, images: Tensor) -> None:
+def test_a_broken_network_gets_an_answer_too(network, images):
     logits, exits = predict_early(network, images * math.nan, ExitRule((1.0,) * 4, (0.5, 0.5, 0.5, 0.0)))
     assert exits.tolist() == [3] * len(images)
     assert logits.isnan().all()
 
 
 # ---------------------------------------------------------------- cost
-
-
 @pytest.mark.parametrize(("model", "size"), [("resnet18", 32), ("resnet50", 32), ("resnet18", 8)])
-def test_costs_are_what_torch_counts(model: str, size: int) -> None:
+def test_costs_are_what_torch_counts(model, size):
     """Part by part, on images of noise; the trunk's are the plain network's. ResNet18's are published: 0.56 G."""
     network = BranchedResNet(model, num_classes=10, width=16).eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -160,7 +154,7 @@ def test_costs_are_what_torch_counts(model: str, size: int) -> None:
         assert measure_costs(BranchedResNet(model, num_classes=10), size).plain == pytest.approx(0.556e9, rel=2e-3)
 
 
-def test_an_image_pays_for_the_branches_it_asked() -> None:
+def test_an_image_pays_for_the_branches_it_asked():
     assert COSTS.plain == 101
     everybody, some = (0.9, 0.9, 0.9, 0.0), (0.9, NEVER, 0.9, 0.0)
     assert COSTS.of_exits(everybody) == pytest.approx([35 / 101, 63 / 101, 90 / 101, 111 / 101])
@@ -170,9 +164,7 @@ def test_an_image_pays_for_the_branches_it_asked() -> None:
 
 
 # ---------------------------------------------------------------- fitting
-
-
-def test_temperatures_have_the_least_nll() -> None:
+def test_temperatures_have_the_least_nll():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 5, (400,), generator=generator)
     logits = torch.randn(3, 400, 5, generator=generator) + 2 * nn.functional.one_hot(labels, 5)
@@ -201,7 +193,7 @@ def every_outcome(answers: Answers, costs: ExitCosts) -> list[Outcome]:
     return [answers.judge((*thresholds, 0.0), costs) for thresholds in product(*options)]
 
 
-def test_thresholds_are_as_good_as_the_best_of_all() -> None:
+def test_thresholds_are_as_good_as_the_best_of_all():
     """Exactly with one early exit; with two, near it on average. The limit is always kept."""
     short = []
     for num_exits, num_images, seed in ((2, 40, 0), (2, 200, 1), (3, 40, 2), (3, 100, 3), (3, 100, 4)):
@@ -220,7 +212,7 @@ def test_thresholds_are_as_good_as_the_best_of_all() -> None:
     assert np.mean([value for num_exits, value in short if num_exits == 3]) < 0.5
 
 
-def test_thresholds_keep_what_was_asked_on_other_images() -> None:
+def test_thresholds_keep_what_was_asked_on_other_images():
     """On average over fits on 300 images, where those that are best for the labels of these images do not."""
     other = make_up_answers(50_000, 3, 99)
     deepest = 100 * other.correct[-1].mean()
@@ -244,7 +236,7 @@ def test_thresholds_keep_what_was_asked_on_other_images() -> None:
     assert np.mean(by_labels) > 0.1, "which is noise"
 
 
-def test_exits_that_do_not_pay_are_not_asked() -> None:
+def test_exits_that_do_not_pay_are_not_asked():
     """A branch that costs more than the stages after it, and one that knows nothing."""
     answers = make_up_answers(300, 3, 0)
     dear = ExitCosts((40, 40, 20), (5, 30, 1))
@@ -255,12 +247,12 @@ def test_exits_that_do_not_pay_are_not_asked() -> None:
     assert fit_to_drop(answers, COSTS_OF_THREE, 1).thresholds[0] <= 1
 
 
-def test_a_target_below_the_cheapest_exit_is_refused() -> None:
+def test_a_target_below_the_cheapest_exit_is_refused():
     with pytest.raises(ValueError, match=r"at least 0\.347"):
         fit_to_cost(make_up_answers(40, 4, 0), COSTS, 0.3)
 
 
-def test_cross_fitting_judges_each_half_with_the_other() -> None:
+def test_cross_fitting_judges_each_half_with_the_other():
     answers = make_up_answers(201, 4, 3)
     right = 0
     for fitted, judged in ((0, 1), (1, 0)):
@@ -275,9 +267,7 @@ def test_cross_fitting_judges_each_half_with_the_other() -> None:
 
 
 # ---------------------------------------------------------------- measures
-
-
-def test_measures_equal_their_loops() -> None:
+def test_measures_equal_their_loops():
     answers = make_up_answers(120, 4, 5)
     confidence, correct = answers.confidence[1], answers.correct[1]
     pairs = [(float(a > b) + float(a == b) / 2) for a in confidence[correct] for b in confidence[~correct]]
@@ -298,7 +288,7 @@ def test_measures_equal_their_loops() -> None:
     assert oracle["accuracy"] == pytest.approx(100 * answers.correct.any(axis=0).mean())
 
 
-def test_classes_are_ranked_by_where_their_images_leave() -> None:
+def test_classes_are_ranked_by_where_their_images_leave():
     labels, exits = np.array([5, 5, 2, 2, 9, 9, 9, 0]), np.array([0, 1, 3, 3, 2, 2, 1, 2])
     assert rank_classes(exits, labels, tuple("abcdefghij")) == {
         "earliest": [{"class": "f", "mean_exit": 1.5}, {"class": "j", "mean_exit": pytest.approx(8 / 3)}],
@@ -307,8 +297,6 @@ def test_classes_are_ranked_by_where_their_images_leave() -> None:
 
 
 # ---------------------------------------------------------------- the command
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "held out"
@@ -323,9 +311,8 @@ def call(call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
     return partial(call, evaluate_command)
 
 
-def test_the_command_fits_on_held_out_images_and_tells_what_the_test_set_says(run: Path, call: Call) -> None:
-    code, out, err = call(run, "--exits", "--max-drop", 2)
-    assert (code, err) == (0, "")
+def test_the_command_fits_on_held_out_images_and_tells_what_the_test_set_says(run, works):
+    out = works(run, "--exits", "--max-drop", 2)
     assert max(map(len, out.splitlines()[1:])) <= 80, "the first line is a path"
     assert "fitted on 287 held-out training images" in out
     assert "trained on" not in out
@@ -343,9 +330,7 @@ def test_the_command_fits_on_held_out_images_and_tells_what_the_test_set_says(ru
     assert fitted.accuracy >= record["deepest_accuracy"] - 2
     assert fitted.cost < 0.9, "on digits most need no four stages"
 
-    code, text, err = call(run, "--exits", "--max-drop", 2, "--format", "json")
-    assert (code, err) == (0, "")
-    told = json.loads(text)
+    told = json.loads(works(run, "--exits", "--max-drop", 2, "--format", "json"))
     assert {name: told[name] for name in record} == record | {"checkpoint": told["checkpoint"]}
     test = load_images("digits", None, "test")
     x = (torch.tensor(test.images) / 255 - torch.tensor(normalisation.mean)) / torch.tensor(normalisation.std)
@@ -363,16 +348,14 @@ def test_the_command_fits_on_held_out_images_and_tells_what_the_test_set_says(ru
 
 
 @pytest.mark.parametrize(("module", "code", "shown"), [(exit_report, 2, 0), (evaluate_command, 1, 1)])
-def test_a_full_disk_is_told_and_loses_nothing_that_was_measured(
-    run: Path, call: Call, monkeypatch: pytest.MonkeyPatch, module: Any, code: int, shown: int
-) -> None:
+def test_a_full_disk_is_told_and_loses_nothing_that_was_measured(run, call, monkeypatch, module, code, shown):
     monkeypatch.setattr(module, "write_json", Mock(side_effect=OSError(28, "No space left on device")))
     found, out, err = call(run, "--exits", "--max-drop", 2)
     assert (found, out.count("fitted on 287 held-out training images")) == (code, shown)
     assert_one_sentence(err, str(run), "No space left on device")
 
 
-def test_test_labels_do_not_matter(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_test_labels_do_not_matter(run, works, monkeypatch):
     files, printed = [], []
     for seed in (None, 1):
 
@@ -386,25 +369,22 @@ def test_test_labels_do_not_matter(run: Path, call: Call, monkeypatch: pytest.Mo
 
         for module in ("byot.data", "byot.exit_report"):
             monkeypatch.setattr(f"{module}.load_images", load)
-        code, out, _ = call(run, "--exits", "--target-cost", 0.6)
-        assert code == 0
+        printed.append(works(run, "--exits", "--target-cost", 0.6))
         files.append((run / "exits.json").read_bytes())
-        printed.append(out)
         monkeypatch.undo()
     assert files[0] == files[1]
     assert printed[0] != printed[1]
 
 
-def test_images_that_were_trained_on_are_called_so(tmp_path: Path, call: Call) -> None:
+def test_images_that_were_trained_on_are_called_so(tmp_path, works):
     train_run(TrainConfig(dataset="digits", width=4, epochs=1, device="cpu"), tmp_path / "all")
-    code, out, _ = call(tmp_path / "all", "--exits", "--target-cost", 0.7)
-    assert code == 0
+    out = works(tmp_path / "all", "--exits", "--target-cost", 0.7)
     assert "these images were trained on: the exits look surer than they are" in out
     record = read_json(tmp_path / "all" / "exits.json")
     assert (record["fitted_on"], record["num_images"]) == (exit_report.SEEN, 143)
 
 
-def test_what_cannot_be_asked_is_refused_in_a_sentence(run: Path, call: Call, plain_run: Path) -> None:
+def test_what_cannot_be_asked_is_refused_in_a_sentence(run, refused, plain_run):
     (run / "exits.json").unlink(missing_ok=True)
     for given, word in (
         ((run, "--max-drop", 1), "--exits"),
@@ -414,14 +394,12 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(run: Path, call: Call, pl
         ((run, "--exits", "--target-cost", "nan"), "target_cost must be"),
         ((plain_run, "--exits"), "loss_form plain"),
     ):
-        code, out, err = call(*given)
-        assert (code, out) == (2, ""), given
-        assert_one_sentence(err, word)
+        refused(*given, words=(word,))
     assert not (run / "exits.json").exists()
     assert not (plain_run / "exits.json").exists()
 
 
-def test_a_rule_is_read_back_or_refused(tmp_path: Path) -> None:
+def test_a_rule_is_read_back_or_refused(tmp_path):
     assert load_rule(tmp_path) is None
     rule = ExitRule((1.0, 0.5, 2.0, 1.0), (NEVER, 0.5, 0.5, 0.0))
     write_json(tmp_path / "exits.json", rule._asdict())
@@ -443,8 +421,8 @@ def test_a_rule_is_read_back_or_refused(tmp_path: Path) -> None:
         load_rule(tmp_path)
 
 
-def test_the_page_s_example_runs(run: Path, call: Call) -> None:
-    assert call(run, "--exits")[0] == 0
+def test_the_page_s_example_runs(run, works):
+    works(run, "--exits")
     example = (PROJECT / "docs/exits.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
     exec(example.replace("outputs/runs/NAME", str(run)), names)
@@ -453,9 +431,7 @@ def test_the_page_s_example_runs(run: Path, call: Call) -> None:
 
 
 # ---------------------------------------------------------------- metrics of a search
-
-
-def test_every_epoch_measures_the_mean_and_early_exit(run: Path) -> None:
+def test_every_epoch_measures_the_mean_and_early_exit(run):
     records = read_json_lines(run / "metrics.jsonl")
     assert len(records) == 4
     for record in records:
@@ -486,13 +462,13 @@ def exit_accuracy_of(num_images: int, processes: Processes) -> float | None:
 
 
 @pytest.mark.slow
-def test_several_processes_measure_what_one_does() -> None:
+def test_several_processes_measure_what_one_does():
     alone = exit_accuracy(ALONE)
     assert all(accuracy is not None and 0 < accuracy < 100 for accuracy in alone)
     assert in_processes(3, exit_accuracy) == [alone] * 3
 
 
-def test_a_single_image_has_no_halves() -> None:
+def test_a_single_image_has_no_halves():
     model: Any = FixedAnswers([torch.tensor([[1.0, 0.0]])] * 4)
     images, label = torch.zeros(1, 3, 1, 1), torch.tensor([0])
     record = evaluate(model, [(images, label)], autocast_dtype=None, costs=COSTS).to_record("val")
@@ -501,7 +477,7 @@ def test_a_single_image_has_no_halves() -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar100-w16", "cifar100-w16-e6", "search-tiny"])
-def test_older_tables_are_read_and_written_with_the_new_columns(name: str, tmp_path: Path) -> None:
+def test_older_tables_are_read_and_written_with_the_new_columns(name, tmp_path):
     folder = RESULTS / "searches" / name
     new = {"val_accuracy_mean", "val_exit_accuracy"}
     assert new <= set(MEASURES)
@@ -515,7 +491,7 @@ def test_older_tables_are_read_and_written_with_the_new_columns(name: str, tmp_p
     assert read_trials(tmp_path / "trials.csv") == trials
 
 
-def test_a_search_may_optimise_both() -> None:
+def test_a_search_may_optimise_both():
     settings = SearchSettings(metric=("val_exit_accuracy", "val_accuracy_mean"))
     assert (settings.mode, settings.main_metric) == ("max", "val_exit_accuracy")
     assert [describe_metric(metric) for metric in settings.metric] == [

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from byot.exits import measure_costs
 from byot.model import fold_batch_norms
 from byot.runs import load_network
 from byot.system.files import read_json
-from tests.helpers import PROJECT, Call, assert_one_sentence, picture_of, random_pixels
+from tests.helpers import PROJECT, assert_one_sentence, picture_of, random_pixels
 
 EXAMPLE = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "predict.md").read_text(), re.DOTALL)[-1]
 
@@ -78,15 +79,10 @@ def assert_same_logits(
 
 
 # ---------------------------------------------------------------- graphs
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("file_format", LOAD)
-def test_one_graph_has_the_logits_of_all_exits(
-    exits_run: Path, images: np.ndarray, call: Call, tmp_path: Path, file_format: str
-) -> None:
-    code, out, err = call(export, exits_run, "--format", file_format, "--output", tmp_path / "made")
-    assert (code, err) == (0, "")
+def test_one_graph_has_the_logits_of_all_exits(exits_run, images, works, tmp_path, file_format):
+    out = works(export, exits_run, "--format", file_format, "--output", tmp_path / "made")
     (path,) = exported(tmp_path / "made", f"all-exits.{'pt2' if file_format == 'torch' else 'onnx'}")
     assert [line.split()[0] for line in out.splitlines()] == [str(path), str(path.with_name("manifest.json"))]
     assert_same_logits(LOAD[file_format](path), images, logits_of(exits_run, images))
@@ -97,9 +93,7 @@ def test_one_graph_has_the_logits_of_all_exits(
 
 
 @pytest.mark.parametrize("file_format", LOAD)
-def test_one_exit_alone_has_no_layer_that_it_does_not_need(
-    exits_run: Path, images: np.ndarray, call: Call, tmp_path: Path, file_format: str
-) -> None:
+def test_one_exit_alone_has_no_layer_that_it_does_not_need(exits_run, images, call, tmp_path, file_format):
     assert call(export, exits_run, "--format", file_format, "--exit", 2, "--output", tmp_path / "made")[0] == 0
     (path,) = exported(tmp_path / "made", f"exit-2.{'pt2' if file_format == 'torch' else 'onnx'}")
     assert str(PROJECT).encode() not in path.read_bytes(), "no path of the machine that made it"
@@ -120,9 +114,7 @@ def test_one_exit_alone_has_no_layer_that_it_does_not_need(
 
 
 @pytest.mark.slow
-def test_the_example_stops_early_as_predicting_does(
-    exits_run: Path, images: np.ndarray, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_example_stops_early_as_predicting_does(exits_run, images, call, monkeypatch, capsys):
     """Word for word as in docs/predict.md; the exit that is not asked does not answer there either."""
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(exits_run.parents[2])
@@ -143,21 +135,17 @@ def test_the_example_stops_early_as_predicting_does(
     assert [share for _, share, _ in found] == pytest.approx([answer.probability for answer in expected], abs=1e-5)
 
 
-def test_a_plain_network_is_one_graph_with_the_fourth_exit(plain_run: Path, images: np.ndarray, call: Call) -> None:
-    assert call(export, plain_run, "--format", "torch", "--stages")[0] == 0
+def test_a_plain_network_is_one_graph_with_the_fourth_exit(plain_run, images, works, refused):
+    works(export, plain_run, "--format", "torch", "--stages")
     (path,) = exported(plain_run / "export" / "torch-stages", "stage-4.pt2")
     assert_same_logits(load_torch(path), images, logits_of(plain_run, images))
     assert read_json(path.with_name("manifest.json"))["exits"] == [
         {"exit": 4, "temperature": 1.0, "threshold": 0.0, "cost": 1.0}
     ]
-    code, out, err = call(export, plain_run, "--format", "torch", "--exit", 2)
-    assert (code, out) == (2, "")
-    assert_one_sentence(err, "--exit must be one of 4, not 2")
+    refused(export, plain_run, "--format", "torch", "--exit", 2, words=("--exit must be one of 4, not 2",))
 
 
 # ---------------------------------------------------------------- files
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that take no time to make."""
@@ -165,19 +153,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_an_export_replaces_an_earlier_one_as_a_whole_or_not_at_all(
-    exits_run: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_replaces_an_earlier_one_as_a_whole_or_not_at_all(exits_run, works, refused, tmp_path, monkeypatch):
     output = tmp_path / "made"
-    assert call(export, exits_run, "--format", "torch", "--stages", "--output", output)[0] == 0
+    works(export, exits_run, "--format", "torch", "--stages", "--output", output)
     before = picture_of(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(export, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        code, _, err = call(export, exits_run, "--format", "torch", "--output", output)
-    assert code == 2
-    assert_one_sentence(err, str(output), "No space left on device")
+        patch.setattr(export, "write_json", Mock(side_effect=OSError(28, "No space left on device")))
+        words = (str(output), "No space left on device")
+        refused(export, exits_run, "--format", "torch", "--output", output, words=words)
     assert picture_of(tmp_path) == before
-    assert call(export, exits_run, "--format", "torch", "--output", output)[0] == 0
+    works(export, exits_run, "--format", "torch", "--output", output)
     exported(output, "all-exits.pt2")
     assert list(tmp_path.iterdir()) == [output]
 
@@ -185,23 +170,19 @@ def test_an_export_replaces_an_earlier_one_as_a_whole_or_not_at_all(
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("with_export", [True, False])
 @pytest.mark.parametrize(("name", "text"), [("thesis.txt", "the only copy"), ("manifest.json", '{"name": "my site"}')])
-def test_a_folder_of_something_else_is_left_alone(
-    exits_run: Path, call: Call, tmp_path: Path, with_export: bool, name: str, text: str
-) -> None:
+def test_a_folder_of_something_else_is_left_alone(exits_run, works, refused, tmp_path, with_export, name, text):
     output = tmp_path / "mine"
     output.mkdir()
     if with_export:
-        assert call(export, exits_run, "--format", "torch", "--output", output)[0] == 0
+        works(export, exits_run, "--format", "torch", "--output", output)
     (output / name).write_text(text)
     before = picture_of(output)
-    code, _, err = call(export, exits_run, "--format", "torch", "--output", output)
-    assert code == 2
-    assert_one_sentence(err, "holds other files than an export")
+    refused(export, exits_run, "--format", "torch", "--output", output, words=("holds other files than an export",))
     assert picture_of(output) == before
 
 
 @pytest.mark.usefixtures("quick")
-def test_stages_without_thresholds_are_told(alone: Path, call: Call) -> None:
+def test_stages_without_thresholds_are_told(alone, call):
     code, _, err = call(export, alone, "--format", "torch", "--stages")
     assert code == 0
     assert_one_sentence(err, f"`python byot/evaluate.py {alone} --exits`")
@@ -209,8 +190,7 @@ def test_stages_without_thresholds_are_told(alone: Path, call: Call) -> None:
     assert [exit["threshold"] for exit in manifest["exits"]] == [2.0, 2.0, 2.0, 0.0]
 
 
-def test_a_missing_package_is_told_with_its_extra(exits_run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_told_with_its_extra(exits_run, refused, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    code, out, err = call(export, exits_run, "--format", "onnx")
-    assert (code, out) == (2, "")
-    assert_one_sentence(err, "--format onnx needs onnx and onnxscript: pip install 'byot[export]'")
+    words = ("--format onnx needs onnx and onnxscript: pip install 'byot[export]'",)
+    refused(export, exits_run, "--format", "onnx", words=words)

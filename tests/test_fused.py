@@ -1,7 +1,6 @@
 """Holds fused.py and its C source to PyTorch's operations in float64, whatever the shape and the threads."""
 
 import copy
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,8 @@ from byot.config import TrainConfig
 from byot.system import fused
 from byot.system.fused import load_library, norm_relu
 from byot.trainer import Trainer
-from tests.helpers import few_digits
+from tests.helpers import PROJECT, few_digits, run_process
+from tests.test_model import stir_batch_norms
 
 needs_compiler = pytest.mark.skipif(load_library() is None, reason="needs a C compiler")
 
@@ -28,11 +28,8 @@ def images(*shape: int, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -
 
 
 def stirred_norm(channels: int) -> nn.BatchNorm2d:
-    generator = torch.Generator().manual_seed(channels)
     norm = nn.BatchNorm2d(channels)
-    with torch.no_grad():
-        norm.weight.copy_(torch.rand(channels, generator=generator) + 0.5)
-        norm.bias.copy_(torch.randn(channels, generator=generator) * 0.3)
+    stir_batch_norms(norm, seed=channels)
     return norm
 
 
@@ -72,9 +69,7 @@ def slow_norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> 
     ],
 )
 @pytest.mark.parametrize("threads", [1, 3])
-def test_it_is_torchs_three_operations(
-    shape: tuple[int, ...], scale: float, shift: float, threads: int, with_residual: bool
-) -> None:
+def test_it_is_torchs_three_operations(shape, scale, shift, threads, with_residual):
     x, dy = images(*shape, scale=scale, shift=shift), images(*shape, seed=1)
     residual = images(*shape, seed=2) if with_residual else None
     norm = stirred_norm(shape[1])
@@ -107,7 +102,7 @@ def test_it_is_torchs_three_operations(
 
 
 @needs_compiler
-def test_the_same_to_the_last_bit_every_time() -> None:
+def test_the_same_to_the_last_bit_every_time():
     x, dy = images(40, 32, 8, 8), images(40, 32, 8, 8, seed=1)
     first, *others = (both_passes(norm_relu, stirred_norm(32), x, None, dy) for _ in range(3))
     assert all(torch.equal(first.y, other.y) and torch.equal(first.dx, other.dx) for other in others)
@@ -115,7 +110,7 @@ def test_the_same_to_the_last_bit_every_time() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
+def test_what_is_not_finite_is_not_hidden(bad):
     """A diverged run is known by its loss."""
     x = images(4, 16, 4, 4)
     x[1, 3, 2, 2] = bad
@@ -125,7 +120,7 @@ def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
 
 
 @needs_compiler
-def test_several_threads_are_not_left_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_are_not_left_to_one(monkeypatch):
     """As a compiler without OpenMP would have it; torch's own operations use them all."""
     norm, x = stirred_norm(16), images(4, 16, 4, 4).requires_grad_()
     monkeypatch.setattr(fused, "load_library", lambda: SimpleNamespace(norm_relu_is_parallel=lambda: 0))
@@ -145,7 +140,7 @@ def test_several_threads_are_not_left_to_one(monkeypatch: pytest.MonkeyPatch) ->
         lambda norm, x: (nn.BatchNorm2d(8), x[:, :8].contiguous(memory_format=torch.channels_last)),
     ],
 )
-def test_everything_else_is_left_to_torch(change) -> None:
+def test_everything_else_is_left_to_torch(change):
     norm, x = change(stirred_norm(16), images(4, 16, 4, 4))
     y = norm_relu(norm, x.requires_grad_())
     assert type(y.grad_fn).__name__ == "ReluBackward0"
@@ -153,7 +148,7 @@ def test_everything_else_is_left_to_torch(change) -> None:
 
 
 @needs_compiler
-def test_training_with_and_without_it_is_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_with_and_without_it_is_the_same_but_for_rounding(monkeypatch):
     config = TrainConfig(dataset="digits", width=16, epochs=2, lr=0.01, device="cpu", precision="bf16")
     data = few_digits(512)
     (first, last) = list(Trainer(config, data))
@@ -166,16 +161,12 @@ def test_training_with_and_without_it_is_the_same_but_for_rounding(monkeypatch: 
 
 def load_elsewhere(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Whether a new process gets the library."""
-    return subprocess.run(
-        [sys.executable, "-c", "from byot.system.fused import load_library; print(load_library() is not None)"],
-        env={**os.environ, "BYOT_CACHE": str(folder / "cache"), **environment},
-        capture_output=True,
-        text=True,
-    )
+    program = "from byot.system.fused import load_library; print(load_library() is not None)"
+    return run_process([sys.executable, "-c", program], PROJECT, {"BYOT_CACHE": str(folder / "cache"), **environment})
 
 
 @needs_compiler
-def test_it_is_compiled_once_and_again_where_it_is_damaged(tmp_path: Path) -> None:
+def test_it_is_compiled_once_and_again_where_it_is_damaged(tmp_path):
     assert load_elsewhere(tmp_path).stdout == "True\n"
     (made,) = (tmp_path / "cache").iterdir()
     before = made.stat().st_mtime_ns
@@ -187,7 +178,7 @@ def test_it_is_compiled_once_and_again_where_it_is_damaged(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("without", ["compiler", "place", "wish"])
-def test_without_it_training_goes_on(tmp_path: Path, without: str) -> None:
+def test_without_it_training_goes_on(tmp_path, without):
     (tmp_path / "file").write_text("")
     environment = {
         "compiler": {"PATH": str(tmp_path), "CC": "no-such-compiler"},

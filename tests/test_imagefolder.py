@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from byot.predictor import Predictor
 from byot.runs import check_classes, class_names, find_run, load_network, open_run, read_result, train_run
 from byot.system.files import read_json
 from byot.trainer import Trainer
-from tests.helpers import Call, encode_png, random_pixels, run_command
+from tests.helpers import encode_png, random_pixels, run_command
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(dataset="imagefolder", width=2, epochs=1, batch_size=16, device="cpu")
@@ -48,16 +48,8 @@ def load(folder: Path, split: data.Split = "train", image_size: int = 32) -> Lab
     return load_images("imagefolder", str(folder), split, image_size)
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BYOT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "imagefolder"
-
-
 # ---------------------------------------------------------------- what is read
-
-
-def test_a_folder_written_from_cifar100_trains_as_cifar100_does(tmp_path: Path, cifar100_dir: Path) -> None:
+def test_a_folder_written_from_cifar100_trains_as_cifar100_does(tmp_path, cifar100_dir):
     """Pixels, batches, losses and weights, to the last bit."""
     source = load_images("cifar100", str(cifar100_dir), "test")
     rows = np.concatenate([np.flatnonzero(source.labels == label)[:3] for label in range(100)])  # as in the folder
@@ -83,7 +75,7 @@ def test_a_folder_written_from_cifar100_trains_as_cifar100_does(tmp_path: Path, 
     assert torch.equal(*batches)
 
 
-def test_files_are_those_of_torchvision(tmp_path: Path) -> None:
+def test_files_are_those_of_torchvision(tmp_path):
     """Sorted, with folders below a class and what links lead to; hidden ones are left out here."""
     for place in ("b/1.png", "b/x/2.png", "b/x/0.png", "a/9.jpg", "a/10.jpg", "B/3.webp"):
         (tmp_path / "data" / place).parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +91,7 @@ def test_files_are_those_of_torchvision(tmp_path: Path) -> None:
     assert list(zip(map(str, ours.paths), ours.labels.tolist(), strict=True)) == theirs.samples
 
 
-def test_links_that_lead_round_in_circles_end(tmp_path: Path) -> None:
+def test_links_that_lead_round_in_circles_end(tmp_path):
     """Neither are the images of all classes taken for one's where a link leads back to the data set's folder."""
     make_folder(tmp_path, train=3, test=0)
     expected = list_classes(tmp_path).paths
@@ -109,7 +101,7 @@ def test_links_that_lead_round_in_circles_end(tmp_path: Path) -> None:
     assert list_classes(tmp_path).paths == expected
 
 
-def test_one_folder_of_classes_keeps_a_fifth_of_each_for_the_test(tmp_path: Path, cache: Path) -> None:
+def test_one_folder_of_classes_keeps_a_fifth_of_each_for_the_test(tmp_path, cache):
     folder = make_folder(tmp_path / "photos", train=10, test=0, names=("a", "b", "train"))
     train, test = load(folder), load(folder, "test")
     assert np.bincount(train.labels).tolist() == [8, 8, 8]
@@ -123,7 +115,7 @@ def save(path: Path, image: Image.Image, **how: object) -> None:
     image.save(path, **how)  # type: ignore[arg-type]
 
 
-def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
+def test_every_mode_becomes_rgb(tmp_path):
     red = Image.new("RGB", (8, 8), (200, 10, 30))
     grey = np.full((8, 8), 60_000, dtype=np.uint16)
     see_through = Image.new("RGBA", (8, 8), (200, 10, 30, 0))
@@ -150,7 +142,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 40), (40, 50), (128, 64), (32, 48), (8, 100)])
-def test_the_square_in_the_middle_is_resized(tmp_path: Path, width: int, height: int) -> None:
+def test_the_square_in_the_middle_is_resized(tmp_path, width, height):
     """By a bicubic filter, as torch has it; a square of the right size keeps its pixels."""
     pixels = np.random.default_rng(0).integers(90, 160, (height, width, 3), dtype=np.uint8)
     (tmp_path / "a.png").write_bytes(encode_png(pixels))
@@ -164,16 +156,9 @@ def test_the_square_in_the_middle_is_resized(tmp_path: Path, width: int, height:
 
 
 # ---------------------------------------------------------------- damage
-
-
 def make_damage(folder: Path) -> list[str]:
-    """Write a dozen kinds of odd files into a class; return the names of those that are no whole image."""
+    """Write odd files into a class; return the names of those that are no whole image."""
     photo = Image.fromarray(random_pixels(1, size=80)[0])
-    save(folder / "whole cmyk.jpg", photo.convert("CMYK"))
-    save(folder / "whole 16 bit.png", Image.fromarray(random_pixels(1)[0, ..., 0].astype(np.uint16) * 257))
-    save(folder / "whole moving.webp", photo, save_all=True, append_images=[photo.rotate(90)])
-    save(folder / "whole palette.png", photo.quantize(16), transparency=3)
-    save(folder / "whole grey.jpg", photo.convert("L"))
     exif = Image.Exif()
     exif[0x0112] = 8
     save(folder / "whole turned.jpg", photo, exif=exif)
@@ -194,17 +179,16 @@ def make_damage(folder: Path) -> list[str]:
     return ["dangling.png", "empty.png", "huge.png", "photo.bmp", "pipe.png", "text.png", "truncated.jpg"]
 
 
-def test_a_run_trains_on_what_is_whole_and_lists_the_rest(tmp_path: Path, cache: Path, call: Call) -> None:
+def test_a_run_trains_on_what_is_whole_and_lists_the_rest(tmp_path, cache, works, refused):
     """From the command line; evaluated again once the run and its images have been moved."""
     folder = make_folder(tmp_path / "photos", train=10, test=6)
     unreadable = make_damage(folder / "train" / "dog")
     settings = ("--dataset", "imagefolder", "--image-size", 72, "--width", 2, "--epochs", 1, "--batch-size", 8)
     arguments = (*settings, "--data-dir", "photos", "--outputs", "outputs", "--name", "mine", "--device", "cpu")
     done = run_command(arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1
     assert re.findall(r"train/dog/([^,\n]+)", done.stderr) == unreadable
-    assert "26 training images" in done.stdout
+    assert "21 training images" in done.stdout
     run = (tmp_path / "outputs" / "runs" / "mine").rename(tmp_path / "moved run")
     folder.rename(tmp_path / "moved photos")
     saved = find_run(run)
@@ -215,21 +199,18 @@ def test_a_run_trains_on_what_is_whole_and_lists_the_rest(tmp_path: Path, cache:
         exported = AllExits(cut_sections(network, normalisation))(x)
         expected = network(Normalise(normalisation)(x)).logits
     torch.testing.assert_close(exported, expected)
-    code, out, err = call(evaluate, run, "--data-dir", tmp_path / "moved photos")
-    assert (code, err) == (0, "")
+    out = works(evaluate, run, "--data-dir", tmp_path / "moved photos")
     assert out[out.index("classifier ") :] in done.stdout
     assert read_json(run / "result.json")["num_test_images"] == 12
     for split in ("train", "test"):
         (tmp_path / "moved photos" / split / "cat").rename(tmp_path / "moved photos" / split / "zebra")
     given = (run, "--exits", "--data-dir", tmp_path / "moved photos")
     with pytest.warns(UserWarning, match="left out"):
-        code, _, err = call(evaluate, *given)
-    assert code == 2
-    assert "was trained on other classes" in err
+        refused(evaluate, *given, words=("was trained on other classes",))
     assert not (run / "exits.json").exists(), "fitted on wrong labels"
 
 
-def test_many_unreadable_files_are_counted(tmp_path: Path, cache: Path) -> None:
+def test_many_unreadable_files_are_counted(tmp_path, cache):
     make_folder(tmp_path)
     for number in range(12):
         (tmp_path / "train" / "cat" / f"{number:02d}.txt").touch()
@@ -239,48 +220,25 @@ def test_many_unreadable_files_are_counted(tmp_path: Path, cache: Path) -> None:
     assert np.array_equal(load(tmp_path).images, first.images), "and told once"
 
 
-def empty_class(folder: Path) -> None:
-    (folder / "train" / "eel").mkdir()
-
-
-def remove_test(folder: Path) -> None:
-    (folder / "test").rename(folder.parent / "elsewhere")
-
-
-def add_class(folder: Path) -> None:
-    write_images(folder / "test" / "eel", random_pixels(1))
-
-
-def remove_class(folder: Path) -> None:
-    (folder / "train" / "cat").rename(folder.parent / "elsewhere")
-
-
-def remove_classes(folder: Path) -> None:
-    for name in ("cat", "dog"):
-        (folder / "train" / name).rename(folder.parent / name)
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (empty_class, "the class folder .*train/eel holds no file"),
-        (remove_test, "has train/ but no test/"),
-        (add_class, "must have the same classes; one of them lacks 'eel'"),
-        (remove_class, "train has only the class 'dog'"),
-        (remove_classes, "train has no folder in it"),
+        (lambda folder: (folder / "train/eel").mkdir(), "the class folder .*train/eel holds no file"),
+        (lambda folder: (folder / "test").rename(folder.parent / "elsewhere"), "has train/ but no test/"),
+        (lambda folder: write_images(folder / "test/eel", random_pixels(1)), "same classes; one of them lacks 'eel'"),
+        (lambda folder: (folder / "train/cat").rename(folder.parent / "elsewhere"), "train has only the class 'dog'"),
+        (lambda folder: [*map(shutil.rmtree, (folder / "train").iterdir())], "train has no folder in it"),
         (lambda folder: folder.rename(folder.parent / "elsewhere"), "does not exist"),
     ],
 )
-def test_a_folder_that_cannot_do_is_refused_in_one_sentence(
-    tmp_path: Path, spoil: Callable[[Path], object], words: str
-) -> None:
+def test_a_folder_that_cannot_do_is_refused_in_one_sentence(tmp_path, spoil, words):
     spoil(make_folder(tmp_path / "photos"))
     for split in data.Split.__args__:  # type: ignore[attr-defined]
         with pytest.raises(ValueError, match=rf"^[^\n]*{words}[^\n]*$"):
             load(tmp_path / "photos", split)
 
 
-def test_images_that_cannot_do_are_refused_in_one_sentence(tmp_path: Path, cache: Path) -> None:
+def test_images_that_cannot_do_are_refused_in_one_sentence(tmp_path, cache):
     with pytest.raises(ValueError, match="needs --data-dir"):
         check_dataset("imagefolder", None, 32)
     few = make_folder(tmp_path / "few", train=2, test=0)
@@ -295,9 +253,7 @@ def test_images_that_cannot_do_are_refused_in_one_sentence(tmp_path: Path, cache
 
 
 # ---------------------------------------------------------------- the cache
-
-
-def test_files_are_decoded_once_for_each_size(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_decoded_once_for_each_size(tmp_path, cache, monkeypatch):
     folder = make_folder(tmp_path / "photos")
     decoded: list[Path] = []
 
@@ -323,29 +279,25 @@ def test_files_are_decoded_once_for_each_size(tmp_path: Path, cache: Path, monke
     assert len(decoded) == 64
     changed.rename(changed.with_name("zzz.png"))
     assert np.array_equal(load(moved).images[-1], 255 - first.images[11]), "a renamed file too"
-    assert not list(cache.glob(".*.tmp"))
+    assert not list((cache / "imagefolder").glob(".*.tmp"))
 
 
-def test_a_damaged_cache_file_is_made_again(tmp_path: Path, cache: Path) -> None:
-    first = take(load(make_folder(tmp_path)), np.arange(16))  # a copy: they are mapped from the file
-    (file,) = cache.glob("train*")
+def test_a_damaged_cache_file_is_made_again_and_none_where_there_is_no_place(tmp_path, cache):
+    photos = make_folder(tmp_path / "photos")
+    expected = take(load(photos), np.arange(16))  # a copy: they are mapped from the file
+    (file,) = (cache / "imagefolder").glob("train*")
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
-    assert np.array_equal(load(tmp_path).images, first.images)
+    assert np.array_equal(load(photos).images, expected.images)
     assert file.read_bytes() == whole
-
-
-def test_without_a_place_for_the_cache_images_are_decoded_each_time(tmp_path: Path, cache: Path) -> None:
-    expected = load(make_folder(tmp_path / "photos"))
-    for path in (*cache.iterdir(), cache):
-        path.unlink() if path.is_file() else path.rmdir()
+    shutil.rmtree(cache)
     cache.write_text("a file, not a folder")
-    found = load(tmp_path / "photos")
+    found = load(photos)
     assert np.array_equal(found.images, expected.images)
     assert np.array_equal(found.labels, expected.labels)
 
 
-def test_a_large_validation_split_lies_in_a_file(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_validation_split_lies_in_a_file(tmp_path, cache, monkeypatch):
     whole = load(make_folder(tmp_path, train=400, names=("a", "b")), image_size=16)
     small = split_validation(whole, fraction=0.25, seed=3)
     monkeypatch.setattr(data, "LARGE", 200 * 16 * 16 * 3)
@@ -365,9 +317,7 @@ def test_a_large_validation_split_lies_in_a_file(tmp_path: Path, cache: Path, mo
 
 
 # ---------------------------------------------------------------- runs
-
-
-def test_a_checkpoint_goes_on_with_its_own_images_alone(tmp_path: Path, cache: Path) -> None:
+def test_a_checkpoint_goes_on_with_its_own_images_alone(tmp_path, cache):
     folder = make_folder(tmp_path / "a")
     run = tmp_path / "run"
     config = SMALL.with_settings(data_dir=str(folder))
@@ -390,14 +340,14 @@ def test_a_checkpoint_goes_on_with_its_own_images_alone(tmp_path: Path, cache: P
         check_classes(find_run(run), load(tmp_path / "b", "test"))
 
 
-def test_tables_do_not_mix_runs_on_different_folders() -> None:
+def test_tables_do_not_mix_runs_on_different_folders():
     here, there = (SMALL.with_settings(data_dir=place) for place in ("/a", "/b"))
     assert compared_settings(here.to_dict()) != compared_settings(there.to_dict())
     one, other = (config.with_settings(dataset="cifar100") for config in (here, there))
     assert compared_settings(one.to_dict()) == compared_settings(other.to_dict()), "CIFAR-100 is the same everywhere"
 
 
-def test_a_fingerprint_tells_images_and_labels_apart() -> None:
+def test_a_fingerprint_tells_images_and_labels_apart():
     images = LabelledImages(random_pixels(300), np.arange(300))
     same = LabelledImages(images.images.copy(), images.labels.copy())
     other = LabelledImages(random_pixels(300, seed=1), images.labels)

@@ -76,22 +76,17 @@ def relative_error(found: torch.Tensor, expected: Sized, *, plain: bool) -> floa
     ("loss_form", "teacher"),
     [*product(["reference", "paper", "plain"], ["deepest"]), *product(["reference", "paper"], ["ensemble"])],
 )
-def test_values_and_gradients_equal_the_loops(loss_form: Any, teacher: Any) -> None:
+def test_values_and_gradients_equal_the_loops(loss_form, teacher):
     seen = set()
     for number in range(NUM_CASES):
         case = draw_case(number)
         seen.add((len(case.outputs.logits), len(case.labels), case.weights["alpha"], case.weights["beta"]))
-        expected = reference_loss(
-            [x.tolist() for x in case.outputs.logits],
-            [x.tolist() for x in case.outputs.features],
-            case.labels.tolist(),
-            loss_form=loss_form,
-            teacher=teacher,
-            **case.weights,
-        )
+        how = {"loss_form": loss_form, "teacher": teacher, **case.weights}
+        logits, features = ([x.tolist() for x in part] for part in case.outputs)
+        expected = reference_loss(logits, features, case.labels.tolist(), **how)
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
             outputs = as_leaves(case.outputs, dtype)
-            terms = self_distillation_loss(outputs, case.labels, loss_form=loss_form, teacher=teacher, **case.weights)
+            terms = self_distillation_loss(outputs, case.labels, **how)
             terms.total.backward()
             pairs = [
                 *zip(terms, expected[:4], strict=True),
@@ -110,7 +105,7 @@ def test_values_and_gradients_equal_the_loops(loss_form: Any, teacher: Any) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_inputs_are_taken_to_float32(dtype: torch.dtype) -> None:
+def test_half_precision_inputs_are_taken_to_float32(dtype):
     generator = torch.Generator().manual_seed(0)
     half = as_leaves(random_outputs(generator, 4, 16, 10, 6, scale=3), dtype)
     labels = torch.randint(0, 10, (16,), generator=generator)
@@ -124,7 +119,7 @@ def test_half_precision_inputs_are_taken_to_float32(dtype: torch.dtype) -> None:
     assert all(x.grad is not None and x.grad.dtype == dtype for x in half.logits)
 
 
-def test_weights_out_of_range_are_refused() -> None:
+def test_weights_out_of_range_are_refused():
     outputs, labels = random_outputs(torch.Generator(), 4, 2, 7, 5), torch.tensor([0, 1])
     for name, value in (("alpha", 1.001), ("temperature", 0.0), ("beta", math.nan)):
         weights: dict[str, Any] = {"alpha": 0.1, "temperature": 3.0, "beta": 1e-6, name: value}

@@ -81,7 +81,7 @@ def slow_evaluation(trained: Trained) -> Evaluation:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100, 1000])
-def test_evaluation_equals_the_loop(trained: Trained, expected: Evaluation, batch_size: int) -> None:
+def test_evaluation_equals_the_loop(trained, expected, batch_size):
     """Whatever the batch size; it changes no weight and no statistic."""
     assert len(set(expected.accuracy)) > 2, "a network whose classifiers all agree would test nothing"
     assert 40 < max(expected.accuracy) < 100
@@ -108,7 +108,7 @@ class Answers(torch.nn.Module):
         return SimpleNamespace(logits=tuple(z[chosen] for z in self.logits))
 
 
-def test_evaluation_computes_in_the_asked_precision() -> None:
+def test_evaluation_computes_in_the_asked_precision():
     model: Any = Answers([torch.zeros(2, 3)] * 4)
     for dtype in (None, torch.bfloat16):
         evaluate(model, [(torch.zeros(2, 3, 1, 1), torch.tensor([0, 1]))], autocast_dtype=dtype)
@@ -121,7 +121,7 @@ def evaluate_answers(logits: list[torch.Tensor], labels: list[int]) -> Evaluatio
     return evaluate(model, [(images, torch.tensor(labels))], autocast_dtype=None)
 
 
-def test_a_sure_network_is_measured_without_infinities() -> None:
+def test_a_sure_network_is_measured_without_infinities():
     """Confidence 1 belongs to the last bin, and an answer that was given no chance costs its own logits' gap."""
     sure = torch.tensor([[200.0, 0.0], [200.0, 0.0]])
     found = evaluate_answers([sure] * 4, [0, 1])
@@ -131,14 +131,14 @@ def test_a_sure_network_is_measured_without_infinities() -> None:
     assert found.ece == pytest.approx((50.0,) * 5)
 
 
-def test_a_broken_network_gives_nan_rather_than_a_crash() -> None:
+def test_a_broken_network_gives_nan_rather_than_a_crash():
     """Weights can overflow in the very last step, after the loss was last looked at."""
     broken = torch.full((3, 4), math.nan)
     found = evaluate_answers([broken] * 4, [0, 1, 2])
     assert all(math.isnan(value) for value in found.nll)
 
 
-def test_records_name_every_classifier() -> None:
+def test_records_name_every_classifier():
     evaluation = Evaluation(num_images=3, accuracy=(1, 2, 3, 4, 5), nll=(6, 7, 8, 9, 10), ece=(11, 12, 13, 14, 15))
     record = evaluation.to_record("val")
     for measure in ("accuracy", "nll", "ece"):
@@ -147,7 +147,7 @@ def test_records_name_every_classifier() -> None:
         assert record[f"val_{measure}"] == found[3]
 
 
-def test_training_sums_are_means_over_images() -> None:
+def test_training_sums_are_means_over_images():
     generator = torch.Generator().manual_seed(0)
     sums = TrainingSums(4, 3, CPU)
     expected = np.zeros(1 + 4 + 3 + 3 + 4)
@@ -167,7 +167,7 @@ def test_training_sums_are_means_over_images() -> None:
     assert [x for part in found for x in part] == pytest.approx(list(expected / num_images), rel=1e-6)
 
 
-def test_sums_keep_no_graph_alive() -> None:
+def test_sums_keep_no_graph_alive():
     """The reference's meters did."""
     leaf = torch.ones(4, requires_grad=True)
     sums = TrainingSums(4, 3, CPU)

@@ -35,7 +35,7 @@ def stir_batch_norms(model: nn.Module, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize(("name", "width"), [("resnet18", 8), ("resnet18", 16), ("resnext50_32x4d", 64)])
-def test_folded_batch_norms_change_nothing_and_are_gone(name: str, width: int) -> None:
+def test_folded_batch_norms_change_nothing_and_are_gone(name, width):
     model = BranchedResNet(name, num_classes=10, width=width).double()
     stir_batch_norms(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -50,15 +50,9 @@ def test_folded_batch_norms_change_nothing_and_are_gone(name: str, width: int) -
 
 @pytest.mark.parametrize(
     ("name", "imagenet_stem"),
-    [
-        ("resnet18", False),
-        ("resnet34", False),
-        ("resnet50", False),
-        ("resnet18", True),
-        ("resnext50_32x4d", True),
-    ],
+    [("resnet18", False), ("resnet34", False), ("resnet50", False), ("resnet18", True), ("resnext50_32x4d", True)],
 )
-def test_deepest_classifier_is_torchvisions_resnet(name: str, imagenet_stem: bool) -> None:
+def test_deepest_classifier_is_torchvisions_resnet(name, imagenet_stem):
     ours = BranchedResNet(name, num_classes=100, branch=None, imagenet_stem=imagenet_stem).double().eval()
     stir_batch_norms(ours)
     theirs: Any = getattr(torchvision.models, name)(num_classes=100)
@@ -89,7 +83,7 @@ def reference_branch(branch: Any, x: Tensor, out_channels: int, kernel_size: int
 
 
 @pytest.mark.parametrize(("name", "width"), [("resnet18", 8), ("resnet50", 4), ("resnet18", 1)])
-def test_branches_are_the_references(name: str, width: int) -> None:
+def test_branches_are_the_references(name, width):
     model = BranchedResNet(name, num_classes=10, width=width).double().eval()
     stir_batch_norms(model)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -119,7 +113,7 @@ BRANCHES: dict[tuple[ModelName, BranchKind], tuple[tuple[int, ...], tuple[float,
 
 
 @pytest.mark.parametrize(("name", "branch"), BRANCHES)
-def test_branches_cost_what_the_documentation_says(name: ModelName, branch: BranchKind) -> None:
+def test_branches_cost_what_the_documentation_says(name, branch):
     model = build_model(TrainConfig(model=name, branch=branch))
     costs = measure_costs(model, 32)
     sizes, shares = BRANCHES[name, branch]
@@ -131,7 +125,7 @@ def test_branches_cost_what_the_documentation_says(name: ModelName, branch: Bran
 
 
 @pytest.mark.parametrize("name", get_args(ModelName))
-def test_every_network_has_torchvisions_parameters(name: str) -> None:
+def test_every_network_has_torchvisions_parameters(name):
     """By name and shape, with the ImageNet stem: its published weights fit."""
     with torch.device("meta"):
         ours = BranchedResNet(name, num_classes=1000, imagenet_stem=True).trunk
@@ -141,7 +135,7 @@ def test_every_network_has_torchvisions_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", get_args(BranchKind))
-def test_branches_end_in_the_deepest_shape_with_the_imagenet_stem(kind: BranchKind) -> None:
+def test_branches_end_in_the_deepest_shape_with_the_imagenet_stem(kind):
     """7 x 7 of an image of 224 pixels."""
     with torch.device("meta"):
         model = BranchedResNet("resnet18", num_classes=10, width=16, branch=kind, imagenet_stem=True).eval()
@@ -156,7 +150,7 @@ def test_branches_end_in_the_deepest_shape_with_the_imagenet_stem(kind: BranchKi
 @pytest.mark.parametrize(
     ("name", "branch"), [("resnet18", "reference"), ("resnet50", "reference"), ("resnet18", "wide")]
 )
-def test_every_parameter_learns(name: str, branch: BranchKind) -> None:
+def test_every_parameter_learns(name, branch):
     """Dead modules are one of the reference's known weaknesses.
 
     A bias right before a batch normalisation in training mode has a gradient of 0 by nature, so that the second half
@@ -178,7 +172,7 @@ def test_every_parameter_learns(name: str, branch: BranchKind) -> None:
 
 
 @pytest.mark.parametrize("classifier", range(NUM_CLASSIFIERS))
-def test_a_classifier_teaches_its_own_stages_and_branch_alone(classifier: int) -> None:
+def test_a_classifier_teaches_its_own_stages_and_branch_alone(classifier):
     model = BranchedResNet("resnet18", num_classes=10, width=4).eval()
     stir_batch_norms(model)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -189,7 +183,7 @@ def test_a_classifier_teaches_its_own_stages_and_branch_alone(classifier: int) -
 
 
 @pytest.mark.parametrize("name", sorted(EXPANSION))
-def test_width_scales_the_channels_of_stem_stages_and_branches(name: str) -> None:
+def test_width_scales_the_channels_of_stem_stages_and_branches(name):
     with torch.device("meta"):
         published, half = (BranchedResNet(name, num_classes=10, width=width) for width in (64, 32))
     shapes = {key: value.shape for key, value in half.state_dict().items()}
@@ -206,7 +200,7 @@ def test_width_scales_the_channels_of_stem_stages_and_branches(name: str) -> Non
     assert [max(m.num_features for m in stage) for stage in last] == [c * EXPANSION[name] for c in channels]
 
 
-def test_initial_weights_depend_on_the_seed_alone() -> None:
+def test_initial_weights_depend_on_the_seed_alone():
     config = TrainConfig(dataset="digits", width=4, seed=5)
     torch.manual_seed(123)
     before = torch.get_rng_state()
@@ -221,7 +215,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(first["branches.0.fc.weight"], other["branches.0.fc.weight"])
 
 
-def test_convolutions_start_as_kaiming_normal_fan_out() -> None:
+def test_convolutions_start_as_kaiming_normal_fan_out():
     model = build_model(TrainConfig(width=64))
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 4000:
@@ -244,7 +238,7 @@ def test_convolutions_start_as_kaiming_normal_fan_out() -> None:
         ("resnet50", 8, "lean"),
     ],
 )
-def test_mixed_precision_computes_the_same_network(name: str, width: int, branch: BranchKind, image_size: int) -> None:
+def test_mixed_precision_computes_the_same_network(name, width, branch, image_size):
     """bfloat16 has 8 bits: its outputs are off by percents at most.
 
     oneDNN's channels-last bfloat16 convolution has been seen to give numbers that have nothing to do with the truth
@@ -264,9 +258,7 @@ def test_mixed_precision_computes_the_same_network(name: str, width: int, branch
 
 @pytest.mark.parametrize(("kernel_size", "height", "width"), [(8, 8, 8), (8, 32, 32), (4, 16, 16), (2, 9, 6)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_patch_convolution_equals_the_convolution(
-    kernel_size: int, height: int, width: int, memory_format: torch.memory_format
-) -> None:
+def test_patch_convolution_equals_the_convolution(kernel_size, height, width, memory_format):
     """Values and gradients, also where the image is no multiple of the kernel; the weights are interchangeable."""
     patches = PatchConv2d(3, 5, kernel_size).double().to(memory_format=memory_format)
     plain = torch.nn.Conv2d(3, 5, kernel_size, stride=kernel_size).double()
@@ -287,8 +279,8 @@ def test_patch_convolution_equals_the_convolution(
     ("kernel_size", "stride", "height", "width"), [(3, 1, 2, 2), (3, 2, 5, 4), (3, 1, 1, 1), (1, 2, 3, 4), (1, 1, 2, 3)]
 )
 def test_a_convolution_of_small_feature_maps_is_trained_as_a_matrix_product(
-    kernel_size: int, stride: int, height: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    kernel_size, stride, height, width, dtype, monkeypatch
+):
     """Values and gradients are the convolution's; prediction, groups, large feature maps and few weights in float32
     are left to oneDNN."""
     torch.manual_seed(0)

@@ -20,10 +20,10 @@ from byot.data import load_images
 from byot.predictor import DEEPEST_ALONE, Predictor
 from byot.runs import load_network
 from byot.system.files import read_json
-from tests.helpers import EXIT_RULE, PROJECT, Call, random_pixels
+from tests.helpers import EXIT_RULE, PROJECT, random_pixels
 
 
-def test_the_shipped_network_is_as_good_as_its_record_says(cifar100_dir: Path):
+def test_the_shipped_network_is_as_good_as_its_record_says(cifar100_dir):
     """On the first thousand test images: within three standard errors of early exit on all ten thousand."""
     folder = PROJECT / "results/networks/resnet18-w16-cifar100"
     images, labels, *_ = load_images("cifar100", str(cifar100_dir), "test", 32)
@@ -54,11 +54,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 # ---------------------------------------------------------------- answers
-
-
-def test_answers_are_those_of_the_exit_that_the_rule_finds(
-    exits_run: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_are_those_of_the_exit_that_the_rule_finds(exits_run, predictor, monkeypatch):
     """Image by image, with every exit computed."""
     model, (mean, std) = load_network(exits_run)
     images = load_images("digits", None, "test").images
@@ -79,7 +75,7 @@ def test_answers_are_those_of_the_exit_that_the_rule_finds(
     assert {answer.exit for answer in found} == {1, 2, 4}
 
 
-def test_files_pictures_and_arrays_are_one(predictor: Predictor, tmp_path: Path) -> None:
+def test_files_pictures_and_arrays_are_one(predictor, tmp_path):
     pixels = random_pixels(3, size=8)
     pictures = [Image.fromarray(image) for image in pixels]
     for i, picture in enumerate(pictures):
@@ -99,26 +95,17 @@ def test_files_pictures_and_arrays_are_one(predictor: Predictor, tmp_path: Path)
         predictor.predict(pixels / 255)
 
 
-def test_without_a_rule_the_deepest_classifier_answers(alone: Path, pictures: Path, call: Call) -> None:
-    code, out, err = call(predict, alone, pictures / "a.JPG", "--format", "json")
-    (record,) = json.loads(out)
-    assert (code, record["exit"], err.count("\n")) == (0, 4, 1)
-    assert f"`python byot/evaluate.py {alone} --exits`" in err
-
-
-def test_a_plain_network_has_the_fourth_exit_alone(plain_run: Path, pictures: Path, call: Call) -> None:
-    code, out, err = call(predict, plain_run, pictures / "a.JPG", "--format", "json")
-    (record,) = json.loads(out)
-    assert (code, record["exit"], err) == (0, 4, "")
-    assert byot.load(plain_run, "cpu").rule == DEEPEST_ALONE
+def test_without_a_rule_the_deepest_classifier_answers(alone, plain_run, pictures, call):
+    """Of a plain network there is nothing to be told: it has the fourth exit alone."""
+    for run, told in ((alone, f"`python byot/evaluate.py {alone} --exits`"), (plain_run, "")):
+        code, out, err = call(predict, run, pictures / "a.JPG", "--format", "json")
+        assert (code, json.loads(out)[0]["exit"], err.count("\n")) == (0, 4, bool(told))
+        assert told in err
+        assert byot.load(run, "cpu").rule == DEEPEST_ALONE
 
 
 # ---------------------------------------------------------------- the command
-
-
-def test_what_is_no_image_is_named_and_the_others_go_on(
-    exits_run: Path, predictor: Predictor, pictures: Path, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_image_is_named_and_the_others_go_on(exits_run, predictor, pictures, call, monkeypatch):
     batches = []
     monkeypatch.setattr("byot.predictor.EVAL_BATCH_SIZE", {"cpu": 2})
     answer = Predictor.answer
@@ -145,34 +132,25 @@ def test_what_is_no_image_is_named_and_the_others_go_on(
 
     code, out, _ = call(predict, *given, "--format", "csv", "--top", 2)
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert (code, list(rows[0])) == (
-        1,
-        ["file", "exit", "ms", "name_1", "probability_1", "name_2", "probability_2"],
-    )
+    assert (code, list(rows[0])) == (1, ["file", "exit", "ms", "name_1", "probability_1", "name_2", "probability_2"])
     assert [(row["name_2"], float(row["probability_2"])) for row in rows] == [
         (found.top[1][0], pytest.approx(found.top[1][1], abs=1e-5)) for found in expected
     ]
     code, out, _ = call(predict, *given[:1], pictures / "b.png", "--top", 1)
     header, row = out.splitlines()
     assert (code, header.split()) == (0, ["file", "exit", "1", "ms"])
-    assert row.split()[:4] == [
-        str(pictures / "b.png"),
-        f"{expected[1].exit}/4",
-        expected[1].name,
-        f"{expected[1].probability:.1%}",
-    ]
+    first = expected[1]
+    assert row.split()[:4] == [str(pictures / "b.png"), f"{first.exit}/4", first.name, f"{first.probability:.1%}"]
 
 
 # ---------------------------------------------------------------- names and imports
-
-
-def test_every_class_has_a_name() -> None:
+def test_every_class_has_a_name():
     assert {dataset: len(set(names)) for dataset, names in CLASS_NAMES.items()} == {
         dataset: info.num_classes for dataset, info in DATASETS.items() if dataset != "imagefolder"
     }
 
 
-def test_names_of_cifar100_are_in_the_order_of_its_labels(cifar100_dir: Path) -> None:
+def test_names_of_cifar100_are_in_the_order_of_its_labels(cifar100_dir):
     (file,) = cifar100_dir.glob("test*.parquet")
     features = json.loads(pyarrow.parquet.read_schema(file).metadata[b"huggingface"])["info"]["features"]
     assert list(CLASS_NAMES["cifar100"]) == features["fine_label"]["names"]

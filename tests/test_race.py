@@ -19,6 +19,7 @@ from search.significance import ERROR, FIRST_LOOK, MOST_RUNS_NAMED, SPENDING, Co
 from search.space import DEFAULT_SPACE
 from search.system.remote import Store
 from tests.made_up import make_trial
+from tests.test_study import EPOCHS, MadeUpSearch
 
 SD = 0.3  # points, of a run; what its seed does to all arms comes on top
 MAX_ROUNDS = 8
@@ -58,7 +59,7 @@ def test_the_looks_spend_the_error_and_no_more():
         ("one ahead by 2, margin 2", "wrong_equal", 0.0, 0.09),
     ],
 )
-def test_how_often_it_is_right(case: str, column: str, least: float, most: float):
+def test_how_often_it_is_right(case, column, least, most):
     """The quick form of results/benchmarks/winner-test.md; the bounds allow for 200 simulations in place of 4,000."""
     assert least <= simulate_case(case, 200)[column] <= most
 
@@ -131,7 +132,7 @@ def test_a_chance_coincidence_is_no_certainty():
 
 
 @pytest.mark.parametrize("gap", [0.3, 0.5])
-def test_the_runs_said_to_be_needed_resolve_it_in_four_cases_of_five(gap: float):
+def test_the_runs_said_to_be_needed_resolve_it_in_four_cases_of_five(gap):
     rounds = 4
     needed = Comparison("0", "1", gap, math.sqrt(2) * SD, rounds, MAX_ROUNDS).runs_needed
     values = [simulate([70.0 + gap, 70.0], seed, rounds + needed) for seed in range(150)]
@@ -143,8 +144,6 @@ def test_the_runs_said_to_be_needed_resolve_it_in_four_cases_of_five(gap: float)
 
 
 # ---------------------------------------------------------------- of a search
-
-
 TRIALS = [
     make_trial("t0000", 70.0, role="reference"),
     make_trial("t0001", 75.0, role="control", alpha=0.0, beta=0.0),
@@ -185,7 +184,7 @@ def test_the_best_different_settings_and_both_controls():
         assert [arm.trial_id for arm in choose_arms(TRIALS, BASE, "val_accuracy", top, controls)] == expected
 
 
-def test_seeds_are_fresh_and_shared(tmp_path: Path):
+def test_seeds_are_fresh_and_shared(tmp_path):
     confirmation = open_confirmation(tmp_path)
     configs = {arm: confirmation.config(Run(arm, 2)) for arm in confirmation.arms}
     assert {config.seed for config in configs.values()} == {7 + FRESH_SEEDS + 2}
@@ -194,7 +193,7 @@ def test_seeds_are_fresh_and_shared(tmp_path: Path):
     assert all(config.val_fraction == BASE.val_fraction for config in configs.values())
 
 
-def test_a_clear_winner_is_chosen_and_taken_by_train_once_it_is_finished(tmp_path: Path):
+def test_a_clear_winner_is_chosen_and_taken_by_train_once_it_is_finished(tmp_path):
     folder = tmp_path / "searches" / "s"
     write_json(folder / "best.json", {"config": {**BASE.to_dict(), "alpha": 0.9}})
     confirmation = open_confirmation(folder)
@@ -211,7 +210,7 @@ def test_a_clear_winner_is_chosen_and_taken_by_train_once_it_is_finished(tmp_pat
     assert "confirmed" in choice.source
 
 
-def test_deep_supervision_alone_may_win_and_is_taken_among_equals(tmp_path: Path):
+def test_deep_supervision_alone_may_win_and_is_taken_among_equals(tmp_path):
     clear, near = open_confirmation(tmp_path / "clear"), open_confirmation(tmp_path / "near", margin=2.0)
     unclear = open_confirmation(tmp_path / "unclear", margin=0.0)
     run_all(clear, {"t0003": 70.0, "t0000": 70.0, "t0001": 80.0})
@@ -226,7 +225,7 @@ def test_deep_supervision_alone_may_win_and_is_taken_among_equals(tmp_path: Path
     assert not open_confirmation(tmp_path / "near").is_done, "another margin is another question"
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path: Path):
+def test_it_goes_on_where_it_was_stopped(tmp_path):
     """A damaged record, and one of other settings, is a run that has not been done."""
     truth = {"t0003": 70.1, "t0000": 70.0, "t0001": 70.05}
     whole = run_all(open_confirmation(tmp_path / "whole"), truth)
@@ -238,7 +237,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path):
     assert run_all(open_confirmation(tmp_path / "broken"), truth) == whole[3:]
 
 
-def test_a_diverged_run_is_told(tmp_path: Path):
+def test_a_diverged_run_is_told(tmp_path):
     confirmation = open_confirmation(tmp_path)
     confirmation.results[Run("t0003", 0)] = {"error": "the loss became nan in epoch 1"}
     run_all(confirmation, {"t0000": 70.0, "t0001": 60.0})
@@ -250,7 +249,7 @@ def test_a_diverged_run_is_told(tmp_path: Path):
     assert "none can be chosen" in read_json(tmp_path / "confirmation.json")["verdict"][0]
 
 
-def test_a_confirmed_setting_stays_when_more_trials_come(tmp_path: Path):
+def test_a_confirmed_setting_stays_when_more_trials_come(tmp_path):
     """One of them had a luckier single run; it is compared with what was confirmed, and does not replace it unseen."""
     run_all(open_confirmation(tmp_path), {"t0003": 80.0, "t0000": 70.0, "t0001": 75.0})
     later = open_confirmation(tmp_path, more=(make_trial("t0009", 90.0, alpha=0.7),))
@@ -260,16 +259,62 @@ def test_a_confirmed_setting_stays_when_more_trials_come(tmp_path: Path):
     assert later.judge().chosen == "t0003"
 
 
-def test_fewer_are_asked_for_than_were_run(tmp_path: Path):
+def test_fewer_are_asked_for_than_were_run(tmp_path):
     run_all(open_confirmation(tmp_path, top=2), {"t0003": 80.0, "t0002": 70.0, "t0000": 70.0, "t0001": 75.0})
     fewer = open_confirmation(tmp_path, top=1)
     assert fewer.judge().is_over
     assert not fewer.is_done, "the record is of other arms"
 
 
-def test_a_metric_that_is_minimised(tmp_path: Path):
+def test_a_metric_that_is_minimised(tmp_path):
     confirmation = open_confirmation(tmp_path, top=9, metric=("val_nll",))
     run_all(confirmation, {"t0000": 20.0, "t0001": 10.0, "t0002": 30.0, "t0003": 40.0})
     judgement = confirmation.judge()
     assert judgement.remaining == ["t0001"]
     assert re.search(r": worse by \d+\.\d{4} nats \(95 % interval -", " ".join(confirmation.verdict(judgement)))
+
+
+# ---------------------------------------------------------------- a planted optimum, although single runs are noisy
+OPTIMUM = {"alpha": 0.55, "temperature": 5.0, "beta": 1e-5}
+BEST = 78.0  # percent, of the optimum
+PLANTED_BASE = TrainConfig(dataset="digits", epochs=EPOCHS, val_fraction=0.1)
+NUM_SAMPLES = 60
+
+
+def true_accuracy(params: dict[str, float]) -> float:
+    """Falls off by 1.5 points where alpha is 0.25 away, or the temperature 3, or beta a factor of 30."""
+    far = ((params["alpha"] - OPTIMUM["alpha"]) / 0.25) ** 2 + (
+        (params["temperature"] - OPTIMUM["temperature"]) / 3
+    ) ** 2
+    beta = max(params["beta"], 1e-9)  # deep supervision alone has none
+    return BEST - 1.5 * (far + (math.log(beta / OPTIMUM["beta"]) / math.log(30)) ** 2)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_it_is_found_and_confirmed(tmp_path, seed):
+    noise = np.random.default_rng(seed)
+    search = MadeUpSearch(tmp_path, num_samples=NUM_SAMPLES, seed=seed)
+    for _ in range(NUM_SAMPLES):
+        suggestion = search.suggest()
+        final, status = true_accuracy(suggestion["params"]) + noise.normal(0, SD), "completed"
+        for epoch in range(1, EPOCHS + 1):
+            value = final * (1 - 0.8 * math.exp(-epoch / 3)) if epoch < EPOCHS else final
+            if search.report(suggestion, epoch, value) == "STOP" and epoch < EPOCHS:
+                status = "stopped"
+                break
+        search.end(suggestion, status)
+
+    settings = SearchSettings(confirm=3, confirm_seeds=8)
+    trials = list(search.records.trials.values())
+    confirmation = Confirmation(Store(tmp_path), trials, DEFAULT_SPACE, PLANTED_BASE, settings, num_val=5000)
+    run_all(confirmation, {name: true_accuracy(arm.params) for name, arm in confirmation.arms.items()})
+
+    judgement = confirmation.judge()
+    assert judgement.chosen is not None
+    choice = confirmation.arms[judgement.chosen]
+    reference = next(arm for arm in confirmation.arms.values() if arm.role == "reference")
+    assert true_accuracy(choice.params) > BEST - 1, "found"
+    assert true_accuracy(reference.params) < BEST - 5, "which is worth finding"
+    for role in ("reference", "control"):
+        arm = next(arm.trial_id for arm in confirmation.arms.values() if arm.role == role)
+        assert arm not in judgement.remaining, "confirmed: both controls are resolved to be worse"

@@ -97,9 +97,7 @@ def refuse_writes(method: str, key: str) -> None:
 
 
 # ---------------------------------------------------------------- a bucket
-
-
-def test_what_is_written_is_read_listed_fetched_moved_and_removed(bucket: Bucket, tmp_path: Path):
+def test_what_is_written_is_read_listed_fetched_moved_and_removed(bucket, tmp_path):
     content = {"a/big": os.urandom(12 << 20), "a/b/c d": b"small", "a/empty": b""}  # the first goes in parts
     for name, data in content.items():
         bucket.write(name, data)
@@ -122,7 +120,7 @@ def test_what_is_written_is_read_listed_fetched_moved_and_removed(bucket: Bucket
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: name for name in names}
 
 
-def test_a_store_that_refuses(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch):
+def test_a_store_that_refuses(s3, monkeypatch):
     with pytest.raises(ValueError, match="s3://other/searches cannot be used: there is no such bucket"):
         open_bucket(s3.url(bucket="other"))
     assert "No such file" in try_bucket(Bucket(s3.url(), "s")), "it has no lease, so it is not the driver's"
@@ -138,7 +136,7 @@ def test_a_store_that_refuses(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch):
         open_bucket(s3.url())
 
 
-def test_a_process_killed_within_an_upload_leaves_what_was_there(s3: ObjectStore, bucket: Bucket):
+def test_a_process_killed_within_an_upload_leaves_what_was_there(s3, bucket):
     bucket.write("x", b"before")
     code = f"from search.system.remote import Bucket; Bucket({s3.url()!r}).write('x', bytes(32 << 20))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env=os.environ | credentials())
@@ -149,8 +147,6 @@ def test_a_process_killed_within_an_upload_leaves_what_was_there(s3: ObjectStore
 
 
 # ---------------------------------------------------------------- a worker's side
-
-
 @pytest.fixture
 def trial(driver: Store) -> Path:
     """The folder of a trial that has been proposed."""
@@ -167,7 +163,7 @@ def write_epoch(folder: Path, epoch: int) -> None:
         file.write(f"{epoch}\n")
 
 
-def test_a_trial_goes_on_in_another_folder_with_what_it_has_saved(s3: ObjectStore, driver: Store, trial: Path):
+def test_a_trial_goes_on_in_another_folder_with_what_it_has_saved(s3, driver, trial):
     with working_folder(trial, driver) as (here, save):
         assert files_in(here) == {"trial.json"}
         for epoch in (1, 2, 3):
@@ -189,9 +185,7 @@ def test_a_trial_goes_on_in_another_folder_with_what_it_has_saved(s3: ObjectStor
 
 
 @pytest.mark.parametrize("accident", ["the store refuses", "the folder is removed", "another driver takes over"])
-def test_what_goes_wrong_costs_nothing_that_was_saved(
-    s3: ObjectStore, driver: Store, trial: Path, machine: MakeStore, accident: str
-):
+def test_what_goes_wrong_costs_nothing_that_was_saved(s3, driver, trial, machine, accident):
     store = pickle.loads(pickle.dumps(driver))  # as it comes to a worker
     with ExitStack() as held, working_folder(trial, store) as (here, save):
         for epoch in (1, 2, 3):
@@ -214,9 +208,7 @@ def test_what_goes_wrong_costs_nothing_that_was_saved(
         assert s3.names("searches/s/trials/t0000") == before
 
 
-def test_what_a_killed_worker_leaves_is_removed_and_what_is_at_work_stays(
-    driver: Store, trial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_a_killed_worker_leaves_is_removed_and_what_is_at_work_stays(driver, trial, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
@@ -240,9 +232,7 @@ def test_what_a_killed_worker_leaves_is_removed_and_what_is_at_work_stays(
 
 
 # ---------------------------------------------------------------- the driver's side
-
-
-def test_a_copy_has_the_records_and_not_the_checkpoints(driver: Store, bucket: Bucket, machine: MakeStore):
+def test_a_copy_has_the_records_and_not_the_checkpoints(driver, bucket, machine):
     records = {"search.json", "state/search.json", "trials/t0000/trial.json", "confirmation/r/result.json"}
     for name in records:
         push(driver, name)
@@ -272,7 +262,7 @@ def test_a_copy_has_the_records_and_not_the_checkpoints(driver: Store, bucket: B
     assert not (trial / "checkpoints").exists()
 
 
-def test_no_copy_is_made_over_another_search(driver: Store, bucket: Bucket, machine: MakeStore):
+def test_no_copy_is_made_over_another_search(driver, bucket, machine):
     push(driver, "search.json")
     other = machine("two")
     write_text(other.folder / "search.json", "of this machine")
@@ -285,7 +275,7 @@ def test_no_copy_is_made_over_another_search(driver: Store, bucket: Bucket, mach
     assert (driver.folder / "search.json").exists()
 
 
-def test_the_last_driver_drives(driver: Store, s3: ObjectStore, bucket: Bucket, machine: MakeStore):
+def test_the_last_driver_drives(driver, s3, bucket, machine):
     push(driver, "search.json")
     driver.watch_lease()
     with machine("two").lease() as told:
@@ -306,9 +296,7 @@ def test_the_last_driver_drives(driver: Store, s3: ObjectStore, bucket: Bucket, 
 
 
 @pytest.mark.parametrize("moved", [1, 3])
-def test_what_was_being_set_aside_is_no_search_and_is_set_aside_by_the_next(
-    driver: Store, s3: ObjectStore, bucket: Bucket, machine: MakeStore, moved: int
-):
+def test_what_was_being_set_aside_is_no_search_and_is_set_aside_by_the_next(driver, s3, bucket, machine, moved):
     assert driver.set_aside() == ""
     names = ["search.json", "state/search.json", "trials/t0000/trial.json", "trials.csv"]
     for name in names:
@@ -338,7 +326,7 @@ def test_what_was_being_set_aside_is_no_search_and_is_set_aside_by_the_next(
         assert bucket.read("s/search.json") == b"of the new search"
 
 
-def test_after_looking_at_the_nodes_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_after_looking_at_the_nodes_nothing_is_left(tmp_path, monkeypatch):
     """So that a command that was refused can be given again. Ray has one node, which answers at once."""
     node = {"NodeID": "1" * 56, "NodeManagerAddress": "one"}
     monkeypatch.setattr("search.system.resources.nodes_with_room", lambda _: [node])
@@ -360,8 +348,6 @@ def test_after_looking_at_the_nodes_nothing_is_left(tmp_path: Path, monkeypatch:
 
 
 # ---------------------------------------------------------------- a command and another driver
-
-
 class Elsewhere:
     """A search of two trials that a driver on another machine has put into the bucket and still drives."""
 
@@ -408,9 +394,7 @@ def command(s3: ObjectStore, tmp_path: Path) -> Iterator[Command]:
         yield call
 
 
-def test_what_another_driver_does_as_this_one_starts_is_seen(
-    elsewhere: Elsewhere, command: Command, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_another_driver_does_as_this_one_starts_is_seen(elsewhere, command, monkeypatch):
     changes: list[Callable[[], None]] = [elsewhere.add_trial, lambda: elsewhere.save(num_samples=7)]
 
     def load(base: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
@@ -434,9 +418,7 @@ def test_what_another_driver_does_as_this_one_starts_is_seen(
         (["--resume", "--name", "x"], "there is no search x in s3://bucket/searches"),
     ],
 )
-def test_a_command_that_is_refused_takes_nothing_over(
-    elsewhere: Elsewhere, command: Command, flags: list[object], words: str
-):
+def test_a_command_that_is_refused_takes_nothing_over(elsewhere, command, flags, words):
     elsewhere.save(num_samples=2, num_val_images=7)
     before = elsewhere.store._read_lease()
     with pytest.raises(ValueError, match=words):
@@ -445,7 +427,7 @@ def test_a_command_that_is_refused_takes_nothing_over(
     elsewhere.add_trial()
 
 
-def test_without_its_url_a_copy_is_not_gone_on_with(elsewhere: Elsewhere, command: Command):
+def test_without_its_url_a_copy_is_not_gone_on_with(elsewhere, command):
     searches = elsewhere.store.folder.parent
     with pytest.raises(ValueError, match="is a copy of s3://bucket/searches/s: go on with --storage-path"):
         command("--resume", "--storage-path", searches)
@@ -455,9 +437,7 @@ def test_without_its_url_a_copy_is_not_gone_on_with(elsewhere: Elsewhere, comman
     assert newest_unfinished(searches, {}, str(searches)) == "mine"
 
 
-def test_of_an_earlier_search_the_bucket_is_asked_only_by_its_name(
-    elsewhere: Elsewhere, s3: ObjectStore, command: Command, tmp_path: Path
-):
+def test_of_an_earlier_search_the_bucket_is_asked_only_by_its_name(elsewhere, s3, command, tmp_path):
     asked: list[str] = []
     s3.on_request = lambda method, key: asked.append(key)
     for name in ("../s", str(tmp_path / "x"), "a/b"):
@@ -468,9 +448,7 @@ def test_of_an_earlier_search_the_bucket_is_asked_only_by_its_name(
         command("--name", "new", "--dataset", "digits", "--warm-start", "s")
 
 
-def test_a_fresh_start_takes_over_and_sets_aside(
-    elsewhere: Elsewhere, command: Command, capsys: pytest.CaptureFixture[str]
-):
+def test_a_fresh_start_takes_over_and_sets_aside(elsewhere, command, capsys):
     plan = command("--fresh", "--dataset", "digits", "--width", 4, "--epochs", 3, "--num-samples", 1)
     assert "s3://bucket/searches/replaced/s-" in capsys.readouterr().out
     assert (plan.recorded, plan.base.epochs) == (None, 3)

@@ -19,7 +19,7 @@ from byot.exit_report import judge_ensembles
 from byot.runs import train_run
 from byot.search_files import read_epochs
 from byot.system.files import read_json, write_json
-from tests.helpers import Call, assert_one_sentence, text_of
+from tests.helpers import Call, text_of
 
 SETTINGS = TrainConfig(dataset="digits", width=4, epochs=2, lr=0.05, val_fraction=0.2, device="cpu")
 NAMES = ("1/4", "2/4", "3/4", "4/4")
@@ -37,22 +37,11 @@ def made_up_exits() -> dict[str, Any]:
         }
         for i, name in enumerate(NAMES)
     ]
+    names = ("asked", "accuracy", "cost", "thresholds", "left")
     table = [
-        {
-            "asked": "drop 1",
-            "accuracy": 70.75,
-            "cost": 0.625,
-            "thresholds": [2.0, 0.5, 0.625, 0.0],
-            "left": [0, 60, 30, 10],
-        },
+        dict(zip(names, ("drop 1", 70.75, 0.625, [2.0, 0.5, 0.625, 0.0], [0, 60, 30, 10]), strict=True)),
         {"asked": "cost 0.125"},
-        {
-            "asked": "cost 1",
-            "accuracy": 71.5,
-            "cost": 0.9375,
-            "thresholds": [2.0, 2.0, 0.7, 0.0],
-            "left": [0, 0, 25, 75],
-        },
+        dict(zip(names, ("cost 1", 71.5, 0.9375, [2.0, 2.0, 0.7, 0.0], [0, 0, 25, 75]), strict=True)),
     ]
     ms = {"exits_ms": [1.0, 2.0, 3.0, 4.0], "plain_ms": 4.0, "num_images": 1024}
     return {
@@ -92,15 +81,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def call(call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Call an entry point, in whose time each rule has a time of its own: its thresholds' sum in ms an image."""
+    """In whose time each rule has a time of its own: its thresholds' sum in ms an image."""
     monkeypatch.setattr(exit_report, "_time_one", lambda _, batch, rule: len(batch) * sum(rule.thresholds) / 1000)
     return call
 
 
 # ---------------------------------------------------------------- the page
-
-
-def test_the_page_tells_what_was_measured(made_up: Path) -> None:
+def test_the_page_tells_what_was_measured(made_up):
     page = render_run_page(made_up)
     links = re.findall(r'(?:src|href)="([^"]*)', page)
     assert len(links) == page.count("<img") == 3
@@ -124,7 +111,7 @@ def test_the_page_tells_what_was_measured(made_up: Path) -> None:
     assert "trained on: the exits look surer" not in text
 
 
-def test_figures_hold_the_numbers(made_up: Path) -> None:
+def test_figures_hold_the_numbers(made_up):
     test = read_json(made_up / "exits-test.json")["test"]
     pictures: Any = draw_run({}, test)
     axes = pictures["cost"][0].axes[0]
@@ -142,7 +129,7 @@ def test_figures_hold_the_numbers(made_up: Path) -> None:
     assert bars == [(0, 0), (0, 0), (0, 60), (0, 0), (60, 30), (0, 25), (90, 10), (25, 75)]
 
 
-def test_other_pages(made_up: Path) -> None:
+def test_other_pages(made_up):
     """Exits fitted on what was trained on, of another checkpoint; a network that has none."""
     write_json(made_up / "exits-test.json", made_up_exits() | {"fitted_on": exit_report.SEEN})
     (made_up / "checkpoints").mkdir()
@@ -155,7 +142,7 @@ def test_other_pages(made_up: Path) -> None:
     assert "has one classifier, so it has no exits" in text_of(render_run_page(made_up))
 
 
-def test_what_cannot_be_shown_is_refused_in_a_sentence(made_up: Path, call: Any) -> None:
+def test_what_cannot_be_shown_is_refused_in_a_sentence(made_up, refused):
     outputs = made_up.parents[1]
     given = ("--outputs", outputs, "--run")
     record = made_up_exits()
@@ -165,35 +152,26 @@ def test_what_cannot_be_shown_is_refused_in_a_sentence(made_up: Path, call: Any)
         ({"test": record["test"]}, "has no checkpoint: python byot/evaluate.py"),
     ):
         write_json(made_up / "exits-test.json", broken)
-        code, out, err = call(report, *given, "made-up")
-        assert (code, out) == (2, "")
-        assert_one_sentence(err, str(made_up / "exits-test.json"), word)
+        refused(report, *given, "made-up", words=(str(made_up / "exits-test.json"), word))
     for name, word in (("absent", "there is no run absent in"), (str(outputs), "nor a run's folder")):
-        code, out, err = call(report, *given, name)
-        assert (code, out) == (2, "")
-        assert_one_sentence(err, word)
-    code, _, err = call(report, "a-search", "--run", "made-up")
-    assert code == 2
-    assert_one_sentence(err, "not allowed with")
+        refused(report, *given, name, words=(word,))
+    refused(report, "a-search", "--run", "made-up", words=("not allowed with",))
     assert not (outputs / "reports").exists()
 
 
 # ---------------------------------------------------------------- a real run
-
-
-def test_a_run_is_shown_before_and_after_its_exits_are_measured(run: Path, call: Any) -> None:
+def test_a_run_is_shown_before_and_after_its_exits_are_measured(run, works):
     outputs = run.parents[1]
-    code, out, err = call(report, "--run", "real", "--outputs", outputs)
-    assert (code, out, err) == (0, f"{outputs / 'reports' / 'run-real.html'}\n", "")
-    before = Path(out.strip()).read_text()
+    page = outputs / "reports" / "run-real.html"
+    assert works(report, "--run", "real", "--outputs", outputs) == f"{page}\n"
+    before = page.read_text()
     result = read_json(run / "result.json")
     assert before.count("<img") == 1, "the training"
     assert f"python byot/evaluate.py {run} --exits" in text_of(before)
     for suffix, name in (("1", "1/4"), ("ensemble", "ensemble")):
         assert f"{name} {result[f'test_accuracy_{suffix}']:.2f}" in text_of(before)
 
-    code, told, _ = call(evaluate_command, run, "--exits", "--format", "json")
-    assert code == 0
+    told = works(evaluate_command, run, "--exits", "--format", "json")
     record = read_json(run / "exits-test.json")
     assert record == json.loads(told)
     assert (record["checkpoint"], record["epoch"]) == ("epoch-0002.pt", 2)
@@ -210,32 +188,27 @@ def test_a_run_is_shown_before_and_after_its_exits_are_measured(run: Path, call:
         assert None in expected, "no exit is so cheap as a quarter"
 
     page = run.parent / "page.html"
-    code, out, err = call(report, "--run", run, "--output", page)
-    assert (code, out, err) == (0, f"{page}\n", "")
+    assert works(report, "--run", run, "--output", page) == f"{page}\n"
     assert page.read_text().count("<img") == 4
     assert "fitted on 287 held-out training images" in text_of(page.read_text())
     lines: Any = draw_run(read_epochs(run / "metrics.jsonl"), None)["training"][0].axes[1].lines
     assert [len(line.get_xdata()) for line in lines] == [2] * 9, "four classifiers twice and the ensemble"
 
 
-def test_exits_of_another_checkpoint_are_told_and_not_refused(run: Path, call: Any, tmp_path: Path) -> None:
+def test_exits_of_another_checkpoint_are_told_and_not_refused(run, works, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("epoch-0001.pt", "epoch-0002.pt"):
         (tmp_path / "checkpoints" / name).write_bytes((run / "checkpoints" / name).read_bytes())
     for given in ((tmp_path / "checkpoints" / "epoch-0001.pt", "--exits"), (tmp_path,)):
         words = "on epoch-0001.pt and the run's newest checkpoint is epoch-0002.pt: python byot/evaluate.py .* --exits"
         with pytest.warns(UserWarning, match=words):
-            code, out, err = call(evaluate_command, *given)
-        assert (code, err) == (0, "")
-        assert "1/4" in out
+            assert "1/4" in works(evaluate_command, *given)
     (tmp_path / "exits.json").write_text("{")
-    assert call(evaluate_command, tmp_path)[0] == 0, "accuracies need no exits"
+    works(evaluate_command, tmp_path)  # accuracies need no exits
 
 
 # ---------------------------------------------------------------- measures
-
-
-def test_ensembles_so_far_equal_their_loop() -> None:
+def test_ensembles_so_far_equal_their_loop():
     generator = torch.Generator().manual_seed(0)
     logits, labels = 2 * torch.randn(4, 60, 5, generator=generator), torch.randint(0, 5, (60,), generator=generator)
     temperatures = (0.5, 3.0, 1.0, 2.0)

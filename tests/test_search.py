@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,16 +19,7 @@ from byot.system.files import read_json, read_json_lines
 from byot.system.lock import lock_folder
 from search.plan import make_plan
 from search.tune import build_parser
-from tests.helpers import (
-    TIMES,
-    ParquetMaker,
-    assert_one_sentence,
-    assert_same_state,
-    command_environment,
-    command_line,
-    picture_of,
-    run_command,
-)
+from tests.helpers import TIMES, assert_one_sentence, assert_same_state, picture_of, run_command
 from tests.made_up import read_rows
 
 TUNE = "search/tune.py"
@@ -41,23 +31,18 @@ SMALL = ("--dataset", "digits", "--width", 4, "--epochs", EPOCHS, "--confirm", 0
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return read_rows(folder / "trials.csv")
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A search that ran to its end, and what it printed."""
     outputs = tmp_path_factory.mktemp("outputs")
     result = run_command([*SMALL, "--name", "small", "--outputs", outputs], cwd=outputs, script=TUNE)
-    assert result.returncode == 0, result.stderr
     return outputs, result
 
 
-def test_every_trial_is_recorded_and_told(finished: Finished):
+def test_every_trial_is_recorded_and_told(finished):
     outputs, result = finished
     folder = outputs / "searches" / "small"
-    rows = rows_of(folder)
+    rows = read_rows(folder)
     assert len({row["trial_id"] for row in rows}) == NUM_SAMPLES
     assert sorted(row["role"] for row in rows) == ["control", "reference", *["sampled"] * (NUM_SAMPLES - 2)]
     for i, row in enumerate(rows, 1):
@@ -84,7 +69,7 @@ def test_every_trial_is_recorded_and_told(finished: Finished):
     assert result.stderr == ""
 
 
-def test_search_and_best_say_where_they_come_from(finished: Finished):
+def test_search_and_best_say_where_they_come_from(finished):
     folder = finished[0] / "searches" / "small"
     search, best = read_json(folder / "search.json"), read_json(folder / "best.json")
     assert search["status"] == "finished"
@@ -93,7 +78,7 @@ def test_search_and_best_say_where_they_come_from(finished: Finished):
     assert search["num_train_images"] + search["num_val_images"] == 1438
     assert {"torch", "ray", "optuna"} <= set(search["versions"])
     assert search["hardware"]["cpu_cores"] == os.cpu_count()
-    full = [r for r in rows_of(folder) if r["status"] == "completed" and r["role"] != "control"]
+    full = [r for r in read_rows(folder) if r["status"] == "completed" and r["role"] != "control"]
     assert best["value"] == max(row["val_accuracy"] for row in full)
     config = TrainConfig.from_dict(best["config"])
     assert config.val_fraction == 0
@@ -101,16 +86,15 @@ def test_search_and_best_say_where_they_come_from(finished: Finished):
     assert (config.alpha, config.width, config.epochs) == (best["params"]["alpha"], 4, EPOCHS)
 
 
-def search_again(outputs: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return run_command([*arguments, "--outputs", outputs], cwd=outputs, script=TUNE)
+def search_again(outputs: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run_command([*arguments, "--outputs", outputs], cwd=outputs, script=TUNE, code=code)
 
 
-def test_the_same_command_changes_nothing_of_a_finished_search(finished: Finished):
+def test_the_same_command_changes_nothing_of_a_finished_search(finished):
     outputs, first = finished
     before = picture_of(outputs / "searches")
     for arguments in ((*SMALL, "--name", "small"), ("--resume", "--name", "small")):
         result = search_again(outputs, *arguments)
-        assert result.returncode == 0, result.stderr
         assert "finished already" in result.stdout
         assert first.stdout.rpartition("best: ")[2] == result.stdout.rpartition("best: ")[2]
     assert picture_of(outputs / "searches") == before
@@ -126,9 +110,7 @@ def test_the_same_command_changes_nothing_of_a_finished_search(finished: Finishe
     ],
 )
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_search_goes_on_as_it_was_started_or_not_at_all(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch, flags: tuple[Any, ...], words: str, resume: bool
-):
+def test_a_search_goes_on_as_it_was_started_or_not_at_all(finished, monkeypatch, flags, words, resume):
     outputs, _ = finished
     (outputs / "space.toml").write_text("[alpha]\nlow = 0.0\nhigh = 0.4\n")
     monkeypatch.chdir(outputs)
@@ -139,7 +121,7 @@ def test_a_search_goes_on_as_it_was_started_or_not_at_all(
     assert picture_of(outputs / "searches") == before
 
 
-def test_another_search_at_work_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_another_search_at_work_is_told_of(tmp_path, capsys):
     line = [*map(str, SMALL), "--name", "mine", "--outputs", str(tmp_path)]
     with lock_folder(tmp_path / "searches" / "theirs"), ExitStack() as held:
         make_plan(build_parser().parse_args(line), held)
@@ -147,13 +129,12 @@ def test_another_search_at_work_is_told_of(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
-def test_more_trials_fresh_start_and_one_process_at_a_time(finished: Finished, tmp_path: Path):
+def test_more_trials_fresh_start_and_one_process_at_a_time(finished, tmp_path):
     folder = tmp_path / "searches" / "small"
     shutil.copytree(finished[0] / "searches" / "small", folder)
-    ended = rows_of(folder)
-    more = search_again(tmp_path, "--resume", "--name", "small", "--num-samples", NUM_SAMPLES + 2)
-    assert more.returncode == 0, more.stderr
-    rows = rows_of(folder)
+    ended = read_rows(folder)
+    search_again(tmp_path, "--resume", "--name", "small", "--num-samples", NUM_SAMPLES + 2)
+    rows = read_rows(folder)
     assert rows[:NUM_SAMPLES] == ended
     assert [row["trial_id"] for row in rows] == [f"t{i:04d}" for i in range(NUM_SAMPLES + 2)]
     assert read_json(folder / "search.json")["settings"]["num_samples"] == NUM_SAMPLES + 2
@@ -161,53 +142,24 @@ def test_more_trials_fresh_start_and_one_process_at_a_time(finished: Finished, t
     with lock_folder(folder):
         before = picture_of(folder)
         for arguments in (("--resume",), ("--fresh", *SMALL)):
-            refused = search_again(tmp_path, *arguments, "--name", "small")
-            assert refused.returncode == 2
+            refused = search_again(tmp_path, *arguments, "--name", "small", code=2)
             assert_one_sentence(refused.stderr, "another process", str(folder))
         assert picture_of(folder) == before
 
     fresh = search_again(tmp_path, "--fresh", *SMALL[:-1], 2, "--name", "small")
-    assert fresh.returncode == 0, fresh.stderr
-    assert len(rows_of(folder)) == 2
+    assert len(read_rows(folder)) == 2
     (aside,) = (tmp_path / "searches" / "replaced").iterdir()
-    assert rows_of(aside) == rows
+    assert read_rows(aside) == rows
     assert str(aside) in fresh.stdout
 
 
 @pytest.mark.slow
-def test_the_best_are_confirmed_over_fresh_seeds(finished: Finished, tmp_path: Path):
-    """After the search, stopped on the way, and gone on with; then the verdict is what train.py goes by."""
+def test_the_best_are_confirmed_over_fresh_seeds(finished, tmp_path):
+    """After the search; then the verdict is what train.py goes by. Stopped on the way: tests/faults."""
     folder = tmp_path / "searches" / "small"
     shutil.copytree(finished[0] / "searches" / "small", folder)
     before = picture_of(folder / "trials")
-    # One at a time: no arm has begun another round when the test ends.
-    seeds = ("--confirm", 1, "--confirm-seeds", 4, "--max-concurrent", 1)
-    asked = ("--resume", "--name", "small", *seeds, "--outputs", tmp_path)
-    with subprocess.Popen(
-        command_line(TUNE, *asked),
-        cwd=tmp_path,
-        env=command_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("round 1"):
-                process.send_signal(signal.SIGINT)
-                break
-        told = process.stdout.read()
-    assert process.returncode == 128 + signal.SIGINT
-    assert "go on with: " in told
-    done = {path.parent.name for path in folder.glob("confirmation/*/result.json")}
-    assert done
-    assert read_json(folder / "confirmation.json")["status"] == "interrupted"
-    times = {name: (folder / "confirmation" / name / "result.json").stat().st_mtime_ns for name in done}
-
-    result = search_again(tmp_path, "--resume", "--name", "small")
-    assert result.returncode == 0, result.stderr
-    for name, time in times.items():
-        assert (folder / "confirmation" / name / "result.json").stat().st_mtime_ns == time, "it is not done again"
+    result = search_again(tmp_path, "--resume", "--name", "small", "--confirm", 1, "--confirm-seeds", 4)
     record = read_json(folder / "confirmation.json")
     assert record["status"] == "finished"
     assert {arm["role"] for arm in record["arms"]} >= {"reference", "control"}
@@ -224,18 +176,16 @@ def test_the_best_are_confirmed_over_fresh_seeds(finished: Finished, tmp_path: P
     assert "finished already" in search_again(tmp_path, "--resume", "--name", "small").stdout
     assert picture_of(folder) == again
     trained = run_command(["--best", "small", "--outputs", tmp_path, "--name", "r"], cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
     assert f"over {record['num_rounds']} fresh seeds" in trained.stdout
     config = read_json(tmp_path / "runs" / "r" / "config.json")
     assert config == TrainConfig.from_dict(record["config"]).to_dict()
 
 
 @pytest.mark.slow
-def test_several_metrics_end_in_a_pareto_front(tmp_path: Path):
+def test_several_metrics_end_in_a_pareto_front(tmp_path):
     result = search_again(tmp_path, *SMALL, "--metric", "val_accuracy", "val_accuracy_1", "--name", "s")
-    assert result.returncode == 0, result.stderr
     folder = tmp_path / "searches" / "s"
-    rows = rows_of(folder)
+    rows = read_rows(folder)
     assert {row["status"] for row in rows} == {"completed"}, "none is stopped by one of two metrics"
     front = [one["trial_id"] for one in read_json(folder / "best.json")["pareto_front"]]
     trials = read_trials(folder / "trials.csv")
@@ -246,24 +196,22 @@ def test_several_metrics_end_in_a_pareto_front(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_time_budget_cuts_trials_off(tmp_path: Path):
+def test_a_time_budget_cuts_trials_off(tmp_path):
     arguments = ("--dataset", "digits", "--width", 4, "--epochs", 2000, "--num-samples", 2, "--name", "s")
-    result = search_again(tmp_path, *arguments, "--time-budget", "10s")
-    assert result.returncode == 1, "no trial has reached its last epoch"
+    result = search_again(tmp_path, *arguments, "--time-budget", "10s", code=1)  # none has reached its last epoch
     assert "5 s are over, and 0 of 2 trials have ended; go on with: " in result.stdout, (
         "the other half is for confirming"
     )
     folder = tmp_path / "searches" / "s"
     assert read_json(folder / "search.json")["status"] == "finished"
-    assert [row["status"] for row in rows_of(folder)] == ["running", "running"]
+    assert [row["status"] for row in read_rows(folder)] == ["running", "running"]
 
 
 @pytest.mark.slow
-def test_a_search_in_which_every_trial_diverges_gives_up(tmp_path: Path):
-    result = search_again(tmp_path, *SMALL[:-1], 9, "--lr", 1e18, "--name", "s")
-    assert result.returncode == 1, result.stdout + result.stderr
+def test_a_search_in_which_every_trial_diverges_gives_up(tmp_path):
+    result = search_again(tmp_path, *SMALL[:-1], 9, "--lr", 1e18, "--name", "s", code=1)
     assert_one_sentence(result.stderr, "5 trials failed", "diverged", "go on with: ", "--name s")
-    rows = rows_of(tmp_path / "searches" / "s")
+    rows = read_rows(tmp_path / "searches" / "s")
     failed = [row for row in rows if row["status"] == "failed"]
     assert len(failed) == 5
     assert all("diverged" in row["error"] for row in failed)
@@ -272,7 +220,7 @@ def test_a_search_in_which_every_trial_diverges_gives_up(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_noise_for_test_labels_changes_no_choice(tmp_path: Path, parquet_folder: ParquetMaker):
+def test_noise_for_test_labels_changes_no_choice(tmp_path, parquet_folder):
     """The search and the retraining see the same training files and test labels that differ."""
     choices: list[Any] = []
     weights: list[dict[str, Any]] = []
@@ -288,16 +236,11 @@ def test_noise_for_test_labels_changes_no_choice(tmp_path: Path, parquet_folder:
         outputs = tmp_path / f"outputs of {folder.name}"
         small = ["--dataset", "cifar10", "--width", 4, "--epochs", 2, "--data-dir", folder, "--outputs", outputs]
         # One trial at a time: with two, TPE's proposals depend on which of them ends first.
-        search = run_command(
-            [*small, "--num-samples", 4, "--max-concurrent", 1, "--confirm", 0, "--name", "s"],
-            cwd=tmp_path,
-            script=TUNE,
-        )
-        assert search.returncode == 0, search.stderr
-        trained = run_command(["--best", "s", "--outputs", outputs, "--name", "r"], cwd=tmp_path)
-        assert trained.returncode == 0, trained.stderr
+        few = ("--num-samples", 4, "--max-concurrent", 1, "--confirm", 0, "--name", "s")
+        run_command([*small, *few], cwd=tmp_path, script=TUNE)
+        run_command(["--best", "s", "--outputs", outputs, "--name", "r"], cwd=tmp_path)
         best = read_json(outputs / "searches" / "s" / "best.json")
-        rows, metrics = rows_of(outputs / "searches" / "s"), read_json_lines(outputs / "runs" / "r" / "metrics.jsonl")
+        rows, metrics = read_rows(outputs / "searches" / "s"), read_json_lines(outputs / "runs" / "r" / "metrics.jsonl")
         for record in (*rows, *metrics):
             for name in record.keys() & {*TIMES, "seconds"}:
                 del record[name]

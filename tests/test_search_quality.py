@@ -14,7 +14,6 @@ from benchmarks.quality.families import NUM_LOOKED_AT, SYNTHETIC, load_family
 from benchmarks.quality.search_quality import METHODS, FewEpochs, Ours, Proposal, make_method, simulate
 from byot.search_files import MEASURES, space_to_dict
 from byot.system.files import read_json
-from tests.helpers import Call
 
 EPOCHS = 3
 CORNERS = {"low": (0.1, 2.0, 1e-7), "high": (0.9, 9.0, 1e-4)}  # alpha, temperature, beta
@@ -48,7 +47,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_in_every_way_of_ending(name: str, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_in_every_way_of_ending(name, planted, monkeypatch):
     """Diverged, stopped and complete trials; what a method's own study then knows is what it should."""
     monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 120 // EPOCHS)
     family = load_family("digits", planted)
@@ -79,7 +78,7 @@ def test_every_method_in_every_way_of_ending(name: str, planted: Path, monkeypat
         assert len(complete) > outcome.num_completed, "Ray calls stopped trials complete"
 
 
-def test_the_best_after_few_epochs_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_after_few_epochs_go_on(monkeypatch):
     monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 20)
     family = load_family("acc", Path("no such folder"))
     method: Any = make_method("few epochs", family, 0)
@@ -101,7 +100,7 @@ def test_the_best_after_few_epochs_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(whole) >= search_quality.BEST_FEW
 
 
-def test_recorded_values_are_replayed(planted: Path) -> None:
+def test_recorded_values_are_replayed(planted):
     family = load_family("digits", planted)
     rng = np.random.default_rng(0)
     cases: list[tuple[tuple[float, ...], str, float]] = [
@@ -119,7 +118,7 @@ def test_recorded_values_are_replayed(planted: Path) -> None:
     assert (family.best, family.typical) == (36.0, 31.5)  # the reference's; never the control's
 
 
-def test_a_proposal_between_configurations_takes_their_mean(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proposal_between_configurations_takes_their_mean(planted, monkeypatch):
     monkeypatch.setattr(families, "NUM_NEIGHBOURS", 2)
     family = load_family("digits", planted)
     low, high = (np.array(CORNERS[name]) for name in ("low", "high"))
@@ -132,7 +131,7 @@ def test_a_proposal_between_configurations_takes_their_mean(planted: Path, monke
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)
-def test_the_best_of_a_synthetic_family(name: str) -> None:
+def test_the_best_of_a_synthetic_family(name):
     """No configuration is better than what regret is measured from, and training ends at the truth but for noise."""
     family = load_family(name, Path("no such folder"))
     rng = np.random.default_rng(1)
@@ -149,13 +148,13 @@ def test_the_best_of_a_synthetic_family(name: str) -> None:
     assert all(len(run.values) == family.epochs for run in runs)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+def test_the_command(tmp_path, monkeypatch, call, works):
     monkeypatch.setattr(search_quality, "NUM_WHOLE_TRIALS", 4)
     record, figure = tmp_path / "made" / "record.json", tmp_path / "figure.png"
     arguments = ["--families", "acc", "--seeds", 2, "--output", record, "--figure", figure]
-    code, out, _ = call(search_quality, *arguments)
+    code, out, _ = call(search_quality, *arguments)  # matplotlib may say that it builds its cache of fonts
     assert code == 0
-    assert call(search_quality, *arguments[:4]) == (0, out, ""), "the same seeds, the same searches"
+    assert works(search_quality, *arguments[:4]) == out, "the same seeds, the same searches"
     found = read_json(record)
     assert found["versions"]["ray"]
     acc = found["families"]["acc"]

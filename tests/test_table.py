@@ -62,7 +62,7 @@ def lines_of(records: SearchRecords, width: int, running: tuple[str, ...], **opt
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
-def test_all_that_is_known_is_shown(records: SearchRecords):
+def test_all_that_is_known_is_shown(records):
     assert lines_of(records, 100, ("t0003", "t0004")) == [
         "",
         "resnet18  3 of 64 trials have ended",
@@ -84,7 +84,7 @@ def test_all_that_is_known_is_shown(records: SearchRecords):
 
 @pytest.mark.parametrize("params", [3, 5])
 @pytest.mark.parametrize("metric", ["val_nll", "val_accuracy", "val_accuracy_ensemble"])
-def test_no_width_loses_a_number(tmp_path: Path, params: int, metric: str):
+def test_no_width_loses_a_number(tmp_path, params, metric):
     records = open_records(tmp_path / "resnet18", metric, parameters=list(PARAMS)[:params], epochs=30)
     begin(records, 10, 0.5025)
     value = "0.5025" if metric == "val_nll" else "0.50"
@@ -99,22 +99,20 @@ def test_no_width_loses_a_number(tmp_path: Path, params: int, metric: str):
 
 
 # ---------------------------------------------------------------- the time left
-
-
 def expect_slowly(done: int, epochs: int, rungs: list[int]) -> float:
     """Epoch by epoch: how likely it is that it is trained."""
     return sum((1 / 3) ** sum(done < rung < epoch for rung in rungs) for epoch in range(done + 1, epochs + 1))
 
 
 @pytest.mark.parametrize(("epochs", "rungs"), [(1, []), (6, [2]), (200, [20, 60, 180])])
-def test_epochs_that_asha_leaves(epochs: int, rungs: list[int]):
+def test_epochs_that_asha_leaves(epochs, rungs):
     grace = grace_epochs(epochs)
     for done in range(epochs + 1):
         assert expected_work_left(done, epochs, grace) == pytest.approx(expect_slowly(done, epochs, rungs))
     assert expected_work(7, epochs, grace) == pytest.approx(2 * epochs + 5 * expect_slowly(0, epochs, rungs))
 
 
-def test_time_left_falls_from_what_is_expected_of_all_to_nothing(tmp_path: Path):
+def test_time_left_falls_from_what_is_expected_of_all_to_nothing(tmp_path):
     records = open_records(tmp_path / "resnet18", epochs=30)
     left = [estimate_left_s(records, 4, 2.0)]
     assert left[0] == pytest.approx(expected_work(4, 30, 3) / 2.0)
@@ -128,15 +126,13 @@ def test_time_left_falls_from_what_is_expected_of_all_to_nothing(tmp_path: Path)
     assert all(a > b for a, b in pairwise(left))
 
 
-def test_the_last_trial_takes_its_own_time_however_quick_all_were_together(tmp_path: Path):
+def test_the_last_trial_takes_its_own_time_however_quick_all_were_together(tmp_path):
     records = open_records(tmp_path / "resnet18", epochs=30)
     begin(records, 10, role="reference", seconds=4.0)
     assert estimate_left_s(records, 1, work_per_s=8.0) == 20 * 4.0
 
 
 # ---------------------------------------------------------------- the terminal
-
-
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
     fake = FakeTerminal()
@@ -158,9 +154,7 @@ def test_long_lines_are_broken_where_they_may_be():
     assert fold(line) == line, "in a file lines are as long as they are"
 
 
-def test_several_runs_are_shown_as_far_as_their_files_say(
-    terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_several_runs_are_shown_as_far_as_their_files_say(terminal, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", terminal)
     (tmp_path / "run").mkdir()
     config = TrainConfig(recipe="reference", epochs=4)
@@ -176,7 +170,7 @@ def test_several_runs_are_shown_as_far_as_their_files_say(
     assert bar.index("\u257a") - bar.index("\u2501") == 12, "of forty: six of twenty epochs"
 
 
-def test_several_runs_are_lines_elsewhere(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_several_runs_are_lines_elsewhere(capsys, tmp_path):
     with show_runs(TrainConfig()) as (say, on_look):
         on_look([tmp_path], 0, 5)
         say("one has ended")
@@ -203,9 +197,7 @@ def screen_after(output: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def test_speed_and_time_left_are_those_of_the_last_epochs(
-    terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch
-):
+def test_speed_and_time_left_are_those_of_the_last_epochs(terminal, records, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with LiveTable() as live:
@@ -220,7 +212,7 @@ def test_speed_and_time_left_are_those_of_the_last_epochs(
     assert "time 1:26:43  left about 61 s  epochs/s 0.5" in shown, "the search stops before it has done all"
 
 
-def test_lines_stay_and_the_table_goes(terminal: FakeTerminal, records: SearchRecords):
+def test_lines_stay_and_the_table_goes(terminal, records):
     with LiveTable() as live:
         show(live, records)
         live.say("first [bold] :smile:")
@@ -231,7 +223,7 @@ def test_lines_stay_and_the_table_goes(terminal: FakeTerminal, records: SearchRe
     assert screen_after(terminal.getvalue()) == ["first [bold] :smile:", "last"]
 
 
-def test_more_trials_than_lines(terminal: FakeTerminal, records: SearchRecords):
+def test_more_trials_than_lines(terminal, records):
     running = tuple(begin(records, 1) for _ in range(40))
     with LiveTable() as live:
         show(live, records, running)
@@ -243,9 +235,7 @@ def test_more_trials_than_lines(terminal: FakeTerminal, records: SearchRecords):
 
 
 @pytest.mark.parametrize(("variable", "is_terminal"), [(("TERM", "dumb"), True), (("FORCE_COLOR", "1"), False)])
-def test_where_no_table_can_be_there_are_plain_lines(
-    terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch, variable, is_terminal: bool
-):
+def test_where_no_table_can_be_there_are_plain_lines(terminal, records, monkeypatch, variable, is_terminal):
     monkeypatch.setenv(*variable)
     monkeypatch.setattr(terminal, "isatty", lambda: is_terminal)
     with LiveTable() as live:
@@ -256,7 +246,7 @@ def test_where_no_table_can_be_there_are_plain_lines(
 
 
 @pytest.mark.parametrize("gone_before", ["start", "table", "line", "end"])
-def test_a_terminal_that_goes_away_is_no_trouble(terminal: FakeTerminal, records: SearchRecords, gone_before: str):
+def test_a_terminal_that_goes_away_is_no_trouble(terminal, records, gone_before):
     def now(moment: str) -> None:
         if moment == gone_before:
             terminal.error = BrokenPipeError(errno.EPIPE, "Broken pipe")
@@ -271,9 +261,7 @@ def test_a_terminal_that_goes_away_is_no_trouble(terminal: FakeTerminal, records
     live.say("line")
 
 
-def test_it_is_drawn_at_most_once_in_a_while_but_after_each_line(
-    terminal: FakeTerminal, records: SearchRecords, monkeypatch: pytest.MonkeyPatch
-):
+def test_it_is_drawn_at_most_once_in_a_while_but_after_each_line(terminal, records, monkeypatch):
     monkeypatch.setattr("search.table.REFRESH_S", 3600.0)
     with LiveTable() as live:
         assert live.is_due()
@@ -284,22 +272,14 @@ def test_it_is_drawn_at_most_once_in_a_while_but_after_each_line(
 
 
 # ---------------------------------------------------------------- a real search on a pseudo-terminal
-
-
 @pytest.mark.slow
-def test_ctrl_c_gives_the_terminal_back(tmp_path: Path):
+def test_ctrl_c_gives_the_terminal_back(tmp_path):
     # Epochs enough that the table, drawn once a second, shows one before all is done.
     flags = ("--dataset", "digits", "--width", 4, "--epochs", 100, "--num-samples", 4, "--outputs", tmp_path)
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 60, 0, 0))
-    process = subprocess.Popen(
-        command_line("search/tune.py", *flags),
-        cwd=tmp_path,
-        env=command_environment(TERM="xterm-256color"),
-        stdin=its,
-        stdout=its,
-        stderr=its,
-    )
+    command, environment = command_line("search/tune.py", *flags), command_environment(TERM="xterm-256color")
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=its, stdout=its, stderr=its)
     os.close(its)
     output, asked, give_up_at = "", False, time.monotonic() + 300
     with suppress(OSError):  # Linux's word for the end of a terminal
@@ -318,7 +298,7 @@ def test_ctrl_c_gives_the_terminal_back(tmp_path: Path):
     assert "Traceback" not in output
 
 
-def test_columns_go_until_a_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch):
+def test_columns_go_until_a_table_fits_the_terminal(monkeypatch):
     header, rows = ["trial", "alpha", "1/4", "seconds"], [["t0001", "0.123456", "12.34", "1234567"]]
     wide = text_table(header, rows, may_go=("seconds", "1/4"))
     assert wide.splitlines()[0] == "trial     alpha    1/4  seconds", "a pipe is as wide as one likes"

@@ -27,7 +27,7 @@ def open_all(folder: Path, *names: Tracker, group: str = tracking.PROJECT) -> tu
     return Tracking(Trackers(names, told.append), folder, SETTINGS, group), told
 
 
-def test_a_run_without_trackers_goes_on_without(tmp_path: Path) -> None:
+def test_a_run_without_trackers_goes_on_without(tmp_path):
     assert trackers_of(tmp_path) == ["tensorboard"], "a new run"
     (tmp_path / "checkpoints").mkdir()
     assert trackers_of(tmp_path) == []
@@ -56,7 +56,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the trackers
-def test_every_tracker_has_each_epoch_of_a_run_that_was_stopped_once(tmp_path: Path, client: Any) -> None:
+def test_every_tracker_has_each_epoch_of_a_run_that_was_stopped_once(tmp_path, client):
     folder = tmp_path / "run"
     first, told = open_all(folder, *ALL, *ALL, group="group")
     with suppress(StoppedError), first:
@@ -91,7 +91,7 @@ def test_every_tracker_has_each_epoch_of_a_run_that_was_stopped_once(tmp_path: P
     assert parts == [f"run-{known}.wandb"] * 2, "both parts are synchronised into one run"
 
 
-def test_a_run_that_cannot_go_on_has_failed(tmp_path: Path, client: Any) -> None:
+def test_a_run_that_cannot_go_on_has_failed(tmp_path, client):
     with suppress(DivergedError), open_all(tmp_path / "run", "mlflow")[0] as opened:
         opened.log(record(1))
         raise DivergedError("nan")
@@ -99,7 +99,7 @@ def test_a_run_that_cannot_go_on_has_failed(tmp_path: Path, client: Any) -> None
     assert found.info.status == "FAILED"
 
 
-def test_a_run_that_mlflow_has_forgotten_begins_anew(tmp_path: Path, client: Any) -> None:
+def test_a_run_that_mlflow_has_forgotten_begins_anew(tmp_path, client):
     write_json(tmp_path / "run" / tracking.IDS_FILE, {"mlflow": "f" * 32})
     opened, told = open_all(tmp_path / "run", "mlflow")
     opened.end({})
@@ -107,7 +107,7 @@ def test_a_run_that_mlflow_has_forgotten_begins_anew(tmp_path: Path, client: Any
     assert client.get_run(read_json(tmp_path / "run" / tracking.IDS_FILE)["mlflow"]).info.run_name == "run"
 
 
-def test_a_tracker_that_fails_is_left_and_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_fails_is_left_and_told_of_once(tmp_path, monkeypatch):
     """Also by the next trial of the same search."""
 
     class Broken(tracking.TensorBoardRun):
@@ -126,7 +126,7 @@ def test_a_tracker_that_fails_is_left_and_told_of_once(tmp_path: Path, monkeypat
     assert told == ["wandb gets no more figures: no route to the server"]
 
 
-def test_a_server_that_does_not_answer_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_is_refused_soon(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     began = time.monotonic()
     with pytest.raises(ValueError, match="mlflow cannot be used: "):
@@ -134,23 +134,23 @@ def test_a_server_that_does_not_answer_is_refused_soon(monkeypatch: pytest.Monke
     assert time.monotonic() - began < 60
 
 
-def test_what_is_missing_is_said_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_said_before_anything_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None if name == "mlflow" else name)
     check_trackers(["tensorboard", "none"])
     with pytest.raises(ValueError, match="mlflow is not installed: pip install mlflow-skinny"):
         check_trackers(["wandb", "mlflow"])
     flags = ("--dataset", "digits", "--width", 4, "--outputs", tmp_path, "--track", "wandb")
-    done = run_command(flags, cwd=tmp_path, WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path))
-    assert (done.returncode, done.stdout) == (2, "")
+    done = run_command(flags, cwd=tmp_path, code=2, WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path))
+    assert done.stdout == ""
     words = "wandb cannot be used: there is no login; `wandb login` makes one, WANDB_MODE=offline does without"
     assert done.stderr == f"train.py: {words}\n"
     assert not (tmp_path / "runs").exists()
     write_json(tmp_path / "runs" / "r" / tracking.IDS_FILE, {"wandb": "id"})  # of a run that goes on
-    done = run_command((*flags[:-2], "--name", "r"), cwd=tmp_path, WANDB_MODE="online", HOME=str(tmp_path))
-    assert (done.returncode, done.stderr) == (2, f"train.py: {words}\n")
+    done = run_command((*flags[:-2], "--name", "r"), cwd=tmp_path, code=2, WANDB_MODE="online", HOME=str(tmp_path))
+    assert done.stderr == f"train.py: {words}\n"
 
 
-def test_trials_are_tracked_from_their_first_epoch_to_their_end(tmp_path: Path) -> None:
+def test_trials_are_tracked_from_their_first_epoch_to_their_end(tmp_path):
     driver = Driver(tmp_path)
     plan = driver.watch.session.plan
     settings = replace(plan.settings, track=("tensorboard",))

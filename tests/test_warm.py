@@ -40,7 +40,7 @@ def make(searches: Path, base: TrainConfig = BASE, name: str = "earlier", **sett
     return make_warm_start(searches, name, base, SearchSettings(**settings), DEFAULT_SPACE)
 
 
-def test_the_same_training_lends_its_trials_to_the_sampler(searches: Path, tmp_path: Path):
+def test_the_same_training_lends_its_trials_to_the_sampler(searches, tmp_path):
     warm = make(searches, BASE.with_settings(seed=5, device="cpu"))
     assert warm.points == []
     assert [(t.params["alpha"], t.epochs_done, t.values, t.completed) for t in warm.trials] == [
@@ -68,29 +68,27 @@ def test_the_same_training_lends_its_trials_to_the_sampler(searches: Path, tmp_p
         ({}, {"seeds_per_trial": 3}, [0.4, 0.3]),  # means of several seeds are other values
     ],
 )
-def test_other_training_and_other_values_lend_the_best_settings(
-    searches: Path, change: dict[str, Any], settings: dict[str, Any], alphas: list[float]
-):
+def test_other_training_and_other_values_lend_the_best_settings(searches, change, settings, alphas):
     warm = make(searches, BASE.with_settings(**change), **settings)
     assert warm.trials == []
     assert [point["alpha"] for point in warm.points] == alphas
 
 
-def test_images_of_another_folder_are_other_data(searches: Path):
+def test_images_of_another_folder_are_other_data(searches):
     flowers = BASE.with_settings(dataset="imagefolder", data_dir="/flowers")
     write_json(searches / "earlier" / "search.json", search_record(flowers))
     assert make(searches, flowers).trials
     assert make(searches, flowers.with_settings(data_dir="/cats")).trials == []
 
 
-def test_what_was_confirmed_over_fresh_seeds_is_tried_before_the_best_single_run(searches: Path):
+def test_what_was_confirmed_over_fresh_seeds_is_tried_before_the_best_single_run(searches):
     arms = [ArmRecord("t0002", "sampled", {"alpha": 0.3}, [71.0], still_in=True)._asdict()]
     record = {"status": "finished", "metric": "val_accuracy", "choice": "t0002", "num_rounds": 1, "verdict": ["So."]}
     write_json(searches / "earlier" / CONFIRMATION, record | {"arms": arms})
     assert [point["alpha"] for point in make(searches, BASE.with_settings(width=8)).points] == [0.3, 0.4]
 
 
-def test_another_space(searches: Path):
+def test_another_space(searches):
     narrow = {**DEFAULT_SPACE, "alpha": Range(0.0, 0.35)}
     warm = make_warm_start(searches, "earlier", BASE, SETTINGS, narrow)
     assert [trial.params["alpha"] for trial in warm.trials] == [0.1, 0.3], "what lies outside is left out"
@@ -99,7 +97,7 @@ def test_another_space(searches: Path):
     assert {trial.params["lr"] for trial in warm.trials} == {0.1}, "what was not searched had one value"
 
 
-def test_trials_at_another_learning_rate_are_not_taken_for_ones_at_this(searches: Path):
+def test_trials_at_another_learning_rate_are_not_taken_for_ones_at_this(searches):
     """The earlier search had searched lr as well."""
     space = {**DEFAULT_SPACE, "lr": Range(0.01, 0.5, log=True)}
     trials = [make_trial(f"t{n}", 70.0 + n, alpha=0.1 * n, lr=lr) for n, lr in enumerate((0.1, 0.3, 0.02), 1)]
@@ -110,19 +108,16 @@ def test_trials_at_another_learning_rate_are_not_taken_for_ones_at_this(searches
     assert (all_other.trials, len(all_other.points)) == ([], 2), "the third is the reference's own"
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("empty", "no trial"), ("broken", "trials.csv")],
-)
-def test_nothing_to_start_from(searches: Path, name: str, words: str):
-    for folder in ("empty", "broken"):
-        write_json(searches / folder / "search.json", search_record())
-    (searches / "broken" / "trials.csv").write_text("trial_id,alpha\nt0,x,y\n")
+@pytest.mark.parametrize(("name", "words"), [("empty", "no trial"), ("broken", "trials.csv")])
+def test_nothing_to_start_from(searches, name, words):
+    write_json(searches / name / "search.json", search_record())
+    if name == "broken":
+        (searches / name / "trials.csv").write_text("trial_id,alpha\nt0,x,y\n")
     with pytest.raises(ValueError, match=words):
         make(searches, name=name)
 
 
-def test_points_are_tried_after_the_two_first_and_once(searches: Path, tmp_path: Path):
+def test_points_are_tried_after_the_two_first_and_once(searches, tmp_path):
     search = MadeUpSearch(tmp_path / "new", warm=make(searches, BASE.with_settings(width=8)))
     alphas = []
     for _ in range(6):
@@ -132,7 +127,7 @@ def test_points_are_tried_after_the_two_first_and_once(searches: Path, tmp_path:
     assert not {0.4, 0.3} & set(alphas[4:])
 
 
-def test_it_is_kept_with_the_search(searches: Path, tmp_path: Path):
+def test_it_is_kept_with_the_search(searches, tmp_path):
     for warm in (make(searches), make(searches, BASE.with_settings(width=8))):
         warm.save(tmp_path / "new")
         assert load_warm_start(tmp_path / "new", DEFAULT_SPACE, SETTINGS.metric) == warm
@@ -156,13 +151,13 @@ TRIAL = {"params": POINT, "epochs_done": 6, "values": [70.0], "completed": True}
         {"trials": [TRIAL | {"epochs_done": "6"}]},
     ],
 )
-def test_a_damaged_copy_cannot_propose_what_no_run_would_take(tmp_path: Path, damage: dict[str, Any]):
+def test_a_damaged_copy_cannot_propose_what_no_run_would_take(tmp_path, damage):
     write_json(tmp_path / "warm_start.json", {"search": "s", "points": [], "trials": [], **damage} if damage else {})
     with pytest.raises(ValueError, match=r"warm_start\.json"):
         load_warm_start(tmp_path, DEFAULT_SPACE, SETTINGS.metric)
 
 
-def test_startup_trials_are_those_that_are_known(searches: Path, tmp_path: Path):
+def test_startup_trials_are_those_that_are_known(searches, tmp_path):
     """With enough known trials the first proposal of its own is no random one."""
     earlier = make(searches)
     many = earlier._replace(trials=[trial for trial in earlier.trials if trial.completed] * 5)

@@ -7,30 +7,18 @@ In the current folder of every test lie `folder`, empty; `file`, a text; `images
 
 import shutil
 import socket
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torchvision  # noqa: F401  # which imports torch's compiler, as it must before torch's backends are patched
 
-import analysis.best
-import analysis.compare
-import analysis.report
-import analysis.retrain
-import byot.clean_outputs
 import byot.cli
-import byot.data
-import byot.evaluate
-import byot.export
-import byot.list_outputs
-import byot.predict
-import byot.runs
-import byot.train
-import search.driver
-import search.system.resources
-import search.tune
+from byot.cli import COMMANDS
 from byot.config import TrainConfig
 from byot.data import LabelledImages
 from byot.metrics import Evaluation
@@ -39,31 +27,16 @@ from byot.system.files import write_json
 from byot.system.lock import LOCK_FILE
 from byot.system.paths import PROJECT_ROOT
 from byot.trainer import Trainer
-from tests.faults.tally import TALLY
-from tests.helpers import Refuse, assert_one_sentence, call_main, few_digits, picture_of, random_pixels, write_parquet
+from tests.faults.conftest import TALLY
+from tests.helpers import Call, Refuse, assert_one_sentence, few_digits, picture_of, random_pixels, write_parquet
 
+PROGRAMS: dict[str, Any] = {"byot": byot.cli} | {  # the module of each command, by its name in what it says
+    f"byot {name}" if "_outputs" in module else f"{module.rpartition('.')[2]}.py": import_module(module)
+    for name, (module, _) in COMMANDS.items()
+}
 FAULTS = {"test_command_lines": "a bad command line", "test_hostile_files": "a damaged or hostile file to read"}
 SPACE = "[alpha]\nlow = 0.0\nhigh = 0.5\n\n[lr]\nlow = 0.01\nhigh = 0.5\nlog = true\n"
 MEASURES = Evaluation(num_images=1, accuracy=(1.0,) * 5, nll=(1.0,) * 5, ece=(1.0,) * 5).to_record("test")
-
-
-@pytest.fixture(scope="session")
-def programs() -> dict[str, Any]:
-    """Give the module of each command."""
-    return {
-        "train.py": byot.train,
-        "evaluate.py": byot.evaluate,
-        "predict.py": byot.predict,
-        "export.py": byot.export,
-        "tune.py": search.tune,
-        "best.py": analysis.best,
-        "retrain.py": analysis.retrain,
-        "report.py": analysis.report,
-        "compare.py": analysis.compare,
-        "byot list": byot.list_outputs,
-        "byot clean": byot.clean_outputs,
-        "byot": byot.cli,
-    }
 
 
 @pytest.fixture(scope="session")
@@ -91,18 +64,13 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(tmp_path: Path, belongings: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Fill the current folder; whatever would start work fails the test at once."""
     shutil.copytree(belongings, tmp_path, dirs_exist_ok=True)
-
-    def work(*_: Any, **__: Any) -> None:
-        raise AssertionError("work has started")
-
-    def no_network(*_: Any, **__: Any) -> None:
-        raise socket.gaierror(-3, "Temporary failure in name resolution")
-
-    monkeypatch.setattr(byot.runs, "train_and_test", work)
-    monkeypatch.setattr(search.driver, "run_search", work)
-    monkeypatch.setattr(search.system.resources, "start_ray", work)
+    work = Mock(side_effect=AssertionError("work has started"))
+    no_network = Mock(side_effect=socket.gaierror(-3, "Temporary failure in name resolution"))
+    monkeypatch.setattr("byot.runs.train_and_test", work)
+    monkeypatch.setattr("search.driver.run_search", work)
+    monkeypatch.setattr("search.system.resources.start_ray", work)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    monkeypatch.setattr(byot.data, "DEFAULT_DATA_DIR", tmp_path / "data")
+    monkeypatch.setattr("byot.data.DEFAULT_DATA_DIR", tmp_path / "data")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -112,20 +80,14 @@ def place(tmp_path: Path, belongings: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def refuse(
-    request: pytest.FixtureRequest,
-    place: Path,
-    programs: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Refuse:
+def refuse(request: pytest.FixtureRequest, place: Path, call: Call) -> Refuse:
     """Run a command here and hold it to one sentence that has these words, exit code 2, and nothing written."""
     fault = FAULTS[request.module.__name__.rpartition(".")[2]]
 
     def check(program: str, arguments: tuple[Any, ...], *words: str) -> None:
         with TALLY.attempt(fault):
             before = picture(place)
-            code, out, err = call_main(programs[program], program, arguments, monkeypatch, capsys)
+            code, out, err = call(PROGRAMS[program], *arguments)
             assert (code, out) == (2, ""), err
             assert_one_sentence(err, f"{program}: ", *words)
             assert err[:-1].isprintable(), "nothing a terminal would obey"

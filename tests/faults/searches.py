@@ -4,18 +4,22 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
+import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from ray.cluster_utils import Cluster
 
 from byot.search_files import read_trials
 from byot.system.files import read_json, read_json_lines
 from search.settings import REDUCTION_FACTOR
-from tests.helpers import command_environment, command_line, run_command
+from search.system.resources import RAY_ENVIRONMENT
+from tests.helpers import run_command, start_command
 
 EPOCHS = 18
 NUM_SAMPLES = 12
@@ -33,12 +37,9 @@ class Search:
         self.flags = (*FLAGS, *flags, "--name", "s", "--outputs", outputs)
         self.ended_before: dict[str, dict[str, Any]] = {}
 
-    def start(self) -> subprocess.Popen[bytes]:
-        command = command_line("search/tune.py", *self.flags)
+    def start(self) -> subprocess.Popen[str]:
         with open(self.outputs / "driver.log", "ab") as log:
-            return subprocess.Popen(
-                command, cwd=self.outputs, env=command_environment(), stdout=log, stderr=log, start_new_session=True
-            )
+            return start_command(self.flags, cwd=self.outputs, script="search/tune.py", output=log)
 
     def log(self) -> str:
         return (self.outputs / "driver.log").read_text()
@@ -55,12 +56,12 @@ class Search:
     def num_epochs(self) -> int:
         return sum(len(read_json_lines(path)) for path in self.folder.glob("trials/t*/metrics.jsonl"))
 
-    def wait_for_work(self, process: subprocess.Popen[bytes]) -> None:
+    def wait_for_work(self, process: subprocess.Popen[str]) -> None:
         """Wait until a trial has done one more epoch, or the process has ended."""
         before = self.num_epochs()
         self.wait_until(lambda: self.num_epochs() > before, process)
 
-    def wait_until(self, is_so: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    def wait_until(self, is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         """Wait until it is so, or the process has ended."""
         deadline = time.monotonic() + 600
         while not is_so() and process.poll() is None:
@@ -75,8 +76,7 @@ class Search:
         self.ended_before = now_ended
 
     def finish(self) -> None:
-        result = run_command(self.flags, cwd=self.outputs, script="search/tune.py")
-        assert result.returncode == 0, result.stdout + result.stderr
+        run_command(self.flags, cwd=self.outputs, script="search/tune.py")
         self.check_whole()
 
     def check_whole(self) -> None:
@@ -123,7 +123,43 @@ def trial_workers(pid: int) -> list[int]:
 
 
 def kill_quietly(pid: int) -> None:
-    try:
+    with suppress(ProcessLookupError):  # it ended by itself just before
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:  # it ended by itself just before
-        return
+
+
+ATTEMPTS = 3
+
+
+@contextmanager
+def running_cluster(num_nodes: int, **variables: str) -> Iterator[Cluster]:
+    """Run a head that runs no trials, and this many nodes with room for one trial each."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables).items():
+            patch.setenv(name, value)
+        cluster = _start(Cluster, initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for _ in range(num_nodes):
+            add_node(cluster)
+        yield cluster
+        cluster.shutdown()
+
+
+def add_node(cluster: Cluster, **settings: Any) -> None:
+    _start(cluster.add_node, num_cpus=1, **settings)
+
+
+def _start(start: Callable[..., Any], **settings: Any) -> Any:
+    """Start a node, again where it does not come up within Ray's fixed 30 seconds."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return start(**settings)
+        except Exception as error:  # Ray has no class of its own for a start that timed out
+            if "timed out" not in str(error).lower() or attempt == ATTEMPTS:
+                raise
+    raise AssertionError
+
+
+def hiding(folder: Path) -> list[str]:
+    """Return what is typed before a command so that nobody else sees what it writes into the folder."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("a process can have no mounts of its own here")
+    return ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(folder)]

@@ -1,7 +1,6 @@
 """Searches on a cluster: its nodes are given the code, all of them work, and a lost one costs nothing."""
 
 import json
-import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,10 +13,8 @@ from byot.config import TrainConfig
 from search.system.remote import Store
 from search.system.resources import RAY_ENVIRONMENT, environment_of_workers, try_folder
 from search.trial import UNWRITABLE, TrialSetup, run_trial
-from tests.faults.conftest import LONG
-from tests.faults.nodes import add_node, hiding, running_cluster
-from tests.faults.searches import Search
-from tests.faults.tally import TALLY
+from tests.faults.conftest import LONG, TALLY
+from tests.faults.searches import Search, add_node, hiding, running_cluster
 from tests.helpers import PROJECT, assert_one_sentence, run_command
 
 slow = pytest.mark.slow
@@ -43,7 +40,7 @@ def cluster() -> Iterator[Any]:
 
 
 @slow
-def test_all_nodes_run_code_that_they_do_not_have(tmp_path: Path, cluster: Any) -> None:
+def test_all_nodes_run_code_that_they_do_not_have(tmp_path, cluster):
     project, seen = tmp_path / "project", tmp_path / "seen"
     for package in ("byot", "search"):
         shutil.copytree(PROJECT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -52,8 +49,7 @@ def test_all_nodes_run_code_that_they_do_not_have(tmp_path: Path, cluster: Any) 
         file.write(WITNESS.replace("{seen}", str(seen)))
     search = Search(tmp_path / "outputs", "--address", cluster.address)
     script = str(project / "search" / "tune.py")
-    done = run_command(search.flags, cwd=search.outputs, script=script, PYTHONPATH=str(project))
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_command(search.flags, cwd=search.outputs, script=script, PYTHONPATH=str(project))
     search.check_whole()
     witnesses = {path.name.split("-")[0]: Path(path.read_text()) for path in seen.iterdir()}
     assert set(witnesses) == {node.node_id for node in cluster.worker_nodes}
@@ -61,19 +57,19 @@ def test_all_nodes_run_code_that_they_do_not_have(tmp_path: Path, cluster: Any) 
 
 
 @slow
-def test_a_folder_of_the_driver_alone(tmp_path: Path, cluster: Any) -> None:
+def test_a_folder_of_the_driver_alone(tmp_path, cluster):
     """As part of a job that has set what the search would set too."""
     search = Search(tmp_path / "outputs", "--address", cluster.address)
     job = {JOB_CONFIG: json.dumps({"runtime_env": {"env_vars": RAY_ENVIRONMENT}, "metadata": {}})}
-    done = run_command(search.flags, cwd=tmp_path, script="search/tune.py", before=hiding(search.outputs), **job)
-    assert done.returncode == 2, done.stdout + done.stderr
+    hidden = hiding(search.outputs)
+    done = run_command(search.flags, cwd=tmp_path, script="search/tune.py", before=hidden, code=2, **job)
     address = cluster.address.partition(":")[0]
     named = f"{NUM_NODES} of {NUM_NODES} nodes cannot work on {search.folder}"
     assert_one_sentence(done.stderr, named, f"{address} (it does not see the folder)")
 
 
 @slow
-def test_lost_nodes(tmp_path: Path, cluster: Any, moments: random.Random) -> None:
+def test_lost_nodes(tmp_path, cluster, moments):
     """The trial on a lost node goes on from its checkpoint elsewhere."""
     search = Search(tmp_path / "outputs", "--address", cluster.address)
     process = search.start()
@@ -88,7 +84,7 @@ def test_lost_nodes(tmp_path: Path, cluster: Any, moments: random.Random) -> Non
         search.check_whole()
 
 
-def test_what_a_node_says_of_a_folder(tmp_path: Path) -> None:
+def test_what_a_node_says_of_a_folder(tmp_path):
     sign = tmp_path / "state" / ".1.tmp"
     assert try_folder(sign) == "it does not see the folder"
     sign.parent.mkdir()
@@ -97,7 +93,7 @@ def test_what_a_node_says_of_a_folder(tmp_path: Path) -> None:
     assert try_folder(sign) == ""
 
 
-def test_a_trial_makes_no_folder_where_its_own_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_makes_no_folder_where_its_own_is_not_seen(tmp_path, monkeypatch):
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr("search.trial.tune.report", reports.append)
     setup = TrialSetup(TrainConfig(dataset="digits"), Store(tmp_path), "val_accuracy", threads=1, timed=None)
@@ -109,7 +105,7 @@ def test_a_trial_makes_no_folder_where_its_own_is_not_seen(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_a_job_has_the_first_word_on_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_has_the_first_word_on_its_environment(monkeypatch):
     monkeypatch.delenv(JOB_CONFIG, raising=False)
     alone = environment_of_workers()
     assert [Path(module).name for module in alone["py_modules"]] == ["byot", "search"]
@@ -126,9 +122,8 @@ def test_a_job_has_the_first_word_on_its_environment(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("address", "word"), [("10.0.0.1:6379", "RAY_AUTH_TOKEN"), ("ray://10.0.0.1:10001", "ray job submit")]
 )
-def test_no_token_for_a_cluster_is_one_sentence(tmp_path: Path, address: str, word: str) -> None:
+def test_no_token_for_a_cluster_is_one_sentence(tmp_path, address, word):
     flags = ["--dataset", "digits", "--outputs", tmp_path, "--address", address]
     variables = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
-    done = run_command(flags, cwd=tmp_path, script="search/tune.py", **variables)
-    assert done.returncode == 1, done.stdout + done.stderr
+    done = run_command(flags, cwd=tmp_path, script="search/tune.py", code=1, **variables)
     assert_one_sentence(done.stderr, "Ray did not start", word)

@@ -14,17 +14,9 @@ import pytest
 from byot.system.checkpoint import load_checkpoint
 from byot.system.files import read_json, read_json_lines
 from search.system.remote import COPY_OF, LEASE
-from tests.faults.nodes import add_node, hiding, running_cluster
-from tests.faults.searches import kill_quietly, trial_workers
-from tests.faults.tally import TALLY
-from tests.helpers import (
-    TIMES,
-    assert_one_sentence,
-    assert_same_state,
-    command_environment,
-    command_line,
-    run_command,
-)
+from tests.faults.conftest import TALLY
+from tests.faults.searches import add_node, hiding, kill_quietly, running_cluster, trial_workers
+from tests.helpers import TIMES, assert_one_sentence, assert_same_state, run_command, start_command
 from tests.made_up import read_rows
 from tests.object_store import ObjectStore, answer, credentials, serve
 
@@ -60,26 +52,18 @@ class BucketSearch:
     def flags(self, machine: str, *more: object) -> list[object]:
         return ["--name", "s", "--storage-path", self.store.url(), "--outputs", self.folder / machine, *more]
 
-    def start(self, machine: str, *more: object, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    def start(self, machine: str, *more: object, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+        flags, folder = self.flags(machine, *more), self.folder
         with open(self.log, "ab") as log:
-            return subprocess.Popen(
-                [*before, *command_line(TUNE, *self.flags(machine, *more))],
-                cwd=self.folder,
-                env=command_environment(**credentials()),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            return start_command(flags, cwd=folder, script=TUNE, before=before, output=log, **credentials())
 
     def run(self, machine: str, *more: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = run_command(self.flags(machine, *more), cwd=self.folder, script=TUNE, **credentials())
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
+        return run_command(self.flags(machine, *more), cwd=self.folder, script=TUNE, code=code, **credentials())
 
     def copy(self, machine: str) -> Path:
         return self.folder / machine / "searches" / "s"
 
-    def wait_for(self, key: str, process: subprocess.Popen[bytes]) -> None:
+    def wait_for(self, key: str, process: subprocess.Popen[str]) -> None:
         """Wait until the search has put this into the store."""
         deadline = time.monotonic() + 180
         while key not in self.store.names():
@@ -97,7 +81,7 @@ class BucketSearch:
         for name in self.kept():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(self.store.objects[KEPT + name])
-        rows = read_rows(folder / "trials.csv")
+        rows = read_rows(folder)
         metrics = {path.parent.name: read_json_lines(path) for path in sorted(folder.glob("trials/*/metrics.jsonl"))}
         last = {path.parts[-3]: load_checkpoint(path)["model"] for path in folder.rglob(f"*{EPOCHS:04d}.pt")}
         best = read_json(folder / "best.json")
@@ -139,7 +123,7 @@ def whole(finished: Finished) -> Outcome:
     return finished[0].outcome()
 
 
-def test_the_bucket_has_all_and_the_copy_all_but_checkpoints(finished: Finished, whole: Outcome) -> None:
+def test_the_bucket_has_all_and_the_copy_all_but_checkpoints(finished, whole):
     search, said = finished
     assert "s3://bucket/searches/s" in said
     assert {row["status"] for row in whole.rows} <= {"completed", "stopped"}
@@ -158,7 +142,7 @@ def test_the_bucket_has_all_and_the_copy_all_but_checkpoints(finished: Finished,
     assert read_json(copy / "search.json")["status"] == "finished"
 
 
-def test_a_finished_search_is_known_everywhere_and_the_copy_serves_all_that_reads(finished: Finished) -> None:
+def test_a_finished_search_is_known_everywhere_and_the_copy_serves_all_that_reads(finished):
     search, said = finished
     before = {key: search.store.objects[key] for key in search.store.names()}
     again = search.run("b", *FLAGS)
@@ -171,11 +155,10 @@ def test_a_finished_search_is_known_everywhere_and_the_copy_serves_all_that_read
         ("analysis/best.py", "s"),
         ("analysis/report.py", "s"),
     ):
-        done = run_command([*flags, "--outputs", search.folder / "b"], cwd=search.folder, script=script)
-        assert done.returncode == 0, done.stderr
+        run_command([*flags, "--outputs", search.folder / "b"], cwd=search.folder, script=script)
 
 
-def test_the_drivers_machine_is_lost(search: BucketSearch, whole: Outcome) -> None:
+def test_the_drivers_machine_is_lost(search, whole):
     """Twice, on the way through a trial, and nothing of it is left; the third finds the search by itself."""
     with TALLY.attempt("the machine of a driver whose search is in a bucket", 2):
         for machine, flags, key in (
@@ -188,14 +171,13 @@ def test_the_drivers_machine_is_lost(search: BucketSearch, whole: Outcome) -> No
             assert process.wait() == -signal.SIGKILL
             shutil.rmtree(search.folder / machine)
         unnamed = search.flags("c", "--resume")[2:]
-        done = run_command(unnamed, cwd=search.folder, script=TUNE, **credentials())
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = run_command(unnamed, cwd=search.folder, script=TUNE, code=0, **credentials())
         assert_one_sentence(done.stderr, "was left by its driver on", "without a word")
         search.assert_went_on(THIRD)
         search.assert_outcome(whole)
 
 
-def test_a_worker_is_lost(search: BucketSearch, whole: Outcome) -> None:
+def test_a_worker_is_lost(search, whole):
     with TALLY.attempt("kill -9 of a worker whose search is in a bucket"):
         process = search.start("a", *FLAGS)
         search.wait_for(f"{THIRD}checkpoints/epoch-0003.pt", process)
@@ -208,7 +190,7 @@ def test_a_worker_is_lost(search: BucketSearch, whole: Outcome) -> None:
         search.assert_outcome(whole)
 
 
-def test_the_store_is_gone_for_a_while(search: BucketSearch, whole: Outcome) -> None:
+def test_the_store_is_gone_for_a_while(search, whole):
     with TALLY.attempt("an object store that is gone in the middle of a search"):
         process = search.start("a", *FLAGS)
         search.wait_for(f"{THIRD}checkpoints/epoch-0002.pt", process)
@@ -228,7 +210,7 @@ def test_the_store_is_gone_for_a_while(search: BucketSearch, whole: Outcome) -> 
 
 
 @pytest.mark.parametrize("name", ["trials/t0002/trial.json", "trials.csv"])
-def test_a_record_of_the_driver_cannot_be_put_there(search: BucketSearch, whole: Outcome, name: str) -> None:
+def test_a_record_of_the_driver_cannot_be_put_there(search, whole, name):
     """That of a trial that is proposed, so that it is not begun; or the table, as a trial ends."""
 
     def refuse(method: str, key: str) -> None:
@@ -244,7 +226,7 @@ def test_a_record_of_the_driver_cannot_be_put_there(search: BucketSearch, whole:
     search.assert_outcome(whole)
 
 
-def test_a_second_driver_takes_the_search_over(search: BucketSearch, whole: Outcome) -> None:
+def test_a_second_driver_takes_the_search_over(search, whole):
     """The first hears nothing of it for a while: it would else have ended its search before the second can begin."""
     first = search.start("a", *FLAGS)
     search.wait_for(f"{THIRD}checkpoints/epoch-0001.pt", first)
@@ -262,7 +244,7 @@ def test_a_second_driver_takes_the_search_over(search: BucketSearch, whole: Outc
     assert LEASE not in search.kept()
 
 
-def test_seeds_side_by_side_confirmation_and_a_fresh_start(search: BucketSearch) -> None:
+def test_seeds_side_by_side_confirmation_and_a_fresh_start(search):
     """Ctrl-C in the search and in the confirmation, gone on with elsewhere; then all of it is set aside."""
     few = (*SMALL, 3, "--num-samples", 2)
     run = f"{KEPT}confirmation/t0000-seed-1000/"
@@ -292,7 +274,7 @@ def test_seeds_side_by_side_confirmation_and_a_fresh_start(search: BucketSearch)
     before = search.kept()
     search.run("c", *few, "--fresh", "--epochs", 1)
     assert {key.split("/", 3)[3] for key in search.store.names("searches/replaced/")} == before
-    assert len(read_rows(copy / "trials.csv")) == 2
+    assert len(read_rows(copy)) == 2
     assert "confirmation.json" not in search.kept()
 
 
@@ -303,7 +285,7 @@ def cluster() -> Iterator[Any]:
         yield made
 
 
-def test_nodes_that_share_nothing_but_the_bucket(search: BucketSearch, cluster: Any) -> None:
+def test_nodes_that_share_nothing_but_the_bucket(search, cluster):
     """What the driver writes is not seen by the nodes; one of them is lost on the way."""
     outputs = search.folder / "a"
     outputs.mkdir()
@@ -325,7 +307,7 @@ def test_nodes_that_share_nothing_but_the_bucket(search: BucketSearch, cluster: 
     assert search.outcome().rows[:NUM_SAMPLES] == found.rows, "what had ended is as it was"
 
 
-def test_nodes_without_credentials_are_named(search: BucketSearch, cluster: Any) -> None:
+def test_nodes_without_credentials_are_named(search, cluster):
     add_node(cluster, env_vars={"AWS_ACCESS_KEY_ID": "nobody"})
     done = search.run("a", *FLAGS, "--address", cluster.address, code=2)
     assert_one_sentence(done.stderr, "1 of 3 nodes cannot work on s3://bucket/searches/s: ", "INVALID_ACCESS_KEY")

@@ -5,13 +5,12 @@ Run as a script, with a folder, it is that search, by Ray alone, and prints its 
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from search.system.resources import ResourceRequest, resolve, start_ray, this_machine
-from tests.faults.tally import TALLY
+from tests.faults.conftest import TALLY
 from tests.helpers import PROJECT, run_command
 
 SECONDS_TO_END = 4
@@ -41,7 +40,7 @@ def main() -> None:
 
 
 @pytest.mark.slow
-def test_slow_to_end(tmp_path: Path) -> None:
+def test_slow_to_end(tmp_path):
     with TALLY.attempt("trials that take 4 s to end", 3):
         script = "tests/faults/test_reused_workers.py"
         result = run_command([tmp_path], cwd=tmp_path, script=script, PYTHONPATH=str(PROJECT))

@@ -1,4 +1,4 @@
-"""The best configurations of a search, and which differences are more than noise.
+"""The best configurations of a search, and which lie within its noise.
 
   python analysis/best.py                  the newest search
   python analysis/best.py NAME --top 10    a named one, or a path to its folder
@@ -57,7 +57,7 @@ def main() -> None:
         print(f"\n{ranking_table(search, trials, arguments.top).to_text(MAY_GO)}")
     print(f"\n{bullets(judge_search(search, trials, confirmation is not None))}")
     if confirmation is not None:
-        print(f"\nrun again over fresh seeds:\n{bullets(confirmation.verdict)}")
+        print(f"\nrun again over fresh seeds:\n{bullets(confirmation.sentences)}")
     if commands:
         print("\nnext:")
         print("\n".join(f"  {command}" for command in commands))

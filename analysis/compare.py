@@ -1,4 +1,4 @@
-"""Put runs, or searches, side by side, and say which differences are real.
+"""Put runs, or searches, side by side, and say how far they differ, with 95 % intervals.
 
   python analysis/compare.py RUN RUN …          runs by name, by folder, or by a result.json
   python analysis/compare.py 'a-s*' 'b-s*'      a pattern stands for all finished runs whose names fit it
@@ -187,7 +187,7 @@ def describe_searches(folders: list[Path]) -> str:
             single = (best[0].trial_id, format_value(metric, best[0].measures[metric]))
         sentences = ["Nothing was run again over fresh seeds."]
         if confirmation is not None:
-            sentences = confirmation.verdict
+            sentences = confirmation.sentences
             chosen = [arm.values for arm in confirmation.arms if arm.trial_id == confirmation.final_choice]
             if values := [value for arm in chosen for value in arm if value is not None]:
                 confirmed = (confirmation.final_choice, f"{format_value(metric, fmean(values))} ({len(values)})")

@@ -19,14 +19,14 @@ FEWEST_TRIALS = 8
 DEFAULT_MARGIN = 0.3  # points; of searches that recorded none
 NUM_POINTS, NUM_OTHERS = 41, 64  # of a parameter's range; of the other parameters', over which the mean is taken
 LENGTHS = (0.1, 10.0)  # of the ranges, over which the metric changes: at the longest it hardly does
-# Standard errors on each side of the mean. 1.96 would be right if noise and smoothness were known. As they are fitted
-# to the same trials, it held the truth of made-up searches in 86 to 92 cases of 100.
+# Standard errors on each side of the mean. 1.96 would be right if noise and smoothness were known. They are fitted to
+# the same trials, so 1.96 held the truth of made-up searches in only 86 to 92 cases of 100.
 BAND = 2.4
 NOISES = (1e-3, 1.0)  # of the variance of the trials' values
 
 
 def find_margin(search: SearchRecord) -> float:
-    """Return the difference that the search takes for none, in the metric's unit."""
+    """Return the margin in the metric's unit: settings that differ by less count as equal."""
     return to_unit(search.metric, float(search.settings.get("margin", DEFAULT_MARGIN)))
 
 

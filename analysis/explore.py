@@ -1,7 +1,8 @@
 """Makes the figures of a search that answer to the pointer: Optuna's own, which plotly draws in the page.
 
-They show the trials that reached their last epoch, as learning curves those that were stopped early too; of more than
-200 trials the best 200 that reached it. Deep supervision alone is not in them: it is another method.
+They show the trials that reached their last epoch; the learning curves also show those that were stopped early. Of a
+search with more than 200 trials they show the best 200 that reached it. Deep supervision alone is not in them: it is
+another method.
 """
 
 import base64
@@ -56,6 +57,7 @@ def make_study(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame)
 def draw_interactive(search: SearchRecord, trials: pd.DataFrame, curves: pd.DataFrame) -> dict[str, str]:
     """Draw each figure, as plotly's JSON, by its name; nothing where too few trials reached their last epoch."""
     from optuna import visualization
+    from optuna.importance import FanovaImportanceEvaluator
     from optuna.trial import TrialState
 
     metric = search.metric
@@ -73,7 +75,8 @@ def draw_interactive(search: SearchRecord, trials: pd.DataFrame, curves: pd.Data
         drawn.update_layout(plot_bgcolor="#e4e8ec")  # the worst trial is nearly white
     if len(varied) > 1:
         figures["contour"] = visualization.plot_contour(study, varied, target_name=metric)
-        drawn = figures["importances"] = visualization.plot_param_importances(study, params=varied, target_name=metric)
+        fanova = FanovaImportanceEvaluator(seed=0)  # Optuna's default is another
+        drawn = figures["importances"] = visualization.plot_param_importances(study, fanova, varied, target_name=metric)
         drawn.update_traces(marker_color=BLUE)
     if any(trial.intermediate_values for trial in study.trials):
         lines = figures["lines"] = visualization.plot_intermediate_values(study)

@@ -1,9 +1,9 @@
 """Figures of a search and of its retrained runs, drawn without a display.
 
 Optuna's own plots are not used: they leave out trials that were stopped early, or draw them like finished ones, and
-know neither the control nor seeds. One mark means one thing in all figures: a blue star the best, an orange diamond the
-reference's setting, a green square deep supervision alone, a filled dot a trial that reached its last epoch, a hollow
-one a trial that did not. Legends stand outside the axes, so they never cover a point.
+know neither the control nor seeds. One mark means one thing in all figures of trials: a blue star the best, an orange
+diamond the reference's setting, a green square deep supervision alone, a filled dot a trial that reached its last
+epoch, a hollow one a trial that did not. Legends stand outside the axes, so they never cover a point.
 """
 
 import io

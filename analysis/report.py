@@ -2,8 +2,7 @@
 
   python analysis/report.py                        the newest search, into outputs/reports/NAME.html
   python analysis/report.py NAME --output my.html  a named one, or a path to its folder
-  python analysis/report.py --run NAME             a run, into outputs/reports/run-NAME.html: its classifiers, its
-                                                   training and, if measured, its exits
+  python analysis/report.py --run NAME             a run and its exits, into outputs/reports/run-NAME.html
 
 The page is one file with its figures inside. Reads files alone, also of a search or run that goes on or was killed.
 """
@@ -69,11 +68,11 @@ def render_page(folder: Path, outputs: Path) -> str:
     retrained = files.retrained_runs(files.load_runs(outputs), search, trials)
     summary = files.summarise_runs(retrained)
     verdicts = [
-        confirmation.verdict if confirmation else [],
+        confirmation.sentences if confirmation else [],
         judge_search(search, trials, confirmation is not None),
         judge_retrained(search, trials, retrained, confirmation.final_choice if confirmation else ""),
     ]
-    curves = files.load_curves(folder)
+    curves, num_ranked = files.load_curves(folder), len(files.rank(trials, search.metric))
     interactive = draw_interactive(search, trials, curves)
     return fill_template(
         TEMPLATE,
@@ -87,13 +86,13 @@ def render_page(folder: Path, outputs: Path) -> str:
         metric=describe_metric(search.metric),
         seconds=float(trials["seconds"].sum()),
         format_duration=format_duration,
-        num_ranked=len(files.rank(trials, search.metric)),
+        num_ranked=num_ranked,
         ranking=ranking_table(search, trials, TOP),
         retrained=summary_table(summary, trials),
         trials=trials_table(trials),
         folded=len(trials) >= FOLDED_FROM,
         failed=trials[trials["error"] != ""].to_dict("records"),
-        commands=[tune_command(search), *next_commands(folder, outputs)],
+        commands=[tune_command(search), *(next_commands(folder, outputs) if num_ranked else [])],
         space_file=space_file(search.space),
     )
 

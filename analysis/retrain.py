@@ -17,6 +17,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,7 +57,13 @@ class Job(NamedTuple):
 def build_parser() -> Parser:
     parser = Parser(prog="retrain.py", description=__doc__)
     parser.add_argument("search", nargs="?", metavar="SEARCH", help="name of a search (default: the newest)")
-    parser.add_argument("--top", type=int, default=3, metavar="K", help="configurations, best on validation first [3]")
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=3,
+        metavar="K",
+        help="configurations: that chosen over fresh seeds, then the best on validation [3]",
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="S", help="runs of each, with seeds 0 to S-1 [3]")
     parser.add_argument(
         "--with-baselines",
@@ -127,12 +134,13 @@ def main() -> None:
         outputs = outputs_folder(arguments.outputs)
         folder = find_search(outputs, arguments.search)
         search = load_search(folder)
+        if arguments.data_dir is not None:
+            moved = str(absolute_path(arguments.data_dir))
+            search = replace(search, config=search.config.with_settings(data_dir=moved))
         trials = read_trials(folder / "trials.csv")
         confirmed = confirmed_trial(folder)
         configurations = choose_configurations(search, trials, arguments.top, arguments.with_baselines, confirmed)
         changes: dict[str, Any] = {} if arguments.epochs is None else {"epochs": arguments.epochs}
-        if arguments.data_dir is not None:
-            changes["data_dir"] = str(absolute_path(arguments.data_dir))
         if arguments.gpus_per_run == 0:
             changes["device"] = "cpu"
         jobs = plan_jobs(configurations, check_writable(outputs / "runs"), arguments.seeds, **changes)
@@ -144,10 +152,10 @@ def main() -> None:
         from search.system.tasks import Task, run_tasks, told_if_stopped
 
         request = ResourceRequest(arguments.cpus_per_run, arguments.gpus_per_run, arguments.max_concurrent)
+        resources = resolve(request, *this_machine(config.device))
         check_dataset(config.dataset, config.data_dir, config.image_size)
         # what has to be downloaded or decoded is, once for all runs
         load_images(config.dataset, config.data_dir, "test", config.image_size)
-        resources = resolve(request, *this_machine(config.device))
         finished = {job: result for job in jobs if (result := read_result(job.config, job.folder)) is not None}
     told = f"search {search.name}: {len(configurations)} configurations x {arguments.seeds} seeds, "
     told += f"{config.epochs} epochs on all training images, {len(finished)} of {len(jobs)} runs finished before"

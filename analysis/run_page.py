@@ -3,6 +3,7 @@
 Reads the run's files: config.json, metrics.jsonl, result.json and exits-test.json. No network is run.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def render_run_page(folder: Path) -> str:
         seen=exits is not None and exits["fitted_on"] == SEEN,
         age=None if exits is None else describe_age(folder, exits),
         tables={} if test is None else exit_tables(test),
-        command=as_called(f"python byot/evaluate.py {folder} --exits"),
+        command=as_called(f"python byot/evaluate.py {shlex.quote(str(folder))} --exits"),
     )
 
 
@@ -68,7 +69,9 @@ def load_exits(folder: Path) -> dict[str, Any] | None:
     test = record.get("test")
     missing = (FITTED - record.keys()) | (MEASURED - test.keys() if isinstance(test, dict) else {"test"})
     if missing:
-        raise ValueError(f"{path} has no {min(missing)}: python byot/evaluate.py {folder} --exits writes it again")
+        raise ValueError(
+            f"{path} has no {min(missing)}: python byot/evaluate.py {shlex.quote(str(folder))} --exits writes it again"
+        )
     return record
 
 

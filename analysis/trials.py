@@ -12,7 +12,7 @@ A table of curves has one row an epoch of each trial: trial_id, epoch, val_…
 
 A run table has one row a finished run: its folder's name, every setting, the test set's figures.
 
-Each takes one folder or several. A table of several begins with a column more, `folder`, which names each row's.
+Each reader takes one folder or several. The table of several has one more column, `folder`, in front.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -212,17 +212,14 @@ def _compared_settings(config: Mapping[Any, Any]) -> tuple[Any, ...]:
 
 
 def summarise_runs(retrained: pd.DataFrame) -> pd.DataFrame:
-    """Compute mean and standard deviation over the seeds of each configuration (ddof 1, NaN of one run).
+    """Compute mean and standard deviation over the seeds of each configuration (ddof 1, NaN of one seed).
 
-    Runs of other epochs or in another precision are apart. Columns: trial_id, role, epochs, precision, num_runs, and
-    for each test measure its mean, under its own name, and `…_sd`.
+    Runs with one seed count as their mean; runs of other epochs or in another precision are apart. Columns: trial_id,
+    role, epochs, precision, num_runs (seeds), and for each test measure its mean, under its own name, and `…_sd`.
     """
-    rows = []
-    for (trial_id, epochs, precision), runs in retrained.groupby(["trial_id", *NOT_POOLED], sort=False):
-        row = {"trial_id": trial_id, "role": runs["role"].iloc[0], "epochs": epochs, "precision": precision}
-        row["num_runs"] = len(runs)
-        for name in TEST_MEASURES:
-            row |= {name: runs[name].mean(), f"{name}_sd": runs[name].std(ddof=1)}
-        rows.append(row)
-    measures = [column for name in TEST_MEASURES for column in (name, f"{name}_sd")]
-    return pd.DataFrame(rows, columns=["trial_id", "role", *NOT_POOLED, "num_runs", *measures])
+    groups = ["trial_id", "role", *NOT_POOLED]
+    by_seed = retrained.groupby([*groups, "seed"], sort=False)[list(TEST_MEASURES)].mean()
+    of_each = by_seed.groupby(groups, sort=False)
+    summary = of_each.mean().join(of_each.std(ddof=1).add_suffix("_sd"))
+    summary.insert(0, "num_runs", of_each.size())
+    return summary.reset_index()

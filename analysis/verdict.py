@@ -46,7 +46,7 @@ def noise_margin(accuracy: float, other: float, num_images: int) -> float:
 
 
 def num_images_behind(search: SearchRecord) -> int:
-    """Validation images that give the metric its error, 0 where none is known: a likelihood, or images not counted."""
+    """Count the validation images behind an accuracy; 0 for another measure, or where they were not counted."""
     return search.num_val_images if "_accuracy" in search.metric else 0
 
 
@@ -54,12 +54,12 @@ def describe_metric(metric: str) -> str:
     """`val_accuracy_2` -> 'validation accuracy, classifier 2/4'."""
     split, measure, *suffix = metric.split("_")
     if measure == "exit":
-        return f"{SPLITS.get(split, split)} accuracy, early exit at half the cost"
+        return f"{SPLITS[split]} accuracy, early exit at half the cost"
     if suffix == ["mean"]:
-        return f"{SPLITS.get(split, split)} accuracy, mean of the classifiers"
+        return f"{SPLITS[split]} accuracy, mean of the classifiers"
     which = CLASSIFIERS.get(suffix[0] if suffix else str(NUM_CLASSIFIERS), "")
     where = which if which == "ensemble" else f"classifier {which}"
-    return f"{SPLITS.get(split, split)} {measure.replace('nll', 'NLL')}, {where}"
+    return f"{SPLITS[split]} {measure if measure == 'accuracy' else measure.upper()}, {where}"
 
 
 def format_parameters(search: SearchRecord, trial: pd.Series) -> str:
@@ -112,9 +112,8 @@ def judge_search(search: SearchRecord, trials: pd.DataFrame, has_fresh_seeds: bo
     if len(search.metrics) > 1:
         sentences.append(_judge_front(search.metrics, pareto_front(trials, search.metrics)))
     if search.seeds_per_trial > 1:
-        sentences.append(
-            f"Each value is the mean of {search.seeds_per_trial} runs, whose spread is not in the errors above."
-        )
+        hidden = ", whose spread is not in the errors above" if num_images else ""
+        sentences.append(f"Each value is the mean of {search.seeds_per_trial} runs{hidden}.")
     elif num_images:
         sentences.append(
             "These are single runs: the errors above are those of the validation images alone, the seed's come on top, "
@@ -123,8 +122,8 @@ def judge_search(search: SearchRecord, trials: pd.DataFrame, has_fresh_seeds: bo
         )
     else:
         sentences.append(
-            "These are single runs, and one run gives no error of this measure: retraining over seeds shows which "
-            "differences are real."
+            "These are single runs, and one run gives no error of this measure."
+            + ("" if has_fresh_seeds else " Retraining over seeds shows which differences are real.")
         )
     if search.status != "finished":
         sentences.append("The search has not finished: all of this may change.")
@@ -139,8 +138,8 @@ def _judge_equals(metric: str, best: pd.Series, others: pd.DataFrame, num_images
     ids = others["trial_id"][near].tolist()
     more = f" and {len(ids) - MAX_LISTED} more" if len(ids) > MAX_LISTED else ""
     return (
-        f"Within its noise, less than two standard errors of a difference (about {margins[near].max():.1f} points) "
-        f"away, lie {len(ids)} of {len(others)} others, so the search cannot tell which of them is best: "
+        f"{len(ids)} of {len(others)} others lie within its noise, two standard errors of a difference (about "
+        f"{margins[near].max():.1f} points), so the search cannot tell which of them is best: "
         f"{', '.join(ids[:MAX_LISTED])}{more}."
     )
 
@@ -200,10 +199,11 @@ def judge_retrained(
 
 
 def _format_mean(metric: str, runs: pd.DataFrame) -> str:
-    mean, sd = (format_value(metric, value) for value in (runs[metric].mean(), runs[metric].std(ddof=1)))
-    if len(runs) < 2:
+    values = runs.groupby("seed")[metric].mean()
+    mean, sd = (format_value(metric, value) for value in (values.mean(), values.std(ddof=1)))
+    if len(values) < 2:
         return f"{mean} {unit(metric)} (one run)"
-    return f"{mean} ± {sd} {unit(metric)} ({len(runs)} runs, ± standard deviation)"
+    return f"{mean} ± {sd} {unit(metric)} ({len(values)} runs, ± standard deviation)"
 
 
 def judge_pairs(metric: str, best: pd.DataFrame, other: pd.DataFrame) -> str:

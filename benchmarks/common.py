@@ -11,13 +11,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import mean, stdev
 from threading import Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from byot.system.files import write_json
 from byot.system.paths import absolute_path, check_writable_file
-
-if TYPE_CHECKING:  # importing it would cost every `--help`
-    from matplotlib.figure import Figure
 
 Result = TypeVar("Result")
 
@@ -104,11 +101,6 @@ def save_record(path: Path | None, record: dict[str, Any], device: str = "cpu") 
         from byot.system.provenance import provenance
 
         write_json(path, {**record, **provenance(torch.device(device))})
-
-
-def save_figure(figure: "Figure", file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
 
 
 def format_difference(

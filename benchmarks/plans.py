@@ -57,7 +57,7 @@ class TablePlan(NamedTuple):
     """Runs without validation images, each read on the test set once, after its last epoch."""
 
     base: TrainConfig
-    search: str | None = None  # the last arm's: its name in results/searches or among the searches of this machine
+    search: str | None = None  # whose choice the arm `searched` trains: a name in results/searches or OUTPUTS/searches
     num_seeds: int = 3
     arms: tuple[Arm, ...] = ("plain", "deep-supervision", "reference", "searched")
     side_arms: tuple[Arm, ...] = ()  # trained after those, over half as many seeds

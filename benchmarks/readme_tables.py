@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from analysis.verdict import accuracy_standard_error
+from analysis.verdict import accuracy_standard_error, describe_metric
 from benchmarks.common import format_difference, markdown, mean_and_sd
 from benchmarks.plans import (
     ARM_NAMES,
@@ -29,7 +29,7 @@ from benchmarks.plans import (
     searched_settings,
 )
 from byot.config import CLASSIFIERS, TrainConfig, work_after
-from byot.search_files import ROLE_NAMES, load_confirmation, load_search, read_trials
+from byot.search_files import ROLE_NAMES, format_parameter, format_value, load_confirmation, load_search, read_trials
 from byot.system.files import read_json, write_output
 from byot.system.flags import Parser, one_sentence_errors
 from byot.system.paths import PROJECT_ROOT
@@ -67,9 +67,9 @@ COMPARED: tuple[Pair, ...] = (
     ("reference", "plain"),
     ("bf16", "reference"),
     ("label-smoothing", "deep-supervision"),
-    ("no-hint", "deep-supervision"),
+    ("no-hint", "reference"),
     ("no-distillation", "deep-supervision"),
-    ("ensemble-teacher", "deep-supervision"),
+    ("ensemble-teacher", "reference"),
     ("paper-form", "deep-supervision"),
     ("wide-branches", "reference"),
 )
@@ -115,7 +115,6 @@ def format_weights(params: dict[str, Any], names: Sequence[str] = tuple(DEFAULT_
 
 def origin(records: Sequence[dict[str, Any]]) -> str:
     """Name hardware, versions and commits of the records, each once, and what a run took."""
-
     machines, versions, commits = set(), set(), set()
     for record in records:
         hardware, (name, dash, changed) = record["hardware"], (record.get("commit") or "unknown").partition("-")
@@ -143,11 +142,15 @@ def load_runs(name: str, results: Path = RESULTS) -> Runs:
     return found
 
 
+def without_diverged(ended: Runs) -> Runs:
+    runs = {arm: {s: r for s, r in of_arm.items() if "error" not in r} for arm, of_arm in ended.items()}
+    return {arm: of_arm for arm, of_arm in runs.items() if of_arm}
+
+
 def plan_section(name: str, plan: TablePlan, results: Path = RESULTS) -> str:
     """Write a plan's heading, table, paired differences and their origin; nothing without records."""
     ended = load_runs(name, results)
-    runs = {arm: {s: r for s, r in of_arm.items() if "error" not in r} for arm, of_arm in ended.items()}
-    runs = {arm: of_arm for arm, of_arm in runs.items() if of_arm}
+    runs = without_diverged(ended)
     if not runs:
         return ""
     base = plan.base
@@ -259,15 +262,18 @@ def search_section(name: str, results: Path = RESULTS) -> str:
         return ""
     search, trials = load_search(folder), read_trials(folder / "trials.csv")
     config, space, num_images = search.config, list(search.space), search.num_val_images
-    whole = [trial for trial in trials if trial.status == "completed"]
+    whole = [trial for trial in trials if trial.status == "completed" and trial.measures[search.metric] is not None]
     if not whole:
         return ""
     whole.sort(key=lambda trial: trial.measures[search.metric] or 0.0, reverse=search.mode == "max")
+    shown = {f"val_accuracy_{i}": title for i, title in CLASSIFIERS.items()}
+    if search.metric not in ("val_accuracy", *shown):
+        shown[search.metric] = describe_metric(search.metric)
     lines = [
         [
             ROLE_NAMES.get(trial.role, "sampled"),
-            *(f"{trial.params[parameter]:.3g}" for parameter in space),
-            *(f"{trial.measures[f'val_accuracy_{i}']:.2f}" for i in CLASSIFIERS),
+            *(format_parameter(trial.params[parameter]) for parameter in space),
+            *(format_value(name, trial.measures[name]) for name in shown),
         ]
         for trial in whole[:MOST_TRIALS]
     ]
@@ -281,7 +287,7 @@ def search_section(name: str, results: Path = RESULTS) -> str:
         f"(standard error near {error:.1f} points), of those that reached the last epoch{more}"
         f"{f'; the others: {told}' if told else ''}."
     )
-    parts = [heading, markdown(["", *(f"`{p}`" for p in space), *CLASSIFIERS.values()], lines)]
+    parts = [heading, markdown(["", *(f"`{p}`" for p in space), *shown.values()], lines)]
     records = [search.fields]
     if (confirmation := load_confirmation(folder)) is not None:
         records.append(confirmation.fields)
@@ -348,11 +354,11 @@ def published_network(results: Path) -> Iterator[str]:
 
 def answer(results: Path) -> Iterator[str]:
     """Write the main arms' accuracies and their differences; nothing where not even the reference's was run."""
-    runs = {arm: of_arm for arm, of_arm in load_runs(ANSWER, results).items() if arm in ANSWER_ARMS}
+    runs = {arm: of_arm for arm, of_arm in without_diverged(load_runs(ANSWER, results)).items() if arm in ANSWER_ARMS}
     if "reference" not in runs:
         return
     base = TABLE_PLANS[ANSWER].base
-    errors = COLUMNS["Calibration error (ECE) in percent"]
+    errors = by_classifier("ece")
     cells = compare_arms(runs, [*product(ANSWER_PAIRS, ACCURACIES), *product([CALIBRATED], errors)])
 
     def difference(pair: Pair, columns: Sequence[Column]) -> list[str]:
@@ -366,12 +372,11 @@ def answer(results: Path) -> Iterator[str]:
     rows += [difference(pair, ACCURACIES) for pair in ANSWER_PAIRS if len(common_seeds(runs, pair)) > 1]
     label, *values = difference(CALIBRATED, errors)
     rows.append([f"calibration error: {label}", *values, ""])
-    number = len(cells)
     yield (
         f"CIFAR-100, {network(base)}, {base.epochs} epochs, {len(runs['reference'])} seeds: test accuracy in percent, "
         "mean ± standard deviation. Differences are paired by seed, ± half of a 95 % interval. Bold: the interval "
-        f'leaves out 0. Star: it still does when corrected for all {number} comparisons. "Half the cost": early exit '
-        "at half of the multiply-adds, its thresholds cross-fitted on the test images."
+        f"leaves out 0. Star: it still does when corrected for all {len(cells)} comparisons. "
+        '"Half the cost": early exit at half of the multiply-adds, its thresholds cross-fitted on the test images.'
     )
     yield markdown(["", *(column.title for column in ACCURACIES)], rows)
 
@@ -390,9 +395,10 @@ def other_answers(results: Path) -> str:
             "float32 with PIL transforms, as the reference's",
         ],
         [
-            "points that a search falls short of the best setting",
+            "points between the best setting and the one found",
             "replayed runs on the digits, 30 seeds; the early stopping was designed on these runs",
-            f"{ours} (half of a 95 % interval); Ray's OptunaSearch with ASHA {stock}, without {unstopped}",
+            f"ours {ours} (half of a 95 % interval); Optuna, nothing stopped, {unstopped}; Optuna and Ray's ASHA "
+            f"{stock}",
         ],
         ["anything on a GPU", "", "never run; in the tests a CPU plays the CUDA graphs"],
     ]

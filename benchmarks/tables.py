@@ -7,10 +7,10 @@
 Arms: plain cross-entropy, deep supervision alone, the reference's setting (also in bf16), the searched setting; all
 train on all training images, or those that the plan names, and read the test set once, after the last epoch. Every
 finished run leaves a record in results/runs, and is not run again where its record is, on whatever machine. Unfinished
-ones go on from their checkpoints in OUTPUTS/runs (with other images OUTPUTS/harder-runs), where metrics.jsonl shows how
-far they are; stopping costs each its
-last epoch at most, or ten minutes of it. `--toy` does the same with the embedded digits in seconds and keeps nothing in
-results/. What to run in 30 minutes of one GPU: results/README.md. The tables themselves: benchmarks/readme_tables.py.
+ones go on from their checkpoints in OUTPUTS/runs (with other images in OUTPUTS/harder-runs), whose metrics.jsonl shows
+how far they are. Stopping costs each run at most its last epoch, or ten minutes of it. `--toy` does the same with the
+embedded digits in seconds and keeps nothing in results/. What to run in 30 minutes of one GPU: results/README.md. The
+tables themselves: benchmarks/readme_tables.py.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from benchmarks.plans import (
     read_record,
 )
 from byot.config import DATASETS, TrainConfig
-from byot.system.files import describe_refusal, read_json, write_json, write_text
-from byot.system.flags import Parser, flag_name, one_sentence_errors
+from byot.system.files import describe_refusal, read_json, refusals_at, write_json, write_text
+from byot.system.flags import Parser, flag_name, one_sentence_errors, this_command
 from byot.system.paths import PROJECT_ROOT, outputs_folder
 from byot.system.stopping import DivergedError, catch_stop_signals
 
@@ -121,7 +121,7 @@ def run_table_plan(name: str, plan: TablePlan, arguments: argparse.Namespace, ou
         waiting = [run._replace(config=run.config.with_settings(data_dir=data_dir)) for run in waiting]
     tasks = iter([Task(run, (run.config, folder / run.name, resources.cpus)) for run in waiting])
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-    go_on, num_left, num_failed = shlex.join([sys.executable, *sys.argv]), len(waiting), 0
+    go_on, num_left, num_failed = shlex.join([*this_command(), *sys.argv[1:]]), len(waiting), 0
     print(f"{name}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
     if waiting:
         with (
@@ -191,11 +191,12 @@ def run_search_plan(name: str, arguments: argparse.Namespace, outputs: Path, res
             search.terminate()
         code = search.wait()  # its records are kept when it has ended
     folder, kept = outputs / "searches" / name, results / "searches" / name
-    for source in (folder / record for record in SEARCH_RECORDS if (folder / record).is_file()):
-        if source.suffix == ".json":
-            write_json(kept / source.name, without_data_dir(read_json(source)))
-        else:
-            write_text(kept / source.name, source.read_text())
+    with one_sentence_errors("tables.py"), refusals_at(kept):
+        for source in (folder / record for record in SEARCH_RECORDS if (folder / record).is_file()):
+            if source.suffix == ".json":
+                write_json(kept / source.name, without_data_dir(read_json(source)))
+            else:
+                write_text(kept / source.name, source.read_text())
     if (folder / "search.json").is_file():
         print(f"its records are in {kept}")
     return code
@@ -220,7 +221,12 @@ def main() -> None:
     add("plan", choices=(*TABLE_PLANS, *SEARCH_PLANS), help="what is run")
     add("--data-dir", type=common.data_dir, metavar="DIR", help="where CIFAR-100 is (default: data/, downloaded)")
     add("--minutes", type=float, metavar="M", help="stop after M minutes; the same command goes on")
-    add("--seeds", type=common.number(1), metavar="S", help="seeds 0 to S-1 of each arm (default: the plan's)")
+    add(
+        "--seeds",
+        type=common.number(1),
+        metavar="S",
+        help="seeds 0 to S-1, half as many of a side arm (default: the plan's)",
+    )
     add("--arms", nargs="+", choices=get_args(Arm), metavar="ARM", help="default: the plan's")
     add("--concurrent", type=common.number(1), metavar="N", help="runs at once (default: one a GPU or CPU core)")
     add("--toy", action="store_true", help="the embedded digits and a narrow network, to try the plan")

@@ -16,7 +16,7 @@ COMMANDS = {  # name: the module, and what it does
     "evaluate": ("byot.evaluate", "test a trained network, and its early exits"),
     "predict": ("byot.predict", "classify images"),
     "export": ("byot.export", "write a trained network as ONNX or torch.export"),
-    "best": ("analysis.best", "the best configurations of a search, and which differences are more than noise"),
+    "best": ("analysis.best", "the best configurations of a search, and which lie within its noise"),
     "retrain": ("analysis.retrain", "retrain the best of a search over several seeds"),
     "report": ("analysis.report", "write an HTML report on a search or a run"),
     "compare": ("analysis.compare", "runs or searches side by side, with intervals"),

@@ -73,7 +73,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES: dict[str, Recipe] = {
-    # Spends any budget well: results/recipe-levers.md has what was tried for it and what each piece gains.
+    # Spends any budget well: results/recipe-levers.md has what was tried for it.
     "modern": Recipe(
         epochs=30,
         trial_epochs=16,
@@ -220,8 +220,8 @@ class TrainConfig:
     dataset: DatasetName = setting("cifar100", "data set")
     data_dir: str | None = setting(
         None,
-        "folder with the data set: parquet files or the official archive (default: data/, downloaded); of imagefolder "
-        "train/CLASS/* and test/CLASS/*, or CLASS/*",
+        "folder with the data set: parquet files, or the unpacked archive's cifar-100-python or cifar-10-batches-py "
+        "(default: data/, downloaded); of imagefolder train/CLASS/* and test/CLASS/*, or CLASS/*",
     )
     image_size: int = setting(
         None,  # the data set's own
@@ -233,7 +233,7 @@ class TrainConfig:
     lr: float = setting(None, "peak learning rate", above=0)
     momentum: float = setting(0.9, "momentum", low=0, below=1)
     weight_decay: float = setting(
-        5e-4, "L2 penalty of what SGD trains; the modern recipe's filters have a fixed norm instead", low=0
+        5e-4, "L2 penalty; with the modern recipe of the first convolution and the classifiers alone", low=0
     )
     alpha: float = setting(0.1, "weight of the distillation loss, 0 to 1", **ALPHA)
     temperature: float = setting(3.0, "softens the softmax of teacher and students, above 0", **TEMPERATURE)

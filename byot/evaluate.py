@@ -4,8 +4,9 @@
   python byot/evaluate.py path/to/epoch-0200.pt    one checkpoint file
   python byot/evaluate.py NAME --exits --max-drop 0.5
 
-Reads the test set; prints only. With --exits it first fits when an image may leave early, on held-out training images,
-and writes that to exits.json in the run's folder, what the test set then says to exits-test.json: docs/exits.md.
+Reads the test set; without --exits it writes nothing. With --exits it first fits when an image may leave early, on
+held-out training images, and writes that to exits.json in the run's folder, what the test set then says to
+exits-test.json: docs/exits.md.
 """
 
 from importlib.util import find_spec
@@ -35,14 +36,14 @@ def build_parser() -> Parser:
         "--max-drop",
         type=float,
         metavar="POINTS",
-        help="with --exits: the least cost at this much accuracy below the deepest classifier, at most "
+        help="with --exits: the cheapest that loses at most POINTS against the deepest classifier "
         f"[{DEFAULT_MAX_DROP}]",
     )
     asked.add_argument(
         "--target-cost",
         type=float,
         metavar="SHARE",
-        help="with --exits: the best accuracy at this share of the plain deepest network's multiply-adds, at most",
+        help="with --exits: the most accurate that costs at most SHARE of the plain network's multiply-adds",
     )
     parser.add_argument("--format", choices=("table", "json"), default="table", help="what to print")
     return parser

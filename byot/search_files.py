@@ -558,6 +558,12 @@ class ConfirmationRecord:
         """The trial that is the best of the search, by its id; empty while the confirmation has not ended."""
         return self.choice if self.status == "finished" else ""
 
+    @property
+    def sentences(self) -> list[str]:
+        """The verdict and, where the runs over fresh seeds have not ended, that it may change."""
+        more = "The runs over fresh seeds have not ended: nothing is chosen by them yet, and this may change."
+        return self.verdict if self.status == "finished" else [*self.verdict, more]
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         record = _known(fields, choice="", resolved=False)

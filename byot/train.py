@@ -66,7 +66,8 @@ def build_parser() -> Parser:
         nargs="+",
         action="extend",
         choices=get_args(Tracker),
-        help="where each epoch's figures go, beside metrics.jsonl [tensorboard]",
+        metavar="TRACK",
+        help="tensorboard, wandb, mlflow or none: where each epoch's figures go, beside metrics.jsonl [tensorboard]",
     )
     parser.add_argument("--outputs", metavar="DIR", help="where runs and searches are kept (default: outputs/)")
     add_settings(parser, TrainConfig, defaults=recipe_defaults())

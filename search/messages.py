@@ -132,7 +132,7 @@ def verdict(folder: Path, outputs: Path, go_on: str) -> str:
     told = ", ".join(f"{name} {format_parameter(value, 4)}" for name, value in best["params"].items())
     try:
         confirmation = load_confirmation(folder)
-        sentences = [] if confirmation is None else confirmation.verdict
+        sentences = [] if confirmation is None else confirmation.sentences
     except ValueError as error:
         sentences = [f"{error}; --confirm makes it anew"]
     which = "best in the search" if sentences else "best"

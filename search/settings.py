@@ -85,7 +85,7 @@ class SearchSettings:
     warm_start: str | None = setting(None, "name of an earlier search: its trials are known, or its best tried early")
     confirm: int = setting(
         3,
-        "then run so many of the best, and both baselines, again over fresh seeds until one is decided on; 0: no",
+        "how many of the best are run again, with both baselines, over fresh seeds; 0: none",
         low=0,
     )
     # One seed says nothing of the noise.

@@ -6,8 +6,9 @@
 
 The search sees the training images only: a tenth of them, stratified, is held out to compare trials. The setting of
 the reference implementation is always tried first and deep supervision alone (alpha = beta = 0) second. At the end
-both and the best others are run again over fresh seeds, until it is clear which is best.
-Everything is left in outputs/searches/NAME. The same command goes on with its own search, --fresh starts it anew.
+both and the best others are run again over fresh seeds, at most --confirm-seeds, and a verdict says whether one is
+better than the others. Everything is left in outputs/searches/NAME. The same command goes on with its own search,
+--fresh starts it anew.
 """
 
 from importlib.util import find_spec

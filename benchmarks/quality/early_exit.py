@@ -160,9 +160,9 @@ def time_both(
 
     found = {}
     for size in TIMED_IMAGES:
-        batched = network.forward_inference_batched
-        methods = {"plain": by_rule(DEEPEST_ALONE), "ours": by_rule(ours), "earlyon": batched if size > 1 else None}
-        found[size] = time_methods({n: m or staged_model(network).infer for n, m in methods.items()}, images, size)
+        earlyon = network.forward_inference_batched if size > 1 else staged_model(network).infer
+        methods = {"plain": by_rule(DEEPEST_ALONE), "ours": by_rule(ours), "earlyon": earlyon}
+        found[size] = time_methods(methods, images, size)
     return found
 
 

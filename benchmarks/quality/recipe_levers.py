@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import common
 from byot.batches import Batch
-from byot.config import CLASSIFIERS, Teacher, TrainConfig
+from byot.config import CLASSIFIERS, Teacher, TrainConfig, check_range
 from byot.data import LabelledImages, load_images, split_validation
 from byot.system.files import append_json_line, read_json_lines, write_text
 from byot.system.flags import Parser, one_sentence_errors
@@ -182,15 +182,19 @@ def main() -> None:
     parser = Parser(prog="recipe_levers.py", description=__doc__)
     parser.add_argument("--data-dir", type=common.data_dir, metavar="DIR", help="CIFAR-100 (default: downloaded)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS), help="[all]")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="S", help="[1 2 3]")
+    parser.add_argument("--seeds", nargs="+", type=common.number(0), default=[1, 2, 3], metavar="S", help="[1 2 3]")
     parser.add_argument("--budget", type=float, default=8.0, metavar="B", help="epochs' arithmetic at 32 pixels [8]")
-    parser.add_argument("--width", type=common.number(1), default=16, help="[16]")
+    parser.add_argument("--width", type=common.number(1, 1024), default=16, help="[16]")
     parser.add_argument("--workers", type=common.num_workers, default=1, help="runs at once, of one thread each [1]")
     parser.add_argument("--output", type=common.file_to_write, default=RECORDS, help="[results/recipe-levers.jsonl]")
     parser.add_argument("--table", action="store_true", help="only write the tables beside the records")
     arguments = parser.parse_args()
     asked = [(row, arguments.budget, arguments.width, seed) for seed in arguments.seeds for row in arguments.rows]
     with one_sentence_errors("recipe_levers.py"):
+        check_range("--budget", arguments.budget, above=0, below=1000)
+        if arguments.output.suffix == ".md":
+            raise ValueError("--output is for the records: the tables are written beside them, as .md")
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         known = [r for r in read_json_lines(arguments.output) if "val_accuracy" in r]
         done = {(r["row"], r["budget"], r["width"], r["seed"]) for r in known}
         jobs = [(*run, arguments.data_dir) for run in asked if run not in done and not arguments.table]

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from analysis.figures import BLUE, GREEN, GREY, ORANGE, OTHER_COLOURS, RED, STYLE, WIDTH
+from analysis.figures import BLUE, GREEN, GREY, ORANGE, OTHER_COLOURS, RED, STYLE, add_legend, make_panels
 from benchmarks import common
 from benchmarks.quality.curves import FOLDER, curves_path
 from benchmarks.quality.families import RECORDED, SYNTHETIC, Family, load_family
@@ -324,8 +324,7 @@ def draw(families: dict[str, dict[str, Any]]) -> Figure:
     columns = min(3, len(families))
     num_rows = math.ceil(len(families) / columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.9 + 2.4 * num_rows), layout="constrained")
-        panels = list(figure.subplots(num_rows, columns, squeeze=False).flat)
+        figure, panels = make_panels(columns, 0.9 + 2.4 * num_rows, num_rows)
         for axes, (name, found) in zip(panels, families.items(), strict=False):
             grid = np.array(found["grid"])
             for method, row in found["methods"].items():
@@ -340,7 +339,7 @@ def draw(families: dict[str, dict[str, Any]]) -> Figure:
         for axes in panels[len(families) :]:
             axes.set_axis_off()
         panels[0].set_ylabel("regret")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        add_legend(figure)
     return figure
 
 
@@ -376,7 +375,8 @@ def main() -> None:
         families[name] = compare(name, seeds, arguments.workers, arguments.curves)
         print(to_text(name, families[name]), flush=True)
     if arguments.figure:
-        common.save_figure(draw(families), arguments.figure)
+        arguments.figure.parent.mkdir(parents=True, exist_ok=True)
+        draw(families).savefig(arguments.figure, dpi=150)
     labels = {name: label for name, (label, _) in METHODS.items()}
     settings = {"seeds": [0, arguments.seeds - 1], "workers": NUM_WORKERS, "labels": labels}
     common.save_record(arguments.output, {**settings, "families": families})

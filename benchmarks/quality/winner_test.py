@@ -22,8 +22,9 @@ MAX_ROUNDS = 8
 FAR = 30.0
 TITLE = f"""# How often the test of a confirmation is right
 
-Made by `benchmarks/quality/winner_test.py`, which says what the columns mean. At most {MAX_ROUNDS} seeds; shares of all
-simulations. `runs`: how many of the 40 were needed.
+Made by `benchmarks/quality/winner_test.py`, which says what the columns mean. At most {MAX_ROUNDS} seeds, in one case
+then {MAX_ROUNDS} more; shares of all simulations. `runs`: how many were done; {MAX_ROUNDS} seeds of all five are
+{5 * MAX_ROUNDS}.
 """
 
 

@@ -26,8 +26,9 @@ from byot.config import TrainConfig
 from byot.console import text_table
 from byot.data import LabelledImages, load_images
 from byot.system.cuda_graph import WARMUP_CALLS
+from byot.system.distributed import ALONE
 from byot.system.flags import Parser, one_sentence_errors
-from byot.trainer import Trainer
+from byot.trainer import Trainer, choose_device, records_graphs
 
 MATMUL_SIZE = {"cpu": 2048, "mps": 4096, "cuda": 8192}
 MEMORY_STEPS = {"cpu": 3, "cuda": 50}  # a CUDA graph is recorded within them
@@ -150,6 +151,7 @@ def main() -> None:
             recipe="reference", epochs=10_000, batch_size=arguments.batch_size, acceleration=arguments.acceleration
         )
         configs = [base.with_settings(model=m, width=w) for m in arguments.models for w in arguments.widths]
+        records_graphs(base.acceleration, choose_device(base.device), ALONE)  # or says why it cannot
         data = some_images(arguments.data_dir, arguments.steps * arguments.batch_size)
     torch.set_num_threads(arguments.threads)
     rows = []

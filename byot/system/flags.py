@@ -23,6 +23,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from byot.system.files import describe_refusal
 
+MANY_CHOICES = 6  # more are named in a flag's help, not beside the flag
 # Errors of the system that are the command line's fault; a full or broken disk is not.
 REFUSED = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -33,7 +34,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         def lay_out(part: str) -> str:
             if not part.startswith(" "):
-                return textwrap.fill(" ".join(part.split()), width)
+                return textwrap.fill(" ".join(part.split()), width, break_on_hyphens=False)
             if max(map(len, part.splitlines())) <= width:
                 return part
             return re.sub(r"(?<=\S) {2,}", "\n      ", part)  # what each does goes below it
@@ -126,6 +127,9 @@ def add_settings(
         shown = " ".join(default) if several else default
         text = f.metadata["help"] + ("" if default is None else f" [{shown}]")
         choices = get_args(kind) if get_origin(kind) is Literal else None
+        named = several or (choices is not None and len(choices) > MANY_CHOICES)
+        if choices and named and not several:
+            text += f": {', '.join(choices)}"
         group.add_argument(
             flag_name(f.name),
             dest=f.name,
@@ -134,7 +138,7 @@ def add_settings(
             action="extend" if several else "store",
             type=str if choices else kind,
             choices=choices,
-            metavar=f.name.upper() if several else None if choices else kind.__name__.upper(),
+            metavar=f.name.rstrip("_").upper() if named else None if choices else kind.__name__.upper(),
             help=text.replace("%", "%%"),
         )
 

@@ -24,7 +24,6 @@ from byot.system.flags import one_sentence_errors, tell, this_command
 from byot.system.paths import default_outputs
 from byot.system.provenance import provenance
 from byot.system.stopping import catch_stop_signals
-from byot.trainer import choose_device
 from search.messages import describe_confirmation, trials_table, verdict
 from search.plan import SearchPlan, Session, check_gpus, resource_request
 from search.probe import find_trials_per_gpu
@@ -218,10 +217,12 @@ def _begin(session: Session) -> dict[str, Any]:
 
 def _origin(session: Session) -> dict[str, Any]:
     """Return commit, versions and hardware for a record."""
-    resources = session.resources
-    has_gpu = resources.gpus and torch.cuda.is_available()
-    device = choose_device(session.plan.base.device)  # mps, where the workers find that
-    record = provenance(device if has_gpu or device.type != "cuda" else torch.device("cpu"))
+    resources, device = session.resources, "cpu"
+    if resources.gpus and torch.cuda.is_available():
+        device = "cuda"
+    elif session.plan.base.device in ("auto", "mps") and torch.backends.mps.is_available():
+        device = "mps"
+    record = provenance(torch.device(device))
     if session.plan.address is not None:  # the driver's machine may have no GPU
         record["hardware"] |= describe_nodes(resources)
     return record

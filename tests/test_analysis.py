@@ -212,6 +212,10 @@ def test_retrained_runs_are_those_with_a_trials_settings(outputs, folder):
         [f"70.00 ± {DASH}", f"71.00 ± {DASH}"],
         ["78.25 ± 0.35", "79.25 ± 0.35"],
     ], "what was computed in another precision is not pooled"
+    make_run(outputs, config.with_settings(seed=1), 79.5).parent.rename(outputs / "runs" / "again")
+    found = retrained_runs(load_runs(outputs), search, trials)
+    again = summarise_runs(found).set_index("trial_id").loc["1234e567"].iloc[-1]
+    assert (again["num_runs"], again["test_accuracy"]) == (2, 78.5), "of the seeds, of which one was run twice"
 
 
 # ---------------------------------------------------------------- what the noise allows to say
@@ -227,7 +231,7 @@ def test_verdict_within_and_beyond_the_noise(outputs, folder):
     first, equals, reference, control, caution = judge(folder)
     assert first.startswith(f"Best of 4 self-distilled trials that reached epoch {EPOCHS}: 1234e567, alpha 0.283,")
     assert "77.90 % ± 0.59 (binomial standard error, 5,000 images)" in first
-    assert "lie 2 of 3 others" in equals
+    assert "2 of 3 others lie" in equals
     assert equals.endswith("d9c2825f, 00000012.")
     assert reference.startswith(f"Against {REFERENCE} (alpha 0.1, temperature 3, beta 1e-06; 77.20 %):")
     assert reference.endswith("better by 0.70 points, within the noise.")
@@ -355,6 +359,14 @@ def test_a_confirmation_is_shown_first(outputs, folder, works):
     assert "deep supervision alone -7.95" in words, "of the seeds that both had"
     assert f"{REFERENCE} +0.00" in words
     assert "- Not resolved after 3 fresh seeds: trial 1234e567 leads." in works(best)
+
+
+def test_an_unfinished_confirmation_chooses_nothing_yet(outputs, folder, confirmation, works):
+    more = "nothing is chosen by them yet"
+    assert more not in works(best)
+    write_json(folder / "confirmation.json", confirmation | {"status": "interrupted"})
+    assert more in works(best)
+    assert more in report.render_page(folder, outputs)
 
 
 @pytest.mark.parametrize("changes", [{"verdict": [1]}, {"arms": {}}, {"choice": []}, {"num_rounds": "3"}])

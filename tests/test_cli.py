@@ -11,6 +11,7 @@ import time
 import tomllib
 from pathlib import Path
 from typing import get_args
+from unittest.mock import Mock
 
 import pytest
 from scipy.stats import ttest_rel
@@ -27,7 +28,7 @@ from byot.system.files import write_json
 from byot.system.lock import LOCK_FILE, lock_folder
 from byot.system.paths import PROJECT_ROOT
 from search.space import DEFAULT_SPACE
-from tests.helpers import PROJECT, FakeTerminal, picture_of, run_process
+from tests.helpers import PROJECT, FakeTerminal, assert_one_sentence, picture_of, run_process
 from tests.made_up import make_trial, search_record
 
 CONFIG = TrainConfig(dataset="digits", width=4, epochs=2)
@@ -92,6 +93,17 @@ def test_a_python_without_the_packages_is_told_what_to_do(tmp_path, module):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("byot is not installed for this Python: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_help_fits_80_columns(tmp_path):
+    for name in COMMANDS:
+        done = python("-m", "byot", name, "--help", cwd=tmp_path, COLUMNS="80")
+        lines = done.stdout.splitlines()
+        assert [line for line in lines if len(line) > 80] == [], name
+        text = done.stdout.partition("\n\n")[2].partition("\n\npositional")[0].partition("\n\noptions")[0]
+        paragraphs = [part.splitlines() for part in text.split("\n\n") if not part.startswith(" ")]
+        short = [line for part in paragraphs for line in part[:-1] if len(line) < 50]
+        assert short == [], f"{name}: lines of a paragraph are filled"
 
 
 def test_what_is_waited_for_is_shown_until_it_is_over(monkeypatch):
@@ -247,6 +259,19 @@ def litter(outputs: Path) -> set[str]:
         path.write_text("x")
     rays = [outputs / "searches" / name / "ray" for name in ("finished-search", "gone")]
     return {str(path.relative_to(outputs)) for path in (old, torn, left, *rays)}
+
+
+def test_what_only_lists_needs_no_place_to_write(works, outputs, monkeypatch):
+    monkeypatch.setattr("byot.system.paths.check_writable", Mock(side_effect=ValueError("nothing can be written")))
+    assert "run done" in works(byot.list_outputs)
+
+
+def test_clean_goes_on_beside_a_damaged_table(call, outputs):
+    (outputs / "searches" / "finished-search" / "trials.csv").write_text("trial_id\nt0")
+    code, out, err = call(byot.clean_outputs, "--checkpoints")
+    assert code == 0
+    assert "runs/done/checkpoints" in out
+    assert_one_sentence(err, "byot clean: ", "finished-search/trials.csv")
 
 
 CHECKPOINTS = {f"searches/{name}/trials/t{i}/checkpoints" for name in ("finished-search", "gone") for i in (0, 1)}

@@ -85,6 +85,13 @@ def test_normalisation_is_the_references_or_numpys(recipe, dataset):
     assert found.std == pytest.approx(std, rel=1e-10)
 
 
+def test_a_channel_of_one_level_is_no_division_by_zero():
+    pixels = random_pixels(10)
+    pixels[..., 1] = 51
+    found = find_normalisation(TrainConfig(dataset="digits"), pixels)
+    assert (found.mean[1], found.std[1]) == (0.2, 1.0)
+
+
 # ---------------------------------------------------------------- data sets
 def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits

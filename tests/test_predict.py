@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from byot.config import DATASETS
 from byot.data import load_images
 from byot.predictor import DEEPEST_ALONE, Predictor
 from byot.runs import load_network
-from byot.system.files import read_json
-from tests.helpers import EXIT_RULE, PROJECT, random_pixels
+from byot.system.files import read_json, write_json
+from tests.helpers import EXIT_RULE, PROJECT, assert_one_sentence, random_pixels
 
 
 def test_the_shipped_network_is_as_good_as_its_record_says(cifar100_dir):
@@ -102,6 +103,18 @@ def test_without_a_rule_the_deepest_classifier_answers(alone, plain_run, picture
         assert (code, json.loads(out)[0]["exit"], err.count("\n")) == (0, 4, bool(told))
         assert told in err
         assert byot.load(run, "cpu").rule == DEEPEST_ALONE
+
+
+def test_a_rule_of_another_checkpoint_is_told(exits_run, pictures, call, tmp_path):
+    run = shutil.copytree(exits_run, tmp_path / "run")
+    (checkpoint,) = (run / "checkpoints").glob("*.pt")
+    write_json(run / "exits.json", EXIT_RULE | {"checkpoint": "epoch-0009.pt"})
+    for named in (run, checkpoint):
+        code, _, err = call(predict, named, pictures / "a.JPG")
+        assert code == 0
+        assert_one_sentence(err, f"fitted on epoch-0009.pt and the network is that of {checkpoint.name}: ")
+    checkpoint.with_name("epoch-0009.pt").touch()
+    assert checkpoint.name in call(predict, checkpoint, pictures / "a.JPG")[2], "the newest is not the one that answers"
 
 
 # ---------------------------------------------------------------- the command

@@ -249,6 +249,17 @@ def test_a_diverged_run_is_told(tmp_path):
     assert "none can be chosen" in read_json(tmp_path / "confirmation.json")["verdict"][0]
 
 
+def test_the_only_one_that_did_not_diverge_is_chosen_and_it_is_said(tmp_path):
+    confirmation = open_confirmation(tmp_path)
+    confirmation.results[Run("t0003", 0)] = {"error": "", "val_accuracy": 70.0}
+    for arm in ("t0000", "t0001"):
+        confirmation.results[Run(arm, 0)] = {"error": "the loss became nan"}
+    first, *others = confirmation.verdict(confirmation.judge())
+    assert first.startswith("Not resolved: trial t0003 (alpha 0.4")
+    assert first.endswith("is the only one of which no run diverged.")
+    assert len([sentence for sentence in others if "a run of it diverged" in sentence]) == 2
+
+
 def test_a_confirmed_setting_stays_when_more_trials_come(tmp_path):
     """One of them had a luckier single run; it is compared with what was confirmed, and does not replace it unseen."""
     run_all(open_confirmation(tmp_path), {"t0003": 80.0, "t0000": 70.0, "t0001": 75.0})

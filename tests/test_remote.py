@@ -97,7 +97,8 @@ def refuse_writes(method: str, key: str) -> None:
 
 
 # ---------------------------------------------------------------- a bucket
-def test_what_is_written_is_read_listed_fetched_moved_and_removed(bucket, tmp_path):
+def test_what_is_written_is_read_listed_fetched_moved_and_removed(bucket, s3, tmp_path):
+    s3.objects["searches//tmp/elsewhere"] = b"not ours, and outside of any folder it would be copied into"
     content = {"a/big": os.urandom(12 << 20), "a/b/c d": b"small", "a/empty": b""}  # the first goes in parts
     for name, data in content.items():
         bucket.write(name, data)
@@ -435,6 +436,9 @@ def test_without_its_url_a_copy_is_not_gone_on_with(elsewhere, command):
         newest_unfinished(searches, {}, str(searches))
     save_search(searches / "mine", search_record(status="running"))
     assert newest_unfinished(searches, {}, str(searches)) == "mine"
+    save_search(searches / "mine", search_record(status="finished"))
+    with pytest.raises(ValueError, match="no unfinished search is in"):
+        newest_unfinished(searches, {}, str(searches))  # no trial got through: there is nothing to confirm
 
 
 def test_of_an_earlier_search_the_bucket_is_asked_only_by_its_name(elsewhere, s3, command, tmp_path):

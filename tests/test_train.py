@@ -269,9 +269,10 @@ def test_a_network_broken_by_its_last_step_has_no_result(tmp_path, call):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 999 bytes"),
+        RuntimeError("CUDA error: out of memory"),
         MemoryError(),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda error: str(error)[:10],
 )
 def test_running_out_of_memory_comes_with_advice(digits, monkeypatch, error):
     trainer = Trainer(SMALL, digits)
@@ -495,8 +496,11 @@ def test_resume(finished, half, monkeypatch, works, run):
 
 @pytest.mark.usefixtures("few_files")
 def test_control_c_says_how_to_go_on(tmp_path, monkeypatch, call):
-    monkeypatch.setattr(runs, "train_and_test", lambda run, on_batch, *_: train_and_test(run, on_batch, stop_after(1)))
     arguments = ("--dataset", "digits", "--width", 4, "--epochs", 2, "--outputs", tmp_path, "--name", "run")
+    monkeypatch.setattr(runs, "train_and_test", Mock(side_effect=KeyboardInterrupt))
+    code, _, err = call(train, *arguments)
+    assert (code, err) == (130, "\nstopped; give the same command again: no checkpoint has been saved yet\n")
+    monkeypatch.setattr(runs, "train_and_test", lambda run, on_batch, *_: train_and_test(run, on_batch, stop_after(1)))
     code, _, err = call(train, *arguments)
     assert code == 130
     command = f"{sys.executable} {Path('train.py').absolute()} --resume {tmp_path}/runs/run"
@@ -570,6 +574,8 @@ def test_best_takes_the_newest_finished_search_of_the_model_and_data_that_are_na
         assert (newest.alpha, newest.model, newest.dataset) == (0.5, "resnet50", "digits")
     over = plan("--best", "old", "--outputs", tmp_path, "--seed", 4, "--epochs", 3, "--alpha", 0.9)[0]
     assert (over.alpha, over.seed, over.epochs, over.width) == (0.9, 4, 3, 8)
+    other = plan("--best", "old", "--outputs", tmp_path, "--recipe", "reference")[0]
+    assert (other.alpha, other.epochs, other.lr) == (0.2, 200, 0.1), "what is the recipe's is the other one's"
     assert plan("--best", tmp_path / "searches" / "old", "--outputs", tmp_path / "elsewhere")[0].alpha == 0.2
 
 

@@ -111,6 +111,9 @@ def test_a_tracker_that_fails_is_left_and_told_of_once(tmp_path, monkeypatch):
     """Also by the next trial of the same search."""
 
     class Broken(tracking.TensorBoardRun):
+        def __init__(self, folder: Path, *more: Any) -> None:
+            super().__init__(folder / "elsewhere", *more)  # event files of one second are read in any order
+
         def log(self, record: Any) -> None:
             raise ConnectionError("no route to the server\nand more")
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from byot.system.files import describe_refusal
 
+INDENT = " " * 6  # of what an example does, where that is below it
 MANY_CHOICES = 6  # more are named in a flag's help, not beside the flag
 # Errors of the system that are the command line's fault; a full or broken disk is not.
 REFUSED = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -37,7 +38,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
                 return textwrap.fill(" ".join(part.split()), width, break_on_hyphens=False)
             if max(map(len, part.splitlines())) <= width:
                 return part
-            return re.sub(r"(?<=\S) {2,}", "\n      ", part)  # what each does goes below it
+            lines = []
+            for line in re.sub(r"\n {3,}", " ", part).splitlines():  # what each does goes below it
+                command, *told = re.split(r"(?<=\S) {2,}", line)
+                lines += [
+                    command,
+                    *textwrap.wrap(" ".join(told), width, initial_indent=INDENT, subsequent_indent=INDENT),
+                ]
+            return "\n".join(lines)
 
         return "\n\n".join(map(lay_out, text.strip("\n").split("\n\n")))
 

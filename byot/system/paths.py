@@ -50,10 +50,14 @@ def absolute_path(given: str | Path) -> Path:
 def outputs_folder(given: str | None, *, only_read: bool = False) -> Path:
     """Find where runs, searches and reports go: `--outputs`, else $BYOT_OUTPUTS, else outputs/ in PROJECT_ROOT.
 
-    Raises ValueError where nothing can be written, unless it is only read.
+    Raises ValueError where nothing can be written; if it is only read, where it is not a folder.
     """
     folder = default_outputs() if given is None else absolute_path(given)
-    return folder if only_read else check_writable(folder)
+    if not only_read:
+        return check_writable(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    return folder
 
 
 def default_outputs() -> Path:

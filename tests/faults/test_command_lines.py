@@ -235,7 +235,7 @@ def test_a_bad_folder_in_the_environment(refuse, place, works, monkeypatch):
     """It is told, and hinders nobody who names another."""
     monkeypatch.setenv("BYOT_OUTPUTS", "file")
     for program in LINES.keys() - {"evaluate.py", "predict.py", "export.py", "compare.py", "byot"}:
-        refuse(program, (), "nothing can be written to", "file is not a folder")
+        refuse(program, (), "file is not a folder")
     out = works(analysis.best, "done", "--outputs", "outputs")
     assert f"--best done --outputs {place / 'outputs'}" in out
 

@@ -3,7 +3,6 @@
 Reads the run's files: config.json, metrics.jsonl, result.json and exits-test.json. No network is run.
 """
 
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from analysis.verdict import accuracy_standard_error
 from byot.config import CLASSIFIERS, NUM_CLASSIFIERS, TrainConfig
 from byot.console import format_duration
 from byot.exit_report import SEEN, TEST_FILE
-from byot.exits import describe_age
+from byot.exits import describe_age, exits_command
 from byot.runs import read_result
 from byot.search_files import find_folder, read_epochs
 from byot.system.files import errors_in, read_json
-from byot.system.flags import as_called
 
 TEMPLATE = "run_page.html"
 DEEPEST = CLASSIFIERS[str(NUM_CLASSIFIERS)]
@@ -56,7 +54,7 @@ def render_run_page(folder: Path) -> str:
         seen=exits is not None and exits["fitted_on"] == SEEN,
         age=None if exits is None else describe_age(folder, exits),
         tables={} if test is None else exit_tables(test),
-        command=as_called(f"python byot/evaluate.py {shlex.quote(str(folder))} --exits"),
+        command=exits_command(folder),
     )
 
 
@@ -69,9 +67,7 @@ def load_exits(folder: Path) -> dict[str, Any] | None:
     test = record.get("test")
     missing = (FITTED - record.keys()) | (MEASURED - test.keys() if isinstance(test, dict) else {"test"})
     if missing:
-        raise ValueError(
-            f"{path} has no {min(missing)}: python byot/evaluate.py {shlex.quote(str(folder))} --exits writes it again"
-        )
+        raise ValueError(f"{path} has no {min(missing)}: {exits_command(folder)} writes it again")
     return record
 
 

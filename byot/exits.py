@@ -64,13 +64,18 @@ def load_rule(folder: Path) -> ExitRule | None:
     return rule
 
 
+def exits_command(run: Path | str) -> str:
+    """Write the command that fits and measures the exits of a run, given by name, folder or checkpoint."""
+    return as_called(f"python byot/evaluate.py {shlex.quote(str(run))} --exits")
+
+
 def describe_age(folder: Path, record: Mapping[str, Any], used: Path | None = None) -> str | None:
     """Say so, in a sentence, where a record of a run's exits is of another checkpoint than `used`, else the newest."""
     checkpoint = used or next(iter(list_checkpoints(folder / "checkpoints")), None)
     if checkpoint is None or record.get("checkpoint") in (None, checkpoint.name):
         return None
     is_this = "the network is that of" if used else "the run's newest checkpoint is"
-    command = as_called(f"python byot/evaluate.py {shlex.quote(str(used or folder))} --exits")
+    command = exits_command(used or folder)
     return f"the exits were fitted on {record['checkpoint']} and {is_this} {checkpoint.name}: {command} fits them again"
 
 

@@ -13,14 +13,13 @@ from importlib.util import find_spec
 if find_spec("byot") is None:
     raise SystemExit("byot is not installed for this Python: activate its .venv, or pip install -r requirements.txt")
 
-import shlex
 import tempfile
 from pathlib import Path
 
 from byot.config import exit_numbers
 from byot.console import waiting
 from byot.system.files import UnreadableError, read_json, refusals_at, write_json, write_whole
-from byot.system.flags import Parser, as_called, one_sentence_errors, tell
+from byot.system.flags import Parser, one_sentence_errors, tell
 from byot.system.paths import check_writable
 
 MANIFEST = "manifest.json"
@@ -83,7 +82,7 @@ def main() -> None:
     with one_sentence_errors("export.py"), waiting("loading PyTorch and the network"):
         check_packages(arguments.format)
 
-        from byot.exits import load_rule, warn_of_age
+        from byot.exits import exits_command, load_rule, warn_of_age
         from byot.graphs import render
         from byot.predictor import DEEPEST_ALONE
         from byot.runs import find_run, load_network
@@ -98,7 +97,7 @@ def main() -> None:
         output = check_output(default if arguments.output is None else arguments.output)
         rule, network = load_rule(saved.folder), load_network(saved)
     if arguments.stages and rule is None and len(numbers) > 1:
-        command = as_called(f"python byot/evaluate.py {shlex.quote(arguments.run)} --exits")
+        command = exits_command(arguments.run)
         tell(
             "export.py",
             f"only the last exit will answer; after `{command}` an export has the thresholds to stop early",

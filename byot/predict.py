@@ -14,7 +14,6 @@ if find_spec("byot") is None:
 
 import csv
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from byot.config import NUM_CLASSIFIERS, check_range
 from byot.console import text_table, waiting
-from byot.system.flags import Parser, as_called, one_line, one_sentence_errors, tell
+from byot.system.flags import Parser, one_line, one_sentence_errors, tell
 from byot.system.paths import absolute_path
 
 if TYPE_CHECKING:  # importing it imports torch
@@ -118,7 +117,7 @@ def main() -> None:
     with one_sentence_errors("predict.py"), waiting("loading PyTorch and the network"):
         files = find_images(arguments.images)
 
-        from byot.exits import warn_of_age
+        from byot.exits import exits_command, warn_of_age
         from byot.predictor import Predictor
         from byot.runs import find_run
 
@@ -127,7 +126,7 @@ def main() -> None:
         predictor = Predictor(saved, arguments.device)
         check_range("--top", arguments.top, low=1, high=len(predictor.class_names))
     if not predictor.stops_early and saved.config.num_classifiers > 1:
-        command = as_called(f"python byot/evaluate.py {shlex.quote(arguments.run)} --exits")
+        command = exits_command(arguments.run)
         tell("predict.py", f"the deepest classifier answers; after `{command}` the network stops early")
     answers = list(predict_files(predictor, files, arguments.top))
     {"table": print_table, "json": print_json, "csv": print_csv}[arguments.format](answers, arguments.top)

@@ -41,10 +41,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             lines = []
             for line in re.sub(r"\n {3,}", " ", part).splitlines():  # what each does goes below it
                 command, *told = re.split(r"(?<=\S) {2,}", line)
-                lines += [
-                    command,
-                    *textwrap.wrap(" ".join(told), width, initial_indent=INDENT, subsequent_indent=INDENT),
-                ]
+                lines.append(command)
+                lines += textwrap.wrap(" ".join(told), width, initial_indent=INDENT, subsequent_indent=INDENT)
             return "\n".join(lines)
 
         return "\n\n".join(map(lay_out, text.strip("\n").split("\n\n")))
@@ -134,9 +132,9 @@ def add_settings(
         default = defaults.get(f.name, f.default)
         shown = " ".join(default) if several else default
         text = f.metadata["help"] + ("" if default is None else f" [{shown}]")
-        choices = get_args(kind) if get_origin(kind) is Literal else None
-        named = several or (choices is not None and len(choices) > MANY_CHOICES)
-        if choices and named and not several:
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        are_many = not several and len(choices) > MANY_CHOICES
+        if are_many:
             text += f": {', '.join(choices)}"
         group.add_argument(
             flag_name(f.name),
@@ -145,8 +143,8 @@ def add_settings(
             nargs="+" if several else None,
             action="extend" if several else "store",
             type=str if choices else kind,
-            choices=choices,
-            metavar=f.name.rstrip("_").upper() if named else None if choices else kind.__name__.upper(),
+            choices=choices or None,
+            metavar=f.name.rstrip("_").upper() if several or are_many else None if choices else kind.__name__.upper(),
             help=text.replace("%", "%%"),
         )
 
